@@ -1,0 +1,176 @@
+"""TD3+BC (Fujimoto & Gu, NeurIPS 2021; arXiv:2106.06860).
+
+Idea: TD3, with behavior cloning added to the actor's loss and Q scaled to unit size, so that one
+number trades return against staying close to the data.
+
+    y    = r + gamma min_i Q'_i(s', clip(pi'(s') + noise))                   (TD3 target)
+    L_Q  = E[ sum_i (Q_i(s,a) - y)^2 ]                                      (TD3 critics)
+    L_pi = E[ -weight Q_1(s, pi(s)) + (pi(s) - a)^2 ],
+           weight = alpha / mean |Q_1(s, pi(s))|, detached                   (TD3+BC actor)
+
+alpha -> 0 is behavior cloning, alpha -> infinity is TD3. Actor and all targets move on every
+`policy_freq`-th step only. The cloning term is a mean over batch and action dimensions. Dividing
+the actor's loss by alpha shows the AC+BC form Q + alpha_bc log pi of other libraries: their
+coefficient is alpha_bc = 2 / (alpha A), inverse to this one. With --policy-noise 0 --noise-clip 0
+--critics 1 --policy-freq 1 this file is DDPG+BC.
+
+Departures: none from the authors' code on locomotion. AntMaze's reward shift of -1 is not in the
+paper, which has no AntMaze: it is CORL's setting. Rows cut by a time limit are kept where the data
+has their next observation (the authors' loader drops them).
+
+    python algorithms/td3_bc.py --env hopper-medium-v2
+"""
+
+import copy
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+from torch import nn
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from common import (MLP, Adam, Run, Scaling, ScalarMLP, graphed, load_dataset, minimize,
+                    normalize_obs, parse, polyak, sample)  # fmt: skip
+
+
+@dataclass
+class Args:
+    env: str = "hopper-replay-demo"
+    """dataset: bundled name, D4RL name, Minari id, or path of an .hdf5 or .npz file"""
+    seed: int = 0
+    """seeds networks, batches and evaluation"""
+    steps: int = 1_000_000
+    """gradient steps"""
+    batch_size: int = 256
+    """transitions per gradient step"""
+    device: str = "auto"
+    """cpu, cuda, or auto: cuda where there is one"""
+    precision: str = "auto"
+    """fp32 products: highest, high, medium, or auto: the fastest that does not round"""
+    compile: bool = False
+    """compile the whole update (torch 2.15 or newer): faster after half a minute"""
+    eval_every: int = 5_000
+    """gradient steps between evaluations"""
+    eval_episodes: int = 10
+    """episodes per evaluation"""
+    eval_env: str | None = None
+    """Gymnasium id to evaluate in; None: the dataset's own task; "none": no evaluation"""
+    log_every: int = 1_000
+    """gradient steps between rows of train.csv"""
+    save_every: int = 50_000
+    """gradient steps between checkpoints"""
+    out: str = "runs"
+    """folder of all runs"""
+    name: str = ""
+    """suffix of the run's folder, tells variants apart"""
+    resume: bool = False
+    """continue this run from its checkpoint"""
+    overwrite: bool = False
+    """replace this run's folder"""
+    track: bool = False
+    """mirror the logs to Weights & Biases"""
+
+    alpha: float = 2.5
+    """weight of Q against cloning: 0 is behavior cloning, infinity is TD3"""
+    gamma: float = 0.99
+    """discount"""
+    polyak: float = 0.005
+    """share of the online networks that targets take over per policy step"""
+    lr: float = 3e-4
+    """Adam's learning rate, actor and critics"""
+    policy_noise: float = 0.2
+    """standard deviation of the target action's noise; 0 is DDPG's target"""
+    noise_clip: float = 0.5
+    """bound of that noise"""
+    policy_freq: int = 2
+    """critic steps per step of actor and targets; 1 is no delay"""
+    critics: int = 2
+    """critics whose minimum is the target; 1 is DDPG's"""
+    normalize_obs: bool = True
+    """shift and scale observations to mean 0, deviation 1 over the data"""
+    reward_shift: float = 0.0
+    """added to every reward"""
+
+
+PRESETS = {
+    "hopper-replay-demo": dict(steps=30_000, eval_every=3_000),
+    "antmaze-*": dict(reward_shift=-1.0, eval_every=100_000, eval_episodes=100),
+    "D4RL/antmaze/*": dict(reward_shift=-1.0, eval_every=100_000, eval_episodes=100),
+    "maze2d-*": dict(eval_episodes=100),
+}
+
+
+class Nets(nn.Module):
+    """Every network and its target; losses and optimizers live outside."""
+
+    def __init__(self, data, args):
+        super().__init__()
+        obs_dim, act_dim = data.obs.shape[1], data.action.shape[1]
+        self.scaling = Scaling(data)
+        self.actor = MLP(obs_dim, 256, 256, act_dim)
+        self.q = ScalarMLP(obs_dim + act_dim, 256, 256, members=args.critics)
+        self.actor_target = copy.deepcopy(self.actor).requires_grad_(False)
+        self.q_target = copy.deepcopy(self.q).requires_grad_(False)
+
+
+def critic_loss(nets, s, a, r, s2, terminal, args):
+    """TD3 target and critics; sum over critics of the mean over the batch."""
+    with torch.no_grad():
+        noise = torch.randn_like(a) * args.policy_noise
+        noise = noise.clamp(-args.noise_clip, args.noise_clip)
+        a2 = (nets.actor_target(s2).tanh() + noise).clamp(-1, 1)
+        y = r + args.gamma * (1 - terminal) * nets.q_target(s2, a2).amin(0)  # (B,)
+    q = nets.q(s, a)  # (E, B)
+    return (q - y).square().mean(1).sum(), q.detach().mean()
+
+
+def actor_loss(nets, s, a, args):
+    """TD3+BC actor, through the first critic only."""
+    pi = nets.actor(s).tanh()
+    q = nets.q(s, pi, member=0)  # (B,)
+    weight = args.alpha / q.detach().abs().mean()
+    bc_loss = (pi - a).square().mean()
+    return -weight * q.mean() + bc_loss, bc_loss.detach(), weight, pi.detach()
+
+
+def update(nets, opt, data, args, policy_step):
+    """One step of the critics and, when `policy_step` is true, of the actor and all targets."""
+    s, a, r, s2, terminal = sample(data, args.batch_size)
+    loss, q_mean = critic_loss(nets, s, a, r + args.reward_shift, s2, terminal, args)
+    metrics = {"q_loss": minimize(opt.q, loss), "q_mean": q_mean}
+    if policy_step:
+        loss, bc_loss, weight, pi = actor_loss(nets, s, a, args)
+        metrics |= {"actor_loss": minimize(opt.actor, loss), "bc_loss": bc_loss, "weight": weight}
+        metrics["saturated_actions"] = (pi.abs() > 0.99).float().mean()
+        polyak(nets.q_target, nets.q, args.polyak)
+        polyak(nets.actor_target, nets.actor, args.polyak)
+    return metrics
+
+
+def policy(nets, obs, args):
+    """Raw observations (B, S) to deterministic actions (B, A) in the task's bounds."""
+    return nets.scaling.action(nets.actor(nets.scaling.obs(obs)).tanh())
+
+
+def train(args):
+    """Train, log and save; returns the mean score of the last 10 evaluations."""
+    run = Run(args)
+    data, task = load_dataset(args.env, run.device, args.eval_env)
+    if args.normalize_obs:
+        normalize_obs(data, eps=1e-3)
+    nets = Nets(data, args).to(run.device)
+    opt = SimpleNamespace(
+        q=Adam(nets.q.parameters(), args.lr), actor=Adam(nets.actor.parameters(), args.lr)
+    )
+    run.start(data, task, nets, opt)
+    step = graphed(update, nets, opt, data, args, compile=args.compile)
+    for t in run.loop(args.steps):
+        metrics = step(t % args.policy_freq == 0)
+        run.after(t, metrics, lambda obs: policy(nets, obs, args))
+    return run.finish()
+
+
+if __name__ == "__main__":
+    train(parse(Args, PRESETS))
