@@ -99,7 +99,7 @@ def choose_device(device: str, precision: str) -> torch.device:
     if sys.platform == "linux":  # glibc: keep freed megabyte buffers instead of faulting them anew
         libc = ctypes.CDLL(None)
         if hasattr(libc, "mallopt"):
-            libc.mallopt(-1, 1 << 30), libc.mallopt(-3, 1 << 30)  # M_TRIM_, M_MMAP_THRESHOLD
+            libc.mallopt(-1, 1 << 30), libc.mallopt(-3, 1 << 25)  # M_TRIM_, M_MMAP_THRESHOLD
     return device
 
 
@@ -164,12 +164,26 @@ class MLP(nn.Module):
         last = len(self.weights) - 1
         for i, (w, b) in enumerate(zip(self.weights, self.biases)):
             w, b = (w, b) if member is None else (w[member], b[member, 0])
-            if w.ndim == 2:
-                x = F.linear(x, w.mT, b)
-            else:
+            if w.ndim == 3:
                 x = torch.baddbmm(b, x.expand(len(w), *x.shape[-2:]), w)
-            x = F.relu(x) if i < last else x
+            else:
+                x = torch.addmm(b, x, w) if x.ndim == 2 else x @ w + b
+            x = x.relu_() if i < last else x
         return x
+
+    def input_gradient(self, *inputs):
+        """With members: gradient (E, B, in) of each one's output with respect to the concatenated
+        inputs, differentiable in the weights. ReLU's masks are constants, so this is the chain rule written
+        out: the same numbers as a double backward at two thirds of its products."""
+        x, masks = torch.cat(inputs, -1), []
+        with torch.no_grad():
+            for w, b in list(zip(self.weights, self.biases))[:-1]:
+                x = torch.baddbmm(b, x.expand(len(w), *x.shape[-2:]), w).relu_()
+                masks.append(x)
+        grad = self.weights[-1].mT.expand(*x.shape)
+        for w, mask in zip(reversed(self.weights[:-1]), reversed(masks)):
+            grad = torch.ops.aten.threshold_backward(grad, mask, 0) @ w.mT
+        return grad
 
 
 class ScalarMLP(MLP):
@@ -428,7 +442,7 @@ class Run:
             self.resume_at = None
         else:
             seed_everything(zlib.crc32(f"{phase} {self.args.seed}".encode()))
-        self.phase, self.phase_steps = phase, steps
+        self.phase, self.phase_steps, self.last = phase, steps, {}
         handlers = {s: signal.signal(s, self._stop) for s in (signal.SIGINT, signal.SIGTERM)}
         self.bar = tqdm(total=steps, initial=first - 1, desc=phase, disable=None, unit="up")
         self.clock, self.logged = time.time(), (time.time(), first - 1)
@@ -533,7 +547,7 @@ class Run:
             self.bar.set_postfix_str(text)
 
     def _log(self, t):
-        values = {k: float(v) for k, v in self.last.items()}
+        values = {k: v.item() for k, v in self.last.items()}
         now = time.time()
         self.train_seconds += now - self.clock
         rate = (t - self.logged[1]) / max(now - self.logged[0], 1e-9)

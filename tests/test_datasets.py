@@ -1,0 +1,659 @@
+"""datasets.py against independent oracles, on tiny files that the tests write themselves."""
+
+import functools
+import hashlib
+import http.server
+import json
+import os
+import subprocess
+import sys
+import threading
+import types
+from pathlib import Path
+
+import gymnasium
+import h5py
+import numpy as np
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+import datasets
+from datasets import InputError, Task, load_dataset, reference_scores
+
+
+@pytest.fixture(autouse=True)
+def sandbox(tmp_path, monkeypatch):
+    """Every test has its own caches and only the mirrors it names: nothing leaves the machine."""
+    monkeypatch.setenv("D4RL_DATASET_DIR", str(tmp_path / "d4rl"))
+    monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path / "minari"))
+    monkeypatch.setenv("MINARI_REMOTE", "hf://nowhere")
+    monkeypatch.delenv("D4RL_MIRRORS", raising=False)
+    monkeypatch.setattr(datasets, "D4RL_MIRRORS", ())
+
+
+def flat(ends, obs_dim=3, act_dim=2, seed=0):
+    """A log of episodes. ends: (length, "terminal" | "timeout" | "cut") each.
+
+    Returns the D4RL arrays and the true next observations, which a simulator would have seen.
+    """
+    rng = np.random.default_rng(seed)
+    out = {k: [] for k in ("observations", "actions", "rewards", "terminals", "timeouts")}
+    true_next = []
+    for length, kind in ends:
+        path = rng.normal(size=(length + 1, obs_dim)).astype(np.float32)
+        out["observations"].append(path[:-1])
+        true_next.append(path[1:])
+        out["actions"].append(rng.uniform(-1, 1, (length, act_dim)).astype(np.float32))
+        out["rewards"].append(rng.normal(size=length).astype(np.float32))
+        for key in ("terminal", "timeout"):
+            out[key + "s"].append(np.arange(length) == (length - 1 if kind == key else -1))
+    return {k: np.concatenate(v) for k, v in out.items()}, np.concatenate(true_next)
+
+
+def write(path, arrays, metadata=None):
+    if path.suffix == ".npz":
+        extra = {} if metadata is None else {"metadata": np.array(json.dumps(metadata))}
+        np.savez_compressed(path, **arrays, **extra)
+    else:
+        with h5py.File(path, "w") as f:
+            for key, x in arrays.items():
+                f.create_dataset(key, data=x)
+            if metadata is not None:
+                f["metadata"] = json.dumps(metadata)
+    return str(path)
+
+
+def plain_loop(arrays, limit=None):
+    """The published recipe, row by row: next is row i + 1; limits and the last row are lost."""
+    rows, step = [], 0
+    for i in range(len(arrays["rewards"]) - 1):
+        last = bool(arrays["timeouts"][i]) if "timeouts" in arrays else step == limit - 1
+        terminal = bool(arrays["terminals"][i])
+        if not last or terminal:
+            rows.append((i, i + 1, terminal))
+        step = 0 if last or terminal else step + 1
+    return rows
+
+
+ENDS = [(4, "terminal"), (5, "timeout"), (1, "terminal"), (6, "timeout"), (3, "cut")]
+
+
+@pytest.mark.parametrize("suffix", [".npz", ".hdf5", ".h5"])
+@pytest.mark.parametrize("timeouts", [True, False])
+def test_flat_files_match_the_plain_loop(tmp_path, suffix, timeouts, monkeypatch):
+    monkeypatch.setattr(datasets, "ROWS", 4)  # several blocks even here
+    arrays, _ = flat([(4, "terminal"), (5, "timeout"), (5, "timeout"), (2, "terminal"), (3, "cut")])
+    if not timeouts:
+        del arrays["timeouts"]
+    path = write(tmp_path / f"x{suffix}", arrays, {"max_episode_steps": 5})
+    data, task = load_dataset(path)
+    want = plain_loop(arrays, limit=5)
+    assert task is None
+    assert len(want) == len(data.obs) == 19 - 3  # two time limits and the last row are lost
+    for row, (i, j, terminal) in enumerate(want):
+        np.testing.assert_array_equal(data.obs[row], arrays["observations"][i])
+        np.testing.assert_array_equal(data.action[row], arrays["actions"][i])
+        assert data.reward[row] == arrays["rewards"][i]
+        assert data.terminal[row] == terminal
+        np.testing.assert_array_equal(
+            data.next_obs[row], arrays["observations"][i if terminal else j]
+        )
+    assert data.episode.tolist() == [0] * 4 + [1] * 4 + [2] * 4 + [3] * 2 + [4] * 2
+    starts = [0, 4, 9, 14, 16, 19]
+    want = [
+        arrays["rewards"][a:b].astype(float).sum() for a, b in zip(starts, starts[1:], strict=False)
+    ]
+    np.testing.assert_allclose(data.episode_return, want, rtol=1e-6)
+
+
+@pytest.mark.parametrize("suffix", [".npz", ".hdf5"])
+@pytest.mark.parametrize("form", ["next_observations", "final_observations", "float64 next"])
+def test_known_next_observations_bootstrap_through_time_limits(tmp_path, suffix, form):
+    arrays, true_next = flat(ENDS)
+    if form == "final_observations":
+        arrays[form] = true_next[[3, 8, 9, 15, 18]]
+    else:
+        arrays["next_observations"] = true_next.astype(np.float64 if "64" in form else np.float32)
+    data, _ = load_dataset(write(tmp_path / f"x{suffix}", arrays))
+    assert len(data.obs) == 19
+    np.testing.assert_array_equal(data.next_obs, true_next)
+    assert data.terminal.nonzero().flatten().tolist() == [3, 9]
+    assert data.episode.tolist() == [0] * 4 + [1] * 5 + [2] + [3] * 6 + [4] * 3
+    assert (data.obs_mean == 0).all() and (data.obs_std == 1).all()
+    assert data.obs.dtype == data.terminal.dtype == data.action_low.dtype == torch.float32
+    assert data.episode.dtype == torch.int64
+
+
+@pytest.mark.parametrize("flagged", [True, False])
+def test_cuts_that_nothing_marks_are_found(tmp_path, flagged, capsys):
+    arrays, true_next = flat(ENDS)
+    arrays["timeouts"][:] = False
+    if not flagged:
+        del arrays["timeouts"]
+    data, _ = load_dataset(write(tmp_path / "x.npz", arrays | {"next_observations": true_next}))
+    assert data.episode.bincount().tolist() == [4, 5, 1, 6, 3]
+    assert "2 episode cuts" in capsys.readouterr().out
+
+
+def test_stored_next_copied_from_the_next_episode_is_not_used(tmp_path):
+    arrays, _ = flat(ENDS)
+    stored = np.roll(arrays["observations"], -1, axis=0)  # what a careless writer stores
+    data, _ = load_dataset(write(tmp_path / "x.hdf5", arrays | {"next_observations": stored}))
+    ends = [8, 15]  # the last row wraps to row 0, which is not the row after it: believed
+    rows = [i for i in range(19) if i not in ends]
+    np.testing.assert_array_equal(data.obs, arrays["observations"][rows])
+
+
+def test_an_episode_that_loses_all_rows_leaves_no_gap(tmp_path):
+    arrays, _ = flat([(1, "timeout"), (3, "terminal"), (1, "timeout"), (2, "terminal")])
+    data, _ = load_dataset(write(tmp_path / "x.npz", arrays))
+    assert data.episode.tolist() == [0, 0, 0, 1, 1]
+    want = [arrays["rewards"][1:4].sum(), arrays["rewards"][5:7].sum()]
+    np.testing.assert_allclose(data.episode_return, want, rtol=1e-5)
+
+
+def test_digest_tells_content_apart(tmp_path):
+    arrays, _ = flat(ENDS)
+    one = load_dataset(write(tmp_path / "a.npz", arrays))[0]
+    same = load_dataset(write(tmp_path / "b.hdf5", arrays))[0]
+    arrays["rewards"][2] += 1
+    other = load_dataset(write(tmp_path / "c.npz", arrays))[0]
+    assert one.digest == same.digest != other.digest and len(one.digest) == 16
+
+
+def test_float64_compressed_chunks(tmp_path):
+    arrays, true_next = flat([(700, "terminal"), (900, "timeout"), (400, "cut")], seed=3)
+    with h5py.File(tmp_path / "x.hdf5", "w") as f:
+        for key, x in (arrays | {"next_observations": true_next}).items():
+            wide = x.astype(np.float64) if x.dtype == np.float32 else x
+            f.create_dataset(key, data=wide, compression="gzip", chunks=(37, *x.shape[1:]))
+        f.create_group("metadata/algorithm")  # D4RL's own files have a group of that name
+    data, _ = load_dataset(str(tmp_path / "x.hdf5"))
+    np.testing.assert_array_equal(data.next_obs, true_next)
+    np.testing.assert_array_equal(data.action, arrays["actions"])
+
+
+# ------------------------------------------------------------------ actions and tasks
+
+
+def test_actions_are_mapped_from_the_bounds(tmp_path):
+    arrays, _ = flat(ENDS)
+    low, high = np.float32([-0.4, 1.0]), np.float32([0.4, 3.0])
+    arrays["actions"][:4] = [[-0.4, 1], [0.4, 3], [0, 2], [0.2, 1.5]]
+    arrays["actions"][4:] = [0, 2]
+    meta = {"action_low": low.tolist(), "action_high": high.tolist()}
+    data, _ = load_dataset(write(tmp_path / "x.npz", arrays, meta))
+    np.testing.assert_allclose(data.action[:3], [[-1, -1], [1, 1], [0, 0]], atol=1e-6)
+    np.testing.assert_allclose(data.action[3:4], [[0.5, -0.5]], atol=1e-6)
+    assert data.action.abs().max() <= 1
+    np.testing.assert_array_equal(data.action_low, low)
+    np.testing.assert_array_equal(data.action_high, high)
+
+
+def test_rounding_beyond_the_bounds_is_set_to_them_and_said(tmp_path, capsys):
+    arrays, _ = flat(ENDS)
+    arrays["actions"][2, 0] = 1 + 5e-6
+    data, _ = load_dataset(write(tmp_path / "x.npz", arrays))
+    assert data.action[2, 0] == 1
+    assert "1 action values" in capsys.readouterr().out
+
+
+def hopper_file(tmp_path, **meta):
+    arrays, _ = flat(ENDS, obs_dim=11, act_dim=3)
+    return write(tmp_path / "hop.npz", arrays, {"env_id": "Hopper-v5"} | meta)
+
+
+def test_the_file_names_its_task_and_references(tmp_path, capsys):
+    data, task = load_dataset(hopper_file(tmp_path, ref_min_score=1, ref_max_score=5))
+    assert (task.id, task.ref_min, task.ref_max, task.success) == ("Hopper-v5", 1, 5, False)
+    assert task.score([1, 5]) == 50 and task.score(3) == 50
+    env = task.make()
+    obs, _ = env.reset(seed=0)
+    raw, _ = gymnasium.make("Hopper-v5").reset(seed=0)
+    assert obs.dtype == np.float32 and env.observation_space.contains(obs)
+    np.testing.assert_array_equal(obs, raw.astype(np.float32))
+    assert env is not task.make() and data.obs.shape[1] == obs.shape[0]
+    assert load_dataset(hopper_file(tmp_path), eval_env="none")[1] is None
+    capsys.readouterr()
+    task = load_dataset(hopper_file(tmp_path))[1]  # no references in the file
+    assert (task.ref_min, task.ref_max) == (-20.272305, 3234.3)
+    assert "D4RL's references" in capsys.readouterr().out
+
+
+def test_without_reference_the_raw_return_is_the_score(tmp_path, capsys):
+    arrays, _ = flat(ENDS, obs_dim=3, act_dim=1)
+    arrays["actions"] *= 2
+    _, task = load_dataset(write(tmp_path / "p.npz", arrays), eval_env="Pendulum-v1")
+    assert task.ref_min is None and task.score([-3, -5]) == -4
+    assert "no reference score" in capsys.readouterr().out
+
+
+def test_the_tasks_bounds_are_used(tmp_path):
+    arrays, _ = flat(ENDS, obs_dim=3, act_dim=1)
+    want = arrays["actions"].copy()
+    arrays["actions"] *= 2  # Pendulum's bounds are -2 and 2
+    data, _ = load_dataset(write(tmp_path / "p.hdf5", arrays), eval_env="Pendulum-v1")
+    keep = [i for i in range(19) if i not in (8, 15, 18)]
+    np.testing.assert_allclose(data.action, want[keep], atol=1e-6)
+    assert data.action_high.tolist() == [2]
+
+
+def test_success_is_the_share_of_episodes_with_reward():
+    assert Task("AntMaze_UMaze-v4", 0.0, 1.0, success=True).score([0, 7, 1, 0]) == 50
+
+
+@pytest.mark.parametrize("name, want", [
+    ("hopper-medium-v2", (-20.272305, 3234.3)), ("ant-random-v0", (-325.6, 3879.7)),
+    ("antmaze-umaze-v2", (0, 1)), ("maze2d-umaze-v0", (0.94, 62.6)),
+    ("maze2d-umaze-v1", (23.85, 161.86)), ("kitchen-mixed-v0", (0, 4)),
+    ("pen-human-v1", (96.262799, 3076.8331017826877)), ("HalfCheetah-v5", (-280.178953, 12135.0)),
+    ("Ant-v5", (-325.6, 3879.7)), ("Pendulum-v1", (None, None)),
+    ("carla-town-full-v0", (None, None)),
+])  # fmt: skip
+def test_reference_scores(name, want):
+    assert reference_scores(name) == want
+
+
+def test_tables_are_consistent():
+    files = datasets.table("d4rl_files.csv")
+    assert {"hopper-full-replay-v2", "walker2d-medium-replay-v0", "antmaze-large-play-v2"} <= set(
+        files
+    )
+    assert files["walker2d-medium-replay-v0"]["path"] == "gym_mujoco/walker_mixed.hdf5"
+    basenames = [row["path"].split("/")[-1] for row in files.values()]
+    assert len(set(basenames)) == len(basenames) > 100  # one cache folder holds them all
+    for name in files:
+        row = datasets.find_row("d4rl_tasks.csv", name)
+        assert row["prefix"].split("-")[0] == name.split("-")[0]
+        assert bool(row["env_id"]) != ("without evaluation" in row["note"])
+
+
+# ------------------------------------------------------------------ D4RL
+
+
+def d4rl_file(tmp_path, name, obs_dim=11, act_dim=3, ends=ENDS, **extra):
+    """A mirror's folder with one file under its official path."""
+    path = tmp_path / "mirror" / datasets.table("d4rl_files.csv")[name]["path"]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    arrays, true_next = flat(ends, obs_dim, act_dim)
+    write(path, arrays | {k: f(arrays, true_next) for k, f in extra.items()})
+    return path
+
+
+def test_d4rl_name_is_downloaded_once_and_cached(tmp_path, monkeypatch):
+    path = d4rl_file(tmp_path, "hopper-medium-v2", next_observations=lambda a, n: n)
+    monkeypatch.setenv("D4RL_MIRRORS", f"file://{tmp_path}/missing file://{tmp_path}/mirror")
+    data, task = load_dataset("hopper-medium-v2")
+    assert (task.id, task.ref_max, len(data.obs)) == ("Hopper-v4", 3234.3, 19)
+    assert [p.name for p in (tmp_path / "d4rl").glob("h*")] == ["hopper_medium-v2.hdf5"]
+    path.unlink()
+    again, _ = load_dataset("hopper-medium-v2", eval_env="Hopper-v5")
+    assert again.digest == data.digest
+
+
+def test_d4rl_v0_without_timeouts_uses_the_time_limit(tmp_path, monkeypatch):
+    arrays, _ = flat([(1000, "timeout"), (7, "terminal"), (1500, "cut")], 11, 3)
+    del arrays["timeouts"]
+    (tmp_path / "d4rl").mkdir()
+    write(tmp_path / "d4rl" / "hopper_medium.hdf5", arrays)
+    data, _ = load_dataset("hopper-medium-v0", eval_env="none")
+    want = plain_loop(arrays, 1000)
+    np.testing.assert_array_equal(data.obs, arrays["observations"][[i for i, _, _ in want]])
+    assert data.episode.bincount().tolist() == [999, 7, 999, 499]
+
+
+class Cut(http.server.SimpleHTTPRequestHandler):
+    """Promises the whole file and sends half of it."""
+
+    def copyfile(self, source, outputfile):
+        outputfile.write(source.read()[: self.server.limit])
+
+    def log_message(self, *args):
+        pass
+
+
+@pytest.mark.parametrize("broken", ["short", "page", "sha256"])
+def test_a_bad_download_is_refused_and_leaves_nothing(tmp_path, monkeypatch, broken):
+    path = d4rl_file(tmp_path, "hopper-medium-v2")
+    server = http.server.ThreadingHTTPServer(
+        ("127.0.0.1", 0), functools.partial(Cut, directory=str(tmp_path / "mirror")))  # fmt: skip
+    server.limit = 2000 if broken == "short" else None
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    if broken == "page":
+        path.write_bytes(b"<html>moved</html>" * 100)
+    if broken == "sha256":
+        table = {
+            "hopper-medium-v2": {"path": "gym_mujoco_v2/hopper_medium-v2.hdf5", "sha256": "0" * 64}
+        }
+        real = datasets.table
+        monkeypatch.setattr(datasets, "table", lambda f: table if "files" in f else real(f))
+    monkeypatch.setenv("D4RL_MIRRORS", f"http://127.0.0.1:{server.server_port}")
+    with pytest.raises(InputError) as error:
+        load_dataset("hopper-medium-v2", eval_env="none")
+    server.shutdown()
+    message = str(error.value)
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    assert {"short": "bytes", "page": "signature", "sha256": digest}[broken] in message
+    assert str(tmp_path / "d4rl" / "hopper_medium-v2.hdf5") in message and "D4RL_MIRRORS" in message
+    assert "\n" not in message
+    assert not [p for p in (tmp_path / "d4rl").iterdir() if not p.name.endswith(".lock")]
+
+
+def test_processes_that_start_together_download_once(tmp_path):
+    d4rl_file(tmp_path, "hopper-medium-v2")
+    code = (
+        "import datasets; datasets.D4RL_MIRRORS = (); "
+        "print(datasets.load_dataset('hopper-medium-v2', eval_env='none')[0].digest)"
+    )
+    env = os.environ | {"D4RL_MIRRORS": f"file://{tmp_path}/mirror", "OMP_NUM_THREADS": "1"}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    command = [sys.executable, "-c", code]
+    jobs = [subprocess.Popen(command, cwd=ROOT, env=env, **pipes) for _ in range(3)]
+    said = [job.communicate()[0] for job in jobs]
+    assert [job.returncode for job in jobs] == [0] * 3, said
+    assert len({s.split()[-1] for s in said}) == 1
+    assert sum("downloading" in s for s in said) == 1
+
+
+def test_kitchen_trains_without_evaluation(tmp_path, monkeypatch, capsys):
+    d4rl_file(tmp_path, "kitchen-mixed-v0", obs_dim=60, act_dim=9)
+    monkeypatch.setenv("D4RL_MIRRORS", f"file://{tmp_path}/mirror")
+    assert load_dataset("kitchen-mixed-v0")[1] is None
+    assert "without evaluation" in capsys.readouterr().out
+
+
+def test_d4rl_ant_has_111_numbers(tmp_path, monkeypatch):
+    d4rl_file(tmp_path, "ant-medium-v2", obs_dim=111, act_dim=8)
+    monkeypatch.setenv("D4RL_MIRRORS", f"file://{tmp_path}/mirror")
+    data, task = load_dataset("ant-medium-v2")
+    obs, _ = task.make().reset(seed=0)
+    assert obs.shape == (111,) and not obs[27:].any() and obs[:27].any()
+
+
+def test_d4rl_antmaze_task(tmp_path, monkeypatch):
+    """29 numbers, position first, in D4RL's coordinates: start near 0, goal beyond its cell."""
+    pytest.importorskip("gymnasium_robotics")
+    d4rl_file(tmp_path, "antmaze-medium-play-v2", obs_dim=29, act_dim=8)
+    monkeypatch.setenv("D4RL_MIRRORS", f"file://{tmp_path}/mirror")
+    _, task = load_dataset("antmaze-medium-play-v2")
+    assert task.success and task.id == "AntMaze_Medium-v4"
+    env = task.make()
+    maze = env.unwrapped
+    for seed in range(3):
+        obs, _ = env.reset(seed=seed)
+        assert obs.shape == (29,) and np.abs(obs[:2]).max() <= 0.1 and 0.6 < obs[2] < 0.9
+        origin = maze.maze.unique_reset_locations[0]
+        goal = maze.goal - origin
+        assert (goal >= 20).all() and (goal <= 21.5).all()  # cell (6, 6), start at (1, 1), 4 m each
+    obs, reward, terminated, truncated, _ = env.step(np.zeros(8, np.float32))
+    assert reward == 0 and not terminated and not truncated
+    qpos = maze.data.qpos.copy()
+    qpos[:2] = maze.goal + [0.3, 0.3]
+    maze.ant_env.set_state(qpos, 0 * maze.data.qvel)
+    obs, reward, terminated, *_ = env.step(np.zeros(8, np.float32))
+    np.testing.assert_allclose(obs[:2], maze.data.qpos[:2] - origin, atol=1e-5)
+    assert reward == 1 and terminated
+    # walls, in D4RL's coordinates: row 1 of the map is 1r011001
+    walls = [g for g in range(maze.model.ngeom) if maze.model.geom(g).name.startswith("block")]
+    centers = {tuple(np.round(maze.model.geom_pos[g, :2] - origin).astype(int)) for g in walls}
+    row = {x for x, y in centers if y == 0}
+    assert {-4, 8, 12, 24} <= row and not {0, 4, 16, 20} & row
+
+
+# ------------------------------------------------------------------ Minari
+
+
+BOX = gymnasium.spaces.Box
+
+
+def write_minari(dataset_id, episodes, observation_space, action_space=None, **kwargs):
+    import minari
+    from minari.data_collector import EpisodeBuffer
+
+    buffers = [EpisodeBuffer(id=i, **e) for i, e in enumerate(episodes)]
+    minari.create_dataset_from_buffers(
+        dataset_id, buffers, observation_space=observation_space,
+        action_space=action_space or BOX(-2, 2, (1,), np.float32), **kwargs)  # fmt: skip
+
+
+def episode(observations, t, terminated, rewards=None):
+    last = np.arange(t) == t - 1
+    actions = np.linspace(-2, 2, t, dtype=np.float32)[:, None]
+    return {"observations": observations, "actions": actions,
+            "rewards": np.arange(t, dtype=float) if rewards is None else rewards,
+            "terminations": last & terminated, "truncations": last & (not terminated)}  # fmt: skip
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_minari_keeps_every_row_and_recovers_the_task(tmp_path, capsys):
+    rng = np.random.default_rng(0)
+    paths = [rng.normal(size=(t + 1, 3)).astype(np.float32) for t in (5, 4)]
+    episodes = [episode(paths[0], 5, False), episode(paths[1], 4, True)]
+    write_minari("pendulum/test-v0", episodes, BOX(-9, 9, (3,), np.float32), env="Pendulum-v1")
+    data, task = load_dataset("pendulum/test-v0")
+    np.testing.assert_array_equal(data.obs, np.concatenate([p[:-1] for p in paths]))
+    np.testing.assert_array_equal(data.next_obs, np.concatenate([p[1:] for p in paths]))
+    assert data.terminal.nonzero().flatten().tolist() == [8]
+    assert data.episode.tolist() == [0] * 5 + [1] * 4
+    assert data.episode_return.tolist() == [10, 6]
+    assert data.action[:5, 0].tolist() == [-1, -0.5, 0, 0.5, 1]
+    assert task.id == "Pendulum-v1" and task.ref_min is None
+    assert task.make().reset(seed=1)[0].shape == (3,)
+    with pytest.raises(InputError, match="unknown dataset.*pendulum/test-v0"):
+        load_dataset("pendulum-test-v0")
+    with pytest.raises(InputError, match="Hopper-v5.*11"):
+        load_dataset("pendulum/test-v0", eval_env="Hopper-v5")
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_minari_nested_observations_are_sorted_by_key(tmp_path):
+    space = gymnasium.spaces.Dict({
+        "z": BOX(-9, 9, (2,), np.float32), "a": gymnasium.spaces.Tuple((
+            BOX(-9, 9, (1,), np.float64), BOX(-9, 9, (1, 2), np.float32)))})  # fmt: skip
+    z, a0 = np.arange(8, dtype=np.float32).reshape(4, 2), np.arange(4.0).reshape(4, 1) / 8
+    a1 = -np.arange(8, dtype=np.float32).reshape(4, 1, 2)
+    write_minari("test/nested-v0", [episode({"z": z, "a": (a0, a1)}, 3, True)], space)
+    data, task = load_dataset("test/nested-v0")
+    want = np.concatenate([a0, a1.reshape(4, 2), z], axis=1)
+    np.testing.assert_array_equal(data.obs, want[:3])
+    np.testing.assert_array_equal(data.next_obs, want[1:])
+    assert task is None
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_point_maze_is_scored_by_success_in_the_datasets_order(tmp_path):
+    pytest.importorskip("gymnasium_robotics")
+    gymnasium.register_envs(sys.modules["gymnasium_robotics"])
+    env = gymnasium.make("PointMaze_UMaze-v3", continuing_task=False)
+    obs, _ = env.reset(seed=3)
+    observations = {k: np.stack([v] * 3) for k, v in obs.items()}
+    sample = episode(observations, 2, True) | {"actions": np.zeros((2, 2), np.float32)}
+    write_minari("maze/test-v0", [sample], env.observation_space, env.action_space, env=env)
+    data, task = load_dataset("maze/test-v0")
+    assert task.success and (task.ref_min, task.ref_max) == (0, 1)
+    np.testing.assert_array_equal(data.obs[0], task.make().reset(seed=3)[0])
+    want = [obs["achieved_goal"], obs["desired_goal"], obs["observation"]]
+    np.testing.assert_allclose(data.obs[0], np.concatenate(want), rtol=1e-6)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_discrete_actions_are_refused(tmp_path):
+    sample = episode(np.zeros((4, 3), np.float32), 3, True) | {"actions": np.array([0, 1, 0])}
+    write_minari("test/d-v0", [sample], BOX(-9, 9, (3,), np.float32), gymnasium.spaces.Discrete(2))
+    with pytest.raises(InputError, match="Discrete.*only Box"):
+        load_dataset("test/d-v0")
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_truncated_minari_file_is_named(tmp_path):
+    write_minari("test/cut-v0", [episode(np.zeros((4, 3), np.float32), 3, True)], BOX(-9, 9, (3,)))
+    path = tmp_path / "minari/test/cut-v0/data/main_data.hdf5"
+    path.write_bytes(path.read_bytes()[:-500])
+    with pytest.raises(InputError, match="test/cut-v0 is not complete.*delete .*cut-v0 and"):
+        load_dataset("test/cut-v0", eval_env="none")
+
+
+def test_a_remote_minari_failure_is_one_line(tmp_path, monkeypatch):
+    def fail(*args, **kwargs):
+        raise ConnectionError("no\nroute")
+
+    monkeypatch.setitem(sys.modules, "minari", types.SimpleNamespace(load_dataset=fail))
+    with pytest.raises(InputError, match=f"no route.*{tmp_path}/minari/mujoco/nothing-v0") as error:
+        load_dataset("mujoco/nothing-v0")
+    assert "\n" not in str(error.value)
+
+
+# ------------------------------------------------------------------ bad input
+
+
+@pytest.mark.parametrize("name, near", [
+    ("hopper-medum-v2", "hopper-medium-v2"), ("antmaze-umase-v2", "antmaze-umaze-v2"),
+    ("zzz", "give a bundled"),
+])  # fmt: skip
+def test_misspelt_names_suggest_and_never_reach_the_network(name, near, monkeypatch):
+    monkeypatch.setattr(datasets.urllib.request, "urlopen", None)
+    monkeypatch.setitem(sys.modules, "minari", None)
+    with pytest.raises(InputError, match=f"unknown dataset '{name}'.*{near}"):
+        load_dataset(name)
+
+
+def change(key, value):
+    return lambda a: a | {key: value(a[key])}
+
+
+def add(key, shape):
+    return lambda a: a | {key: np.zeros(shape)}
+
+
+def without(arrays, *keys):
+    return {k: v for k, v in arrays.items() if k not in keys}
+
+
+def put(row, value):
+    def replaced(x):
+        x = x.copy()
+        x[row] = value
+        return x
+
+    return replaced
+
+
+BROKEN = {
+    "no rewards": (lambda a: without(a, "rewards"), "no rewards.*D4RL's key"),
+    "lengths": (change("rewards", lambda x: x[:-1]), r"rewards has shape \(18,\).*make them agree"),
+    "nan": (change("observations", put((7, 1), np.nan)), "observations row 7 is NaN"),
+    "inf": (change("rewards", put(11, np.inf)), "rewards row 11 is NaN or infinite"),
+    "overflow": (change("rewards", lambda x: x.astype(float) * 1e300), "rewards row 0 is NaN"),
+    "text": (change("rewards", lambda x: x.astype("S8")), "rewards has dtype .S8"),
+    "rewards (N, 1)": (change("rewards", lambda x: x[:, None]), "rewards has shape.*reshape"),
+    "images": (change("observations", lambda x: x[..., None]), "observations has shape.*reshape"),
+    "discrete": (change("actions", lambda x: x.astype(int)), "actions are discrete.*continuous"),
+    "actions (N,)": (change("actions", lambda x: x[:, 0]), "actions has shape.*reshape"),
+    "bounds": (change("actions", put((5, 1), 1.25)), "actions row 5 column 1 is 1.25.*rescale"),
+    "flags": (change("terminals", lambda x: x * 2), "terminals row 3 is neither 0 nor 1"),
+    "empty": (lambda a: {k: v[:0] for k, v in a.items()}, "the dataset is empty"),
+    "final": (add("final_observations", (2, 3)), "2 final_observations.* 5 episodes"),
+    "next width": (add("next_observations", (19, 4)), "next_observations has shape"),
+    "lost": (lambda a: {k: v[8:9] for k, v in a.items()}, "no row has a next observation"),
+    "ogbench": (
+        lambda a: without(a, "rewards", "timeouts") | dict.fromkeys(("qpos", "qvel"), np.ones(19)),
+        "OGBench.*singletask",
+    ),
+}
+
+
+@pytest.mark.parametrize("suffix", [".npz", ".hdf5"])
+@pytest.mark.parametrize("case", BROKEN)
+def test_broken_arrays_are_named_in_one_line(tmp_path, suffix, case):
+    breaks, match = BROKEN[case]
+    path = write(tmp_path / f"x{suffix}", breaks(flat(ENDS)[0]))
+    with pytest.raises(InputError, match=match) as error:
+        load_dataset(path)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("suffix", [".npz", ".hdf5"])
+def test_unreadable_files(tmp_path, suffix):
+    path = tmp_path / f"x{suffix}"
+    with pytest.raises(InputError, match="no file"):
+        load_dataset(str(path))
+    arrays, _ = flat([(4000, "cut")])
+    write(path, arrays)
+    whole = path.read_bytes()
+    for content in (whole[: len(whole) // 2], b"", b"<html>", whole[:-30]):
+        path.write_bytes(content)
+        with pytest.raises(InputError, match="not a complete.*delete it") as error:
+            load_dataset(str(path))
+        assert "\n" not in str(error.value)
+
+
+def test_nothing_is_unpickled(tmp_path):
+    class Bomb:
+        def __reduce__(self):
+            return (os.mkdir, (str(tmp_path / "exploded"),))
+
+    arrays, _ = flat(ENDS)
+    for key in ("rewards", "metadata"):
+        np.savez(tmp_path / "x.npz", **arrays | {key: np.array([Bomb()] * 19, dtype=object)})
+        with pytest.raises(InputError):
+            load_dataset(str(tmp_path / "x.npz"))
+    assert not (tmp_path / "exploded").exists()
+
+
+@pytest.mark.parametrize("metadata", ['{"env_id": ', "[1]"])
+def test_bad_metadata(tmp_path, metadata):
+    np.savez(
+        tmp_path / "x.npz", metadata=np.frombuffer(metadata.encode(), np.uint8), **flat(ENDS)[0]
+    )
+    with pytest.raises(InputError, match="metadata is not a JSON object"):
+        load_dataset(str(tmp_path / "x.npz"))
+
+
+@pytest.mark.parametrize("eval_env, match", [
+    ("Hoper-v5", "did you mean Hopper-v5"), ("Walker2d-v5", "Walker2d-v5 .17, 6."),
+    ("CartPole-v1", "only Box"),
+])  # fmt: skip
+def test_evaluation_tasks_that_do_not_fit(tmp_path, eval_env, match):
+    with pytest.raises(InputError, match=match):
+        load_dataset(hopper_file(tmp_path), eval_env=eval_env)
+
+
+def test_missing_gymnasium_robotics_is_said_before_training(monkeypatch):
+    for key in [k for k in gymnasium.registry if k.startswith(("AntMaze", "Adroit"))]:
+        monkeypatch.delitem(gymnasium.registry, key)
+    monkeypatch.setitem(sys.modules, "gymnasium_robotics", None)
+    with pytest.raises(InputError, match="AntMaze_UMaze-v4.*pip install 'gymnasium-robotics"):
+        load_dataset("antmaze-umaze-v2")
+
+
+def test_ogbench_files_end_trajectories_not_the_mdp(tmp_path):
+    arrays, _ = flat([(4, "terminal"), (5, "terminal")])  # its terminals are trajectory ends
+    del arrays["timeouts"]
+    masks = np.ones(9, np.float32)
+    masks[6] = 0  # the goal
+    arrays |= {"qpos": np.zeros((9, 2)), "qvel": np.zeros((9, 2)), "masks": masks}
+    data, _ = load_dataset(write(tmp_path / "x.npz", arrays))
+    np.testing.assert_array_equal(data.obs, arrays["observations"][[0, 1, 2, 4, 5, 6, 7]])
+    assert data.terminal.tolist() == [0, 0, 0, 0, 0, 1, 0]
+    np.testing.assert_array_equal(data.next_obs[[0, 4]], arrays["observations"][[1, 6]])
+
+
+def test_input_error_exits_1_with_one_line(tmp_path):
+    code = "import datasets; datasets.load_dataset('nowhere.npz')"
+    job = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert job.returncode == 1
+    assert job.stderr.strip() == "no file nowhere.npz; correct the path"
+
+
+def test_importing_is_free():
+    heavy = "{'minari', 'h5py', 'gymnasium', 'mujoco'}"
+    code = f"import sys, datasets; print(sorted({heavy} & set(sys.modules)))"
+    job = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert job.stdout.strip() == "[]"
