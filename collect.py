@@ -31,10 +31,10 @@ import numpy as np
 import torch
 from torch import nn
 
-from common import (MLP, Adam, InputError, ScalarMLP, choose_device, evaluate, load_tensors,
-                    minimize, parse, polyak, sample_tanh_normal, save_tensors, seed_everything,
-                    write_atomic)  # fmt: skip
+from common import (MLP, Adam, InputError, ScalarMLP, choose_device, evaluate, minimize, parse,
+                    polyak, sample_tanh_normal, seed_everything)  # fmt: skip
 from datasets import reference_scores
+from experiment import load_tensors, save_tensors, write_atomic
 
 LEVELS = ("random", "medium-replay", "medium", "expert", "medium-expert")
 GAMMA, POLYAK, LR, BATCH = 0.99, 0.005, 3e-4, 256  # SAC's own settings
@@ -130,6 +130,9 @@ class Recorder:
 
     def restore(self, state):
         self.size = len(state["obs"])
+        if self.size > len(self.obs):
+            raise InputError(f"{self.size:,} steps are collected already: raise --train-steps or "
+                             f"--steps, now {len(self.obs):,}")  # fmt: skip
         for name, value in state.items():
             getattr(self, name)[: self.size] = value
 
@@ -155,8 +158,8 @@ class Collector:
         self.rollouts = Recorder(*dims, halves * args.steps)
         self.returns, self.medium = [], None
         self.partial = Path((args.flat or args.dataset_id.replace("/", "-")) + ".partial.pt")
-        self.settings = json.dumps({k: v for k, v in vars(args).items() if k not in (
-            "device", "precision", "overwrite", "preset", "resume")})  # fmt: skip
+        names = ("env", "level", "seed", "random_steps")  # the others may change on the way
+        self.settings = json.dumps({name: getattr(args, name) for name in names})
         if args.resume and self.partial.exists():
             self.restore(load_tensors(self.partial))
         self.eval_envs = [make_env(args.env) for _ in range(EVAL_EPISODES)]
@@ -185,6 +188,8 @@ class Collector:
 
     def train(self, bar, goal_return):
         """Train until the deterministic return reaches `goal_return` (None: to --train-steps)."""
+        if goal_return is not None and any(r >= goal_return for _, r in self.returns):
+            return True
         obs = None
         for t in range(self.replay.size + 1, self.args.train_steps + 1):
             obs = self.step(self.replay, obs, uniform=t <= self.args.random_steps)
@@ -200,7 +205,7 @@ class Collector:
                 bar.disable and print(f"agent {t:,}: return {returns.mean():.0f}", flush=True)
                 if goal_return is not None and returns.mean() >= goal_return:
                     return True
-            if t % SAVE_EVERY == 0 or self.stopped:
+            if t % SAVE_EVERY == 0 or t == self.args.train_steps or self.stopped:
                 self.save()
         return goal_return is None
 
@@ -317,7 +322,8 @@ def collect(args):
     if args.level.startswith("medium") and job.medium is None:
         if not job.train(bar, goal):
             raise InputError(f"no policy reached a return of {goal:.0f} in {args.train_steps:,} "
-                             "steps: raise --train-steps or lower --medium-return")  # fmt: skip
+                             f"steps (saved in {job.partial}): raise --train-steps or lower "
+                             "--medium-return")  # fmt: skip
         job.medium = job.replay.size
     if args.level == "medium-replay":
         recorder = job.replay

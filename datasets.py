@@ -355,7 +355,7 @@ def _fetch(name) -> Path:
                 h5py.File(partial, "r").close()  # an error page, or a file cut short, fails here
                 os.replace(partial, target)
                 return target
-            except (Exception, InputError) as e:  # whatever a network does
+            except (Exception, InputError) as e:  # noqa: BLE001 (whatever a network does)
                 failures.append(f"{url} ({e})")
             finally:
                 partial.unlink(missing_ok=True)

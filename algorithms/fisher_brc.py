@@ -33,9 +33,10 @@ import torch
 from torch import nn
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from common import (MLP, Adam, InputError, Run, Scaling, ScalarMLP, graphed, load_dataset, minimize,
+from common import (MLP, Adam, InputError, Scaling, ScalarMLP, graphed, load_dataset, minimize,
                     normal_log_prob, orthogonal_, parse, polyak, sample, sample_tanh_normal,
-                    save_tensors, tanh_log_det)  # fmt: skip
+                    tanh_log_det)  # fmt: skip
+from experiment import Run, save_tensors
 
 
 @dataclass

@@ -3,6 +3,7 @@
 import functools
 import hashlib
 import http.server
+import itertools
 import json
 import os
 import subprocess
@@ -103,9 +104,7 @@ def test_flat_files_match_the_plain_loop(tmp_path, suffix, timeouts, monkeypatch
         )
     assert data.episode.tolist() == [0] * 4 + [1] * 4 + [2] * 4 + [3] * 2 + [4] * 2
     starts = [0, 4, 9, 14, 16, 19]
-    want = [
-        arrays["rewards"][a:b].astype(float).sum() for a, b in zip(starts, starts[1:], strict=False)
-    ]
+    want = [arrays["rewards"][a:b].astype(float).sum() for a, b in itertools.pairwise(starts)]
     np.testing.assert_allclose(data.episode_return, want, rtol=1e-6)
 
 
@@ -368,7 +367,7 @@ def test_kitchen_trains_without_evaluation(tmp_path, monkeypatch, capsys):
 def test_d4rl_ant_has_111_numbers(tmp_path, monkeypatch):
     d4rl_file(tmp_path, "ant-medium-v2", obs_dim=111, act_dim=8)
     monkeypatch.setenv("D4RL_MIRRORS", f"file://{tmp_path}/mirror")
-    data, task = load_dataset("ant-medium-v2")
+    _, task = load_dataset("ant-medium-v2")
     obs, _ = task.make().reset(seed=0)
     assert obs.shape == (111,) and not obs[27:].any() and obs[:27].any()
 

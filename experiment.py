@@ -1,0 +1,359 @@
+"""One run's folder: configuration, logs, evaluation, checkpoints, exact resume, the final line.
+
+    {out}/{env}__{algorithm}[-{name}]__{seed}/
+        config.json      arguments, versions, commit, dataset and its hash
+        train.csv        losses and health scalars (an earlier phase has a file of its own)
+        eval.csv         step, seconds, mean return, score, one column per episode
+        events.out.*     the same for TensorBoard
+        checkpoint.pt    weights, optimizers, random state; written to a temporary name, renamed
+        summary.json     mean score of the last 10 evaluations, last, best, seconds
+        curve.png        the learning curve
+"""
+
+import csv
+import hashlib
+import io
+import json
+import math
+import os
+import platform
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import time
+import zlib
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+
+from common import choose_device, evaluate, seed_everything
+from datasets import InputError
+
+
+def write_atomic(path: Path, content: bytes) -> None:
+    """Write to a temporary name, then rename: the file is whole or absent. Raises OSError."""
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_bytes(content)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def save_tensors(path: Path, tensors) -> None:
+    """torch.save, atomically."""
+    buffer = io.BytesIO()
+    torch.save(tensors, buffer)
+    write_atomic(path, buffer.getbuffer())
+
+
+def load_tensors(path: Path):
+    """What save_tensors wrote, on the CPU; nothing is unpickled. Raises InputError."""
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # a damaged archive can raise nearly anything
+        line = (str(error).splitlines() or [type(error).__name__])[0][:80]
+        raise InputError(f"{path} cannot be read ({line}): delete it and start again") from None
+
+
+CONTROL = ("device", "compile", "log_every", "save_every", "out", "resume", "overwrite", "track")
+
+
+class Run:
+    """One run: its folder, device, evaluation, logs, checkpoints and the final line.
+
+    Construction checks the folder and seeds; `start` binds data and networks and restores; `loop`
+    yields steps and stops cleanly on Ctrl-C or SIGTERM; `after` logs, evaluates and saves when due;
+    `finish` writes the summary and the learning curve."""
+
+    def __init__(self, args):
+        self.args = args
+        self.algorithm = Path(sys.modules[type(args).__module__].__file__).stem
+        env = Path(args.env).stem if args.env.endswith((".hdf5", ".h5", ".npz")) else args.env
+        self.env_name = re.sub(r"[^\w.-]+", "-", env)
+        variant = f"-{args.name}" if args.name else ""
+        self.folder = Path(args.out) / f"{self.env_name}__{self.algorithm}{variant}__{args.seed}"
+        if (self.folder / "summary.json").exists() and args.resume:
+            print(f"{self.folder} is finished: nothing to resume")
+            raise SystemExit(0)
+        if (self.folder / "config.json").exists() and not (args.resume or args.overwrite):
+            raise InputError(f"{self.folder} exists: add --resume, --overwrite, or a new --name")
+        self.device = choose_device(args.device, args.precision)
+        seed_everything(args.seed)
+
+    def start(self, data, task, nets: nn.Module, opt) -> None:
+        """Bind what the run trains; write config.json; restore the checkpoint with --resume."""
+        self.data, self.task, self.nets, self.opt = data, task, nets, opt
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.references, self.last, self.stopped, self.warned = {}, {}, False, set()
+        self.rows = {"train": [], "eval": []}
+        self.train_seconds = self.eval_seconds = 0.0
+        self.resume_at = None
+        self.envs = [task.make() for _ in range(self.args.eval_episodes)] if task else []
+        self.settings = {k: v for k, v in vars(self.args).items() if k not in (*CONTROL, "preset")}
+        self.settings |= {"algorithm": self.algorithm, "data": data.digest}
+        self.checkpoint = self.folder / "checkpoint.pt"
+        restored = self.args.resume and self.checkpoint.exists()
+        if restored:
+            self._restore(load_tensors(self.checkpoint))
+        else:
+            for old in self.folder.iterdir():
+                old.unlink() if old.is_file() else None
+        self._save("config.json", json.dumps(self._config(), indent=2, default=str).encode())
+        self.board = self._tensorboard(self.resume_at[1] if restored else 0)
+        score = self.score(data.episode_return.cpu().numpy())
+        self.references["data"] = score
+        preset = ", ".join(f"{k}={v}" for k, v in getattr(self.args, "preset", {}).items())
+        unit = "score" if task and task.ref_min is not None else "return"
+        print(
+            f"{self.algorithm} on {data.name}: {len(data.obs):,} transitions, "
+            f"{len(data.episode_return):,} episodes, {unit} {score:.1f}; seed {self.args.seed}, "
+            f"{self.device}, precision {torch.get_float32_matmul_precision()}"
+            + (f"; preset {preset}" if preset else "")
+            + (f"; resumed after {self.resume_at[0]} step {self.resume_at[1]}" if restored else ""),
+            flush=True,
+        )
+
+    def score(self, returns) -> float:
+        """Normalized score x 100 of episode returns; the mean raw return where there is no task."""
+        return float(self.task.score(returns) if self.task else np.mean(returns))
+
+    def loop(self, steps: int, phase: str = "train"):
+        """Yield 1..steps, or what is left of them after a restored checkpoint. A finished phase
+        yields nothing. Seeds the phase on its own, so that a cached phase changes no later one."""
+        from tqdm import tqdm
+
+        first = 1
+        if self.resume_at and self.resume_at[0] != phase:
+            return
+        if self.resume_at:
+            first = self.resume_at[1] + 1
+            torch.set_rng_state(self.rng[0])
+            if self.device.type == "cuda" and len(self.rng) > 1:
+                torch.cuda.set_rng_state(self.rng[1], self.device)
+            self.resume_at = None
+        else:
+            seed_everything(zlib.crc32(f"{phase} {self.args.seed}".encode()))
+        self.phase, self.phase_steps, self.last = phase, steps, {}
+        handlers = {s: signal.signal(s, self._stop) for s in (signal.SIGINT, signal.SIGTERM)}
+        self.bar = tqdm(total=steps, initial=first - 1, desc=phase, disable=None, unit="up")
+        self.clock, self.logged = time.time(), (time.time(), first - 1)
+        try:
+            for t in range(first, steps + 1):
+                yield t
+                self.bar.update()
+                if self.stopped or t % self.args.save_every == 0 or t == steps:
+                    self._save_checkpoint(t)
+                if self.stopped:
+                    self._leave(t)
+        finally:
+            self.bar.close()
+            for s, handler in handlers.items():
+                signal.signal(s, handler)
+
+    def after(self, t: int, metrics: dict, act=None) -> None:
+        """Log `metrics` (0-d tensors; the only copies from device to host) and evaluate `act` (raw
+        observations to actions) when step t asks for it."""
+        self.last.update(metrics)
+        if t % self.args.log_every == 0 or t == self.phase_steps:
+            self._log(t)
+        if act and self.task and (t % self.args.eval_every == 0 or t == self.phase_steps):
+            returns = self.evaluate(act)
+            self.rows["eval"].append(
+                {"step": t, "seconds": f"{self.train_seconds:.2f}", "return": returns.mean(),
+                 "score": self.score(returns), **{f"episode_{i}": x for i, x in enumerate(returns)}}
+            )  # fmt: skip
+            self._save_rows("eval")
+            self._board({"charts/return": returns.mean(), "charts/score": self.score(returns)}, t)
+            self._say(t, f"score {self.score(returns):.1f}")
+
+    def evaluate(self, act) -> np.ndarray:
+        """Returns (eval_episodes,) of a policy, on start states fixed by the run's seed."""
+        start = time.time()
+        returns = evaluate(act, self.envs, 1000 * self.args.seed + 100, self.device)
+        self.eval_seconds += time.time() - start
+        self.clock += time.time() - start  # training time goes on where it stood
+        return returns
+
+    def reference(self, label: str, act) -> None:
+        """Score a policy that is not this run's result; the final line and the curve name it."""
+        if self.task:
+            self.clock = time.time()
+            self.references[label] = self.score(self.evaluate(act))
+            print(f"{label}: score {self.references[label]:.1f}", flush=True)
+
+    def cached(self, stage: str, module: nn.Module, *settings):
+        """The file that holds `module` as trained by an earlier run on the same data, seed and
+        settings, for runs to share; loads it where it exists. Returns (path, loaded)."""
+        shapes = [tuple(p.shape) for p in module.state_dict().values()]
+        key = repr((self.algorithm, stage, self.data.digest, self.args.seed, settings, shapes))
+        name = f"{self.env_name}__{stage}__{hashlib.sha256(key.encode()).hexdigest()[:12]}.pt"
+        path = Path(self.args.out) / "cache" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if self.resume_at or not path.exists():
+            return path, False
+        module.load_state_dict(load_tensors(path))
+        print(f"{stage}: read from {path}", flush=True)
+        return path, True
+
+    def finish(self) -> float | None:
+        """Write summary.json and curve.png, print the final line, return the mean score of the last
+        10 evaluations (None without an evaluation task)."""
+        scores = [float(row["score"]) for row in self.rows["eval"]]
+        final = float(np.mean(scores[-10:])) if scores else None
+        summary = {"score": final, "last": scores[-1] if scores else None}
+        summary |= {"best": max(scores, default=None), "evaluations": len(scores)}
+        summary |= {"references": self.references, "train_seconds": self.train_seconds}
+        summary |= {"eval_seconds": self.eval_seconds, "updates": self.args.steps}
+        if scores:
+            self._curve()
+        self.board and self.board.close()
+        self._save("summary.json", json.dumps(summary, indent=2).encode())
+        if not (self.folder / "summary.json").exists():
+            raise InputError(f"{self.folder}: the results above could not be saved: free some space")
+        unit = "score" if self.task and self.task.ref_min is not None else "return"
+        parts = [f"{self.algorithm} {unit} {final:.1f}"] if scores else [self.algorithm]
+        parts += [f"{label} {value:.1f}" for label, value in self.references.items()]
+        seconds = self.train_seconds + self.eval_seconds
+        print(" | ".join([*parts, f"{seconds:.0f} s", str(self.folder)]), flush=True)
+        return final
+
+    def _stop(self, *_):
+        if self.stopped:  # a second Ctrl-C does not wait
+            raise KeyboardInterrupt
+        self.stopped = True
+
+    def _leave(self, t):
+        command = shlex.join(["python", *sys.argv, *([] if self.args.resume else ["--resume"])])
+        saved = f"saved at {self.phase} step {t}" if self.checkpoint.exists() else "not saved"
+        print(f"\nstopped, {saved}; continue with: {command}", flush=True)
+        raise SystemExit(130)
+
+    def _say(self, t, text):
+        if self.bar.disable:
+            rate = (t - self.logged[1]) / max(time.time() - self.logged[0], 1e-9)
+            left = (self.phase_steps - t) / max(rate, 1e-9)
+            print(f"{self.phase} {t:,}/{self.phase_steps:,} {text} {rate:.0f}/s, {left:.0f} s left",
+                  flush=True)  # fmt: skip
+        else:
+            self.bar.set_postfix_str(text)
+
+    def _log(self, t):
+        values = {k: v.item() for k, v in self.last.items()}
+        now = time.time()
+        self.train_seconds += now - self.clock
+        rate = (t - self.logged[1]) / max(now - self.logged[0], 1e-9)
+        self.clock = now
+        table = self.rows.setdefault(self.phase, [])
+        table.append({"step": t, "seconds": f"{self.train_seconds:.2f}", **values})
+        self._save_rows(self.phase)
+        prefix = "losses" if self.phase == "train" else self.phase
+        scalars = {f"{prefix}/{k}": v for k, v in values.items()}
+        self._board(scalars | {"charts/updates_per_second": rate}, t)
+        bad = [k for k, v in values.items() if not math.isfinite(v)]
+        if bad:
+            kept = f"the last good checkpoint is {self.checkpoint}" if self.checkpoint.exists() else (
+                "no checkpoint was due yet")  # fmt: skip
+            raise InputError(
+                f"{self.phase} step {t}: {bad[0]} is {values[bad[0]]}; training diverged, {kept}: "
+                "lower the learning rates or strengthen the regularizer"
+            )
+        if not self.task or self.phase != "train":
+            if t % (10 * self.args.log_every) == 0 or t == self.phase_steps:
+                self._say(t, ", ".join(f"{k} {v:.3g}" for k, v in list(values.items())[:3]))
+
+    def _save(self, name, content: bytes):
+        """Write a file of this run; a full disk is said once and training goes on."""
+        try:
+            write_atomic(self.folder / name, content)
+            self.warned.discard(name)
+        except OSError as error:
+            if name not in self.warned:
+                print(f"{self.folder / name} not saved ({error.strerror}): free some space; "
+                      "training goes on and saving is tried again", file=sys.stderr)  # fmt: skip
+            self.warned.add(name)
+
+    def _save_rows(self, name):
+        rows, text = self.rows[name], io.StringIO()
+        writer = csv.DictWriter(text, list(dict.fromkeys(k for row in rows for k in row)))
+        writer.writeheader()
+        writer.writerows(rows)
+        self._save(f"{name}.csv", text.getvalue().encode())
+
+    def _save_checkpoint(self, t):
+        rng = [torch.get_rng_state()]
+        rng += [torch.cuda.get_rng_state(self.device)] if self.device.type == "cuda" else []
+        buffer = io.BytesIO()
+        torch.save(
+            {"settings": json.dumps(self.settings, default=str), "phase": self.phase, "step": t,
+             "nets": self.nets.state_dict(), "opt": [o.state() for o in vars(self.opt).values()],
+             "rng": rng, "rows": json.dumps(self.rows), "references": self.references,
+             "seconds": [self.train_seconds, self.eval_seconds]}, buffer,
+        )  # fmt: skip
+        self._save("checkpoint.pt", buffer.getvalue())
+
+    def _restore(self, saved):
+        then, now = json.loads(saved["settings"]), json.loads(json.dumps(self.settings, default=str))
+        for key in now:
+            if then.get(key) != now[key]:
+                raise InputError(
+                    f"{self.checkpoint} was made with {key}={then.get(key)}, not {now[key]}: "
+                    "resume with the same settings, or add --overwrite or a new --name"
+                )
+        self.nets.load_state_dict(saved["nets"])
+        for optimizer, state in zip(vars(self.opt).values(), saved["opt"]):
+            for tensor, value in zip(optimizer.state(), state):
+                tensor.copy_(value)
+        self.resume_at, self.rng = (saved["phase"], saved["step"]), saved["rng"]
+        self.rows, self.references = json.loads(saved["rows"]), saved["references"]
+        self.train_seconds, self.eval_seconds = saved["seconds"]
+
+    def _config(self):
+        root = Path(__file__).parent
+        git = subprocess.run(["git", "-C", root, "rev-parse", "HEAD"], capture_output=True, text=True)
+        config = {"algorithm": self.algorithm, "args": {k: v for k, v in vars(self.args).items()}}
+        config |= {"command": shlex.join(sys.argv), "dataset": self.data.name}
+        config |= {"dataset_sha256": self.data.digest, "commit": git.stdout.strip() or None}
+        config |= {"task": self.task.id if self.task else None, "python": platform.python_version()}
+        config |= {"torch": torch.__version__, "numpy": np.__version__}
+        return config | {"machine": f"{platform.machine()}, {os.cpu_count()} cores, {self.device}"}
+
+    def _tensorboard(self, step):
+        from torch.utils.tensorboard import SummaryWriter
+
+        if self.args.track:
+            try:
+                import wandb
+            except ImportError:
+                raise InputError("--track needs Weights & Biases: pip install wandb") from None
+            wandb.init(project="stayclose", name=self.folder.name, config=vars(self.args),
+                       sync_tensorboard=True)  # fmt: skip
+        return SummaryWriter(self.folder, purge_step=step + 1 if step else None)
+
+    def _board(self, scalars, t):
+        try:
+            for tag, value in scalars.items():
+                self.board and self.board.add_scalar(tag, value, t)
+        except OSError as error:
+            print(f"TensorBoard events stop here ({error.strerror})", file=sys.stderr)
+            self.board = None
+
+    def _curve(self):
+        import matplotlib.figure
+
+        figure = matplotlib.figure.Figure((6, 4), layout="constrained")
+        axes = figure.subplots()
+        steps = [int(row["step"]) for row in self.rows["eval"]]
+        axes.plot(steps, [float(r["score"]) for r in self.rows["eval"]], label=self.algorithm, lw=2)
+        for i, (label, value) in enumerate(self.references.items()):
+            axes.axhline(value, ls="--", c=f"C{i + 1}", label=f"{label} {value:.1f}")
+        unit = "normalized score" if self.task.ref_min is not None else "return"
+        axes.set(xlabel="gradient steps", ylabel=unit, title=f"{self.data.name}, {self.task.id}")
+        axes.legend()
+        buffer = io.BytesIO()
+        figure.savefig(buffer, dpi=150)
+        self._save("curve.png", buffer.getvalue())
