@@ -31,8 +31,19 @@ import numpy as np
 import torch
 from torch import nn
 
-from common import (MLP, Adam, InputError, ScalarMLP, choose_device, evaluate, minimize, parse,
-                    polyak, sample_tanh_normal, seed_everything)  # fmt: skip
+from common import (
+    MLP,
+    Adam,
+    InputError,
+    ScalarMLP,
+    choose_device,
+    evaluate,
+    minimize,
+    parse,
+    polyak,
+    sample_tanh_normal,
+    seed_everything,
+)
 from datasets import reference_scores
 from experiment import load_tensors, save_tensors, write_atomic
 
@@ -131,8 +142,10 @@ class Recorder:
     def restore(self, state):
         self.size = len(state["obs"])
         if self.size > len(self.obs):
-            raise InputError(f"{self.size:,} steps are collected already: raise --train-steps or "
-                             f"--steps, now {len(self.obs):,}")  # fmt: skip
+            raise InputError(
+                f"{self.size:,} steps are collected already: raise --train-steps or "
+                f"--steps, now {len(self.obs):,}"
+            )
         for name, value in state.items():
             getattr(self, name)[: self.size] = value
 
@@ -150,9 +163,10 @@ class Collector:
         dims = space.shape[0], act_space.shape[0]
         self.nets = Nets(*dims).to(self.device)
         self.opt = SimpleNamespace(
-            q=Adam(self.nets.q.parameters(), LR), actor=Adam(self.nets.actor.parameters(), LR),
+            q=Adam(self.nets.q.parameters(), LR),
+            actor=Adam(self.nets.actor.parameters(), LR),
             alpha=Adam([self.nets.log_alpha], LR),
-        )  # fmt: skip
+        )
         self.replay = Recorder(*dims, args.train_steps if args.level != "random" else 0)
         halves = {"medium-replay": 0, "medium-expert": 2}.get(args.level, 1)
         self.rollouts = Recorder(*dims, halves * args.steps)
@@ -198,8 +212,11 @@ class Collector:
             bar.update()
             if t % EVAL_EVERY == 0:
                 returns = evaluate(
-                    lambda s: self.to_bounds(self.act(s, deterministic=True)), self.eval_envs,
-                    10_000 + self.args.seed, self.device)  # fmt: skip
+                    lambda s: self.to_bounds(self.act(s, deterministic=True)),
+                    self.eval_envs,
+                    10_000 + self.args.seed,
+                    self.device,
+                )
                 self.returns.append((t, float(returns.mean())))
                 bar.set_postfix_str(f"return {returns.mean():.0f}")
                 bar.disable and print(f"agent {t:,}: return {returns.mean():.0f}", flush=True)
@@ -219,10 +236,16 @@ class Collector:
         self.rollouts.cut[until - 1] |= self.rollouts.terminal[until - 1] == 0
 
     def save(self):
-        state = {"settings": self.settings, "nets": self.nets.state_dict(),
-                 "opt": [o.state() for o in vars(self.opt).values()], "medium": self.medium,
-                 "replay": self.replay.state(), "rollouts": self.rollouts.state(),
-                 "returns": self.returns, "rng": torch.get_rng_state()}  # fmt: skip
+        state = {
+            "settings": self.settings,
+            "nets": self.nets.state_dict(),
+            "opt": [o.state() for o in vars(self.opt).values()],
+            "medium": self.medium,
+            "replay": self.replay.state(),
+            "rollouts": self.rollouts.state(),
+            "returns": self.returns,
+            "rng": torch.get_rng_state(),
+        }
         save_tensors(self.partial, state)
         if self.stopped:
             print(f"\nstopped, saved to {self.partial}; the same command continues", flush=True)
@@ -230,8 +253,10 @@ class Collector:
 
     def restore(self, state):
         if state["settings"] != self.settings:
-            raise InputError(f"{self.partial} holds another command's progress "
-                             f"({state['settings']}): repeat that command, or delete the file")  # fmt: skip
+            raise InputError(
+                f"{self.partial} holds another command's progress "
+                f"({state['settings']}): repeat that command, or delete the file"
+            )
         self.nets.load_state_dict(state["nets"])
         for optimizer, saved in zip(vars(self.opt).values(), state["opt"]):
             for tensor, value in zip(optimizer.state(), saved):
@@ -252,11 +277,16 @@ def make_env(env_id):
     except gym.error.Error as error:
         raise InputError(f"--env {env_id}: {str(error).splitlines()[0]}") from None
     if not isinstance(env.action_space, gym.spaces.Box):
-        raise InputError(f"--env {env_id} has {env.action_space} actions: give a task whose actions "
-                         "are continuous (a Box)")  # fmt: skip
+        raise InputError(
+            f"--env {env_id} has {env.action_space} actions: give a task whose actions "
+            "are continuous (a Box)"
+        )
     if not np.isfinite([env.action_space.low, env.action_space.high]).all():
         raise InputError(f"--env {env_id} has unbounded actions: wrap it with bounds first")
-    if not isinstance(env.observation_space, gym.spaces.Box) or len(env.observation_space.shape) != 1:
+    if (
+        not isinstance(env.observation_space, gym.spaces.Box)
+        or len(env.observation_space.shape) != 1
+    ):
         env = gym.wrappers.FlattenObservation(env)
     return env
 
@@ -270,12 +300,18 @@ def episodes(recorder):
 
 def write_flat(path, recorder, to_bounds, metadata):
     n, last = recorder.size, [e.stop - 1 for e in episodes(recorder)]
-    arrays = {"observations": recorder.obs[:n], "actions": to_bounds(recorder.action[:n]),
-              "rewards": recorder.reward[:n], "terminals": recorder.terminal[:n].bool(),
-              "timeouts": recorder.cut[:n], "final_observations": recorder.next_obs[last]}  # fmt: skip
+    arrays = {
+        "observations": recorder.obs[:n],
+        "actions": to_bounds(recorder.action[:n]),
+        "rewards": recorder.reward[:n],
+        "terminals": recorder.terminal[:n].bool(),
+        "timeouts": recorder.cut[:n],
+        "final_observations": recorder.next_obs[last],
+    }
     buffer = io.BytesIO()
-    np.savez_compressed(buffer, metadata=np.array(json.dumps(metadata)),
-                        **{k: v.numpy() for k, v in arrays.items()})  # fmt: skip
+    np.savez_compressed(
+        buffer, metadata=np.array(json.dumps(metadata)), **{k: v.numpy() for k, v in arrays.items()}
+    )
     write_atomic(Path(path), buffer.getbuffer())
 
 
@@ -285,14 +321,25 @@ def write_minari(dataset_id, recorder, to_bounds, metadata, env):
     buffer = []
     for e in episodes(recorder):
         obs = torch.cat([recorder.obs[e], recorder.next_obs[e.stop - 1 : e.stop]])
-        buffer.append(minari.data_collector.EpisodeBuffer(
-            observations=list(obs.numpy()), actions=list(to_bounds(recorder.action[e]).numpy()),
-            rewards=recorder.reward[e].tolist(), terminations=recorder.terminal[e].bool().tolist(),
-            truncations=recorder.cut[e].tolist()))  # fmt: skip
+        buffer.append(
+            minari.data_collector.EpisodeBuffer(
+                observations=list(obs.numpy()),
+                actions=list(to_bounds(recorder.action[e]).numpy()),
+                rewards=recorder.reward[e].tolist(),
+                terminations=recorder.terminal[e].bool().tolist(),
+                truncations=recorder.cut[e].tolist(),
+            )
+        )
     minari.create_dataset_from_buffers(
-        dataset_id, buffer=buffer, env=env, algorithm_name="SAC", author="StayClose collect.py",
-        description=json.dumps(metadata), ref_min_score=metadata["ref_min_score"],
-        ref_max_score=metadata["ref_max_score"])  # fmt: skip
+        dataset_id,
+        buffer=buffer,
+        env=env,
+        algorithm_name="SAC",
+        author="StayClose collect.py",
+        description=json.dumps(metadata),
+        ref_min_score=metadata["ref_min_score"],
+        ref_max_score=metadata["ref_max_score"],
+    )
 
 
 def collect(args):
@@ -321,9 +368,11 @@ def collect(args):
         job.roll_out(bar, args.steps, uniform=True)
     if args.level.startswith("medium") and job.medium is None:
         if not job.train(bar, goal):
-            raise InputError(f"no policy reached a return of {goal:.0f} in {args.train_steps:,} "
-                             f"steps (saved in {job.partial}): raise --train-steps or lower "
-                             "--medium-return")  # fmt: skip
+            raise InputError(
+                f"no policy reached a return of {goal:.0f} in {args.train_steps:,} "
+                f"steps (saved in {job.partial}): raise --train-steps or lower "
+                "--medium-return"
+            )
         job.medium = job.replay.size
     if args.level == "medium-replay":
         recorder = job.replay
@@ -337,18 +386,28 @@ def collect(args):
     import gymnasium
 
     versions = {"torch": torch.__version__, "gymnasium": gymnasium.__version__}
-    metadata = {"env_id": args.env, "level": args.level, "algorithm": "SAC", "seed": args.seed,
-                "ref_min_score": ref_min, "ref_max_score": ref_max, "medium_return": goal,
-                "agent_returns": job.returns, "command": shlex.join(["python", *sys.argv]),
-                "versions": versions}  # fmt: skip
+    metadata = {
+        "env_id": args.env,
+        "level": args.level,
+        "algorithm": "SAC",
+        "seed": args.seed,
+        "ref_min_score": ref_min,
+        "ref_max_score": ref_max,
+        "medium_return": goal,
+        "agent_returns": job.returns,
+        "command": shlex.join(["python", *sys.argv]),
+        "versions": versions,
+    }
     if args.flat:
         write_flat(args.flat, recorder, job.to_bounds, metadata)
     else:
         write_minari(args.dataset_id, recorder, job.to_bounds, metadata, job.env)
     job.partial.unlink(missing_ok=True)
     returns = [float(recorder.reward[e].sum()) for e in episodes(recorder)]
-    print(f"{args.flat or args.dataset_id}: {recorder.size:,} transitions, {len(returns):,} episodes, "
-          f"return mean {np.mean(returns):.0f}, best {np.max(returns):.0f}")  # fmt: skip
+    print(
+        f"{args.flat or args.dataset_id}: {recorder.size:,} transitions, {len(returns):,} "
+        f"episodes, return mean {np.mean(returns):.0f}, best {np.max(returns):.0f}"
+    )
 
 
 if __name__ == "__main__":

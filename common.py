@@ -30,7 +30,9 @@ def parse(Args, presets: dict, argv: list[str] | None = None):
 
     argv = list(sys.argv[1:] if argv is None else argv)
     types = {f.name: f.type for f in dataclasses.fields(Args)}
-    argv = [part for arg in argv for part in (arg.split("=", 1) if re.match(r"--\w", arg) else [arg])]
+    argv = [
+        part for arg in argv for part in (arg.split("=", 1) if re.match(r"--\w", arg) else [arg])
+    ]
     env = types and Args.env
     for i in range(len(argv) - 1):
         flag = argv[i].removeprefix("--").replace("-", "_")
@@ -65,7 +67,7 @@ def seed_everything(seed: int) -> None:
 
 
 def choose_device(device: str, precision: str) -> torch.device:
-    """Resolve "auto" to cuda where there is one, else cpu, and choose how fp32 products are computed.
+    """Resolve "auto" to cuda where there is one, else cpu; choose how fp32 products are computed.
 
     Precision "auto" is oneDNN's route ("medium"; twice as fast on AMD CPUs) where its error on one
     product is that of fp32, and "highest" where the hardware would round (AMX, TF32)."""
@@ -94,12 +96,11 @@ def choose_device(device: str, precision: str) -> torch.device:
 # ---- data on the device ----------------------------------------------------------------------
 
 
-def sample(data, batch_size: int):
+def sample(data, batch_size: int, fields=("obs", "action", "reward", "next_obs", "terminal")):
     """Rows drawn uniformly with replacement, on the data's device: s (B, S), a (B, A), r (B,),
-    s2 (B, S), terminal (B,)."""
+    s2 (B, S), terminal (B,), or those `fields` alone."""
     i = torch.randint(len(data.obs), (batch_size,), device=data.obs.device)
-    rows = (data.obs, data.action, data.reward, data.next_obs, data.terminal)
-    return [x.index_select(0, i) for x in rows]
+    return [getattr(data, field).index_select(0, i) for field in fields]
 
 
 def normalize_obs(data, eps: float) -> None:
@@ -161,8 +162,8 @@ class MLP(nn.Module):
 
     def input_gradient(self, *inputs):
         """With members: gradient (E, B, in) of each one's output with respect to the concatenated
-        inputs, differentiable in the weights. ReLU's masks are constants, so this is the chain rule written
-        out: the same numbers as a double backward at two thirds of its products."""
+        inputs, differentiable in the weights. ReLU's masks are constants, so this is the chain
+        rule written out: the numbers of a double backward at two thirds of its products."""
         x, masks = torch.cat(inputs, -1), []
         with torch.no_grad():
             for w, b in list(zip(self.weights, self.biases))[:-1]:
@@ -214,9 +215,20 @@ class Adam:
         if not torch.compiler.is_compiling():
             counts = [self.count] * len(self.params)
             torch._fused_adam_(
-                self.params, grads, self.m, self.v, [], counts, lr=self.lr, beta1=0.9, beta2=0.999,
-                weight_decay=0.0, eps=self.eps, amsgrad=False, maximize=False,
-            )  # fmt: skip
+                self.params,
+                grads,
+                self.m,
+                self.v,
+                [],
+                counts,
+                lr=self.lr,
+                beta1=0.9,
+                beta2=0.999,
+                weight_decay=0.0,
+                eps=self.eps,
+                amsgrad=False,
+                maximize=False,
+            )
             return
         torch._foreach_lerp_(self.m, grads, 1 - 0.9)  # the fused call does not compile
         torch._foreach_mul_(self.v, 0.999)

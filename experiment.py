@@ -1,13 +1,13 @@
 """One run's folder: configuration, logs, evaluation, checkpoints, exact resume, the final line.
 
-    {out}/{env}__{algorithm}[-{name}]__{seed}/
-        config.json      arguments, versions, commit, dataset and its hash
-        train.csv        losses and health scalars (an earlier phase has a file of its own)
-        eval.csv         step, seconds, mean return, score, one column per episode
-        events.out.*     the same for TensorBoard
-        checkpoint.pt    weights, optimizers, random state; written to a temporary name, renamed
-        summary.json     mean score of the last 10 evaluations, last, best, seconds
-        curve.png        the learning curve
+{out}/{env}__{algorithm}[-{name}]__{seed}/
+    config.json      arguments, versions, commit, dataset and its hash
+    train.csv        losses and health scalars (an earlier phase has a file of its own)
+    eval.csv         step, seconds, mean return, score, one column per episode
+    events.out.*     the same for TensorBoard
+    checkpoint.pt    weights, optimizers, random state; written to a temporary name, renamed
+    summary.json     mean score of the last 10 evaluations, last, best, seconds
+    curve.png        the learning curve
 """
 
 import csv
@@ -164,9 +164,14 @@ class Run:
         if act and self.task and (t % self.args.eval_every == 0 or t == self.phase_steps):
             returns = self.evaluate(act)
             self.rows["eval"].append(
-                {"step": t, "seconds": f"{self.train_seconds:.2f}", "return": returns.mean(),
-                 "score": self.score(returns), **{f"episode_{i}": x for i, x in enumerate(returns)}}
-            )  # fmt: skip
+                {
+                    "step": t,
+                    "seconds": f"{self.train_seconds:.2f}",
+                    "return": returns.mean(),
+                    "score": self.score(returns),
+                    **{f"episode_{i}": x for i, x in enumerate(returns)},
+                }
+            )
             self._save_rows("eval")
             self._board({"charts/return": returns.mean(), "charts/score": self.score(returns)}, t)
             self._say(t, f"score {self.score(returns):.1f}")
@@ -214,7 +219,9 @@ class Run:
         self.board and self.board.close()
         self._save("summary.json", json.dumps(summary, indent=2).encode())
         if not (self.folder / "summary.json").exists():
-            raise InputError(f"{self.folder}: the results above could not be saved: free some space")
+            raise InputError(
+                f"{self.folder}: the results above could not be saved: free some space"
+            )
         unit = "score" if self.task and self.task.ref_min is not None else "return"
         parts = [f"{self.algorithm} {unit} {final:.1f}"] if scores else [self.algorithm]
         parts += [f"{label} {value:.1f}" for label, value in self.references.items()]
@@ -237,8 +244,10 @@ class Run:
         if self.bar.disable:
             rate = (t - self.logged[1]) / max(time.time() - self.logged[0], 1e-9)
             left = (self.phase_steps - t) / max(rate, 1e-9)
-            print(f"{self.phase} {t:,}/{self.phase_steps:,} {text} {rate:.0f}/s, {left:.0f} s left",
-                  flush=True)  # fmt: skip
+            print(
+                f"{self.phase} {t:,}/{self.phase_steps:,} {text} {rate:.0f}/s, {left:.0f} s left",
+                flush=True,
+            )
         else:
             self.bar.set_postfix_str(text)
 
@@ -256,8 +265,11 @@ class Run:
         self._board(scalars | {"charts/updates_per_second": rate}, t)
         bad = [k for k, v in values.items() if not math.isfinite(v)]
         if bad:
-            kept = f"the last good checkpoint is {self.checkpoint}" if self.checkpoint.exists() else (
-                "no checkpoint was due yet")  # fmt: skip
+            kept = (
+                f"the last good checkpoint is {self.checkpoint}"
+                if self.checkpoint.exists()
+                else ("no checkpoint was due yet")
+            )
             raise InputError(
                 f"{self.phase} step {t}: {bad[0]} is {values[bad[0]]}; training diverged, {kept}: "
                 "lower the learning rates or strengthen the regularizer"
@@ -273,8 +285,11 @@ class Run:
             self.warned.discard(name)
         except OSError as error:
             if name not in self.warned:
-                print(f"{self.folder / name} not saved ({error.strerror}): free some space; "
-                      "training goes on and saving is tried again", file=sys.stderr)  # fmt: skip
+                print(
+                    f"{self.folder / name} not saved ({error.strerror}): free some space; "
+                    "training goes on and saving is tried again",
+                    file=sys.stderr,
+                )
             self.warned.add(name)
 
     def _save_rows(self, name):
@@ -289,15 +304,26 @@ class Run:
         rng += [torch.cuda.get_rng_state(self.device)] if self.device.type == "cuda" else []
         buffer = io.BytesIO()
         torch.save(
-            {"settings": json.dumps(self.settings, default=str), "phase": self.phase, "step": t,
-             "nets": self.nets.state_dict(), "opt": [o.state() for o in vars(self.opt).values()],
-             "rng": rng, "rows": json.dumps(self.rows), "references": self.references,
-             "seconds": [self.train_seconds, self.eval_seconds]}, buffer,
-        )  # fmt: skip
+            {
+                "settings": json.dumps(self.settings, default=str),
+                "phase": self.phase,
+                "step": t,
+                "nets": self.nets.state_dict(),
+                "opt": [o.state() for o in vars(self.opt).values()],
+                "rng": rng,
+                "rows": json.dumps(self.rows),
+                "references": self.references,
+                "seconds": [self.train_seconds, self.eval_seconds],
+            },
+            buffer,
+        )
         self._save("checkpoint.pt", buffer.getvalue())
 
     def _restore(self, saved):
-        then, now = json.loads(saved["settings"]), json.loads(json.dumps(self.settings, default=str))
+        then, now = (
+            json.loads(saved["settings"]),
+            json.loads(json.dumps(self.settings, default=str)),
+        )
         for key in now:
             if then.get(key) != now[key]:
                 raise InputError(
@@ -314,7 +340,9 @@ class Run:
 
     def _config(self):
         root = Path(__file__).parent
-        git = subprocess.run(["git", "-C", root, "rev-parse", "HEAD"], capture_output=True, text=True)
+        git = subprocess.run(
+            ["git", "-C", root, "rev-parse", "HEAD"], capture_output=True, text=True
+        )
         config = {"algorithm": self.algorithm, "args": {k: v for k, v in vars(self.args).items()}}
         config |= {"command": shlex.join(sys.argv), "dataset": self.data.name}
         config |= {"dataset_sha256": self.data.digest, "commit": git.stdout.strip() or None}
@@ -330,8 +358,12 @@ class Run:
                 import wandb
             except ImportError:
                 raise InputError("--track needs Weights & Biases: pip install wandb") from None
-            wandb.init(project="stayclose", name=self.folder.name, config=vars(self.args),
-                       sync_tensorboard=True)  # fmt: skip
+            wandb.init(
+                project="stayclose",
+                name=self.folder.name,
+                config=vars(self.args),
+                sync_tensorboard=True,
+            )
         return SummaryWriter(self.folder, purge_step=step + 1 if step else None)
 
     def _board(self, scalars, t):

@@ -25,8 +25,19 @@ import torch
 from torch import nn
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from common import (MLP, Adam, InputError, Scaling, graphed, load_dataset, minimize,
-                    normal_log_prob, normalize_obs, parse, sample)  # fmt: skip
+from common import (
+    MLP,
+    Adam,
+    InputError,
+    Scaling,
+    graphed,
+    load_dataset,
+    minimize,
+    normal_log_prob,
+    normalize_obs,
+    parse,
+    sample,
+)
 from experiment import Run
 
 
@@ -97,7 +108,9 @@ class Nets(nn.Module):
 
 def keep_best(data, top):
     """Keep the rows of the best max(1, top x E) episodes, in their order; changes `data`."""
-    best = data.episode_return.argsort(descending=True)[: max(1, int(top * len(data.episode_return)))]
+    best = data.episode_return.argsort(descending=True)[
+        : max(1, int(top * len(data.episode_return)))
+    ]
     rows = torch.isin(data.episode, best)
     for name in ("obs", "action", "reward", "next_obs", "terminal", "episode"):
         setattr(data, name, getattr(data, name)[rows])
@@ -114,7 +127,7 @@ def actor_loss(nets, s, a, args):
 
 def update(nets, opt, data, args):
     """One step of the actor."""
-    s, a, *_ = sample(data, args.batch_size)
+    s, a = sample(data, args.batch_size, ("obs", "action"))
     return {"actor_loss": minimize(opt.actor, actor_loss(nets, s, a, args))}
 
 

@@ -33,9 +33,23 @@ import torch
 from torch import nn
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from common import (MLP, Adam, InputError, Scaling, ScalarMLP, graphed, load_dataset, minimize,
-                    normal_log_prob, orthogonal_, parse, polyak, sample, sample_tanh_normal,
-                    tanh_log_det)  # fmt: skip
+from common import (
+    MLP,
+    Adam,
+    InputError,
+    ScalarMLP,
+    Scaling,
+    graphed,
+    load_dataset,
+    minimize,
+    normal_log_prob,
+    orthogonal_,
+    parse,
+    polyak,
+    sample,
+    sample_tanh_normal,
+    tanh_log_det,
+)
 from experiment import Run, save_tensors
 
 
@@ -157,10 +171,11 @@ def sample_mu(mixture):
 
 
 def behavior_loss(nets, s, a):
-    """Clone of mu: likelihood, plus weighted entropy. Also returns -log mu of data and sample."""
+    """Clone of mu: likelihood, plus weighted entropy. Also returns both, means over the batch."""
     mixture = nets.mu(s)
-    nll, entropy = -log_mu(mixture, torch.stack([pre_tanh(a), sample_mu(mixture)]))
-    loss = (nll - nets.log_bc_weight.exp().detach() * entropy).mean()
+    x = torch.stack([pre_tanh(a), sample_mu(mixture)])  # (2, B, A)
+    nll, entropy = -log_mu(mixture, x).mean(1)
+    loss = nll - nets.log_bc_weight.exp().detach() * entropy
     return loss, nll.detach(), entropy.detach()
 
 
@@ -183,18 +198,17 @@ def actor_loss(nets, s, a_pi, log_prob, log_mu_pi):
 
 
 def entropy_weight_loss(log_weight, entropy, act_dim):
-    """SAC's temperature: grows while `entropy` (B,) is below its target -A."""
-    return log_weight.exp() * (entropy.mean() + act_dim)
+    """SAC's temperature: grows while the mean entropy is below its target -A."""
+    return log_weight.exp() * (entropy + act_dim)
 
 
 def update_behavior(nets, opt, data, args):
     """One step of the clone and of its entropy weight."""
-    s, a, *_ = sample(data, args.batch_size)
+    s, a = sample(data, args.batch_size, ("obs", "action"))
     loss, nll, entropy = behavior_loss(nets, s, a)
     minimize(opt.behavior, loss)
     minimize(opt.bc_weight, entropy_weight_loss(nets.log_bc_weight, entropy, a.shape[1]))
-    metrics = {"nll": nll.mean(), "entropy": entropy.mean(), "weight": nets.log_bc_weight.detach().exp()}
-    return metrics | {"saturated_actions": (a.abs() >= 1 - 1e-6).float().mean()}
+    return {"nll": nll, "entropy": entropy, "weight": nets.log_bc_weight.detach().exp()}
 
 
 def update(nets, opt, data, args):
@@ -217,15 +231,21 @@ def update(nets, opt, data, args):
     a_pi, log_prob, x_pi = sample_tanh_normal(*pi)
     log_mu_pi = log_mu(mixture, x_pi) if args.offset else torch.zeros_like(r)
     loss = minimize(opt.actor, actor_loss(nets, s, a_pi, log_prob, log_mu_pi))
-    entropy = -log_prob.detach()
+    entropy = -log_prob.detach().mean()
     minimize(opt.temperature, entropy_weight_loss(nets.log_temperature, entropy, a.shape[1]))
     return {
-        "td_loss": td_loss.detach(), "penalty": penalty.detach(), "actor_loss": loss,
-        "q_data": (o.detach() + log_mu_data).mean(), "o_data": o.detach().mean(), "target": y.mean(),
-        "log_mu_data": log_mu_data.mean(), "log_mu_pi": log_mu_pi.detach().mean(),
-        "entropy": entropy.mean(), "temperature": nets.log_temperature.detach().exp(),
+        "td_loss": td_loss.detach(),
+        "penalty": penalty.detach(),
+        "actor_loss": loss,
+        "q_data": (o.detach() + log_mu_data).mean(),
+        "o_data": o.detach().mean(),
+        "target": y.mean(),
+        "log_mu_data": log_mu_data.mean(),
+        "log_mu_pi": log_mu_pi.detach().mean(),
+        "entropy": entropy,
+        "temperature": nets.log_temperature.detach().exp(),
         "abs_action": a_pi.detach().abs().mean(),
-    }  # fmt: skip
+    }
 
 
 def behavior_policy(nets, obs, args):
@@ -259,12 +279,13 @@ def train(args):
         clone, cached = run.cached(
             "clone", nets.behavior, args.bc_steps, args.bc_lr, args.batch_size, args.components
         )
+        saturated = (data.action.abs() >= 1 - 1e-6).float().mean()  # each inflates log mu
         step = graphed(update_behavior, nets, opt, data, args, compile=args.compile)
         for t in run.loop(0 if cached else args.bc_steps, phase="behavior"):
             decay = 0.1 ** ((t > 0.8 * args.bc_steps) + (t > 0.9 * args.bc_steps))
             opt.behavior.lr.fill_(args.bc_lr * decay)
             opt.bc_weight.lr.fill_(args.bc_lr * decay)
-            run.after(t, step())
+            run.after(t, step() | {"saturated_actions": saturated})
             if t == args.bc_steps:
                 save_tensors(clone, nets.behavior.state_dict())
         run.reference("behavior clone", lambda obs: behavior_policy(nets, obs, args))

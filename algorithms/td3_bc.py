@@ -31,8 +31,19 @@ import torch
 from torch import nn
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from common import (MLP, Adam, Scaling, ScalarMLP, graphed, load_dataset, minimize, normalize_obs,
-                    parse, polyak, sample)  # fmt: skip
+from common import (
+    MLP,
+    Adam,
+    ScalarMLP,
+    Scaling,
+    graphed,
+    load_dataset,
+    minimize,
+    normalize_obs,
+    parse,
+    polyak,
+    sample,
+)
 from experiment import Run
 
 
