@@ -133,9 +133,11 @@ class Recorder:
         rows = (self.obs, self.action, self.reward, self.next_obs, self.terminal)
         return [x[i].to(device) for x in rows]
 
+    def close(self):
+        """Cut the episode in progress."""
+        self.cut[self.size - 1] |= self.terminal[self.size - 1] == 0
+
     def state(self):
-        if self.size:  # a stop in the middle of an episode cuts it there
-            self.cut[self.size - 1] |= self.terminal[self.size - 1] == 0
         names = ("obs", "next_obs", "action", "reward", "terminal", "cut")
         return {name: getattr(self, name)[: self.size].clone() for name in names}
 
@@ -148,6 +150,8 @@ class Recorder:
             )
         for name, value in state.items():
             getattr(self, name)[: self.size] = value
+        if self.size:
+            self.close()  # the environment starts afresh
 
 
 class Collector:
@@ -233,7 +237,7 @@ class Collector:
             bar.update()
             if self.rollouts.size % (10 * SAVE_EVERY) == 0 or self.stopped:
                 self.save()
-        self.rollouts.cut[until - 1] |= self.rollouts.terminal[until - 1] == 0
+        self.rollouts.close()
 
     def save(self):
         state = {
@@ -283,10 +287,8 @@ def make_env(env_id):
         )
     if not np.isfinite([env.action_space.low, env.action_space.high]).all():
         raise InputError(f"--env {env_id} has unbounded actions: wrap it with bounds first")
-    if (
-        not isinstance(env.observation_space, gym.spaces.Box)
-        or len(env.observation_space.shape) != 1
-    ):
+    flat = isinstance(env.observation_space, gym.spaces.Box)
+    if not flat or len(env.observation_space.shape) != 1:
         env = gym.wrappers.FlattenObservation(env)
     return env
 
@@ -376,7 +378,7 @@ def collect(args):
         job.medium = job.replay.size
     if args.level == "medium-replay":
         recorder = job.replay
-        recorder.state()  # cuts the episode in progress
+        recorder.close()
     elif args.level.startswith("medium"):
         job.roll_out(bar, args.steps)
     if args.level.endswith("expert"):

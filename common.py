@@ -46,6 +46,8 @@ def parse(Args, presets: dict, argv: list[str] | None = None):
         if fnmatch(env, pattern):
             preset.update(fields)
     doc = sys.modules[Args.__module__].__doc__
+    if preset:
+        doc += f"\nDefaults below are those of --env {env} (PRESETS in the file)."
     args = tyro.cli(Args, default=Args(**preset), args=argv, description=doc)
     args.preset = preset
     for name, value in vars(args).items():

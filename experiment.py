@@ -162,6 +162,7 @@ class Run:
         if t % self.args.log_every == 0 or t == self.phase_steps:
             self._log(t)
         if act and self.task and (t % self.args.eval_every == 0 or t == self.phase_steps):
+            self._tick()
             returns = self.evaluate(act)
             self.rows["eval"].append(
                 {
@@ -180,14 +181,13 @@ class Run:
         """Returns (eval_episodes,) of a policy, on start states fixed by the run's seed."""
         start = time.time()
         returns = evaluate(act, self.envs, 1000 * self.args.seed + 100, self.device)
-        self.eval_seconds += time.time() - start
-        self.clock += time.time() - start  # training time goes on where it stood
+        self.clock = time.time()
+        self.eval_seconds += self.clock - start
         return returns
 
     def reference(self, label: str, act) -> None:
         """Score a policy that is not this run's result; the final line and the curve name it."""
         if self.task:
-            self.clock = time.time()
             self.references[label] = self.score(self.evaluate(act))
             print(f"{label}: score {self.references[label]:.1f}", flush=True)
 
@@ -251,12 +251,14 @@ class Run:
         else:
             self.bar.set_postfix_str(text)
 
+    def _tick(self):
+        now = time.time()
+        self.train_seconds, self.clock = self.train_seconds + now - self.clock, now
+
     def _log(self, t):
         values = {k: v.item() for k, v in self.last.items()}
-        now = time.time()
-        self.train_seconds += now - self.clock
-        rate = (t - self.logged[1]) / max(now - self.logged[0], 1e-9)
-        self.clock = now
+        self._tick()
+        rate = (t - self.logged[1]) / max(time.time() - self.logged[0], 1e-9)
         table = self.rows.setdefault(self.phase, [])
         table.append({"step": t, "seconds": f"{self.train_seconds:.2f}", **values})
         self._save_rows(self.phase)
@@ -268,7 +270,7 @@ class Run:
             kept = (
                 f"the last good checkpoint is {self.checkpoint}"
                 if self.checkpoint.exists()
-                else ("no checkpoint was due yet")
+                else "no checkpoint was due yet"
             )
             raise InputError(
                 f"{self.phase} step {t}: {bad[0]} is {values[bad[0]]}; training diverged, {kept}: "
@@ -305,7 +307,7 @@ class Run:
         buffer = io.BytesIO()
         torch.save(
             {
-                "settings": json.dumps(self.settings, default=str),
+                "settings": json.dumps(self.settings),
                 "phase": self.phase,
                 "step": t,
                 "nets": self.nets.state_dict(),
@@ -320,14 +322,11 @@ class Run:
         self._save("checkpoint.pt", buffer.getvalue())
 
     def _restore(self, saved):
-        then, now = (
-            json.loads(saved["settings"]),
-            json.loads(json.dumps(self.settings, default=str)),
-        )
-        for key in now:
-            if then.get(key) != now[key]:
+        then = json.loads(saved["settings"])
+        for key, now in self.settings.items():
+            if then.get(key) != now:
                 raise InputError(
-                    f"{self.checkpoint} was made with {key}={then.get(key)}, not {now[key]}: "
+                    f"{self.checkpoint} was made with {key}={then.get(key)}, not {now}: "
                     "resume with the same settings, or add --overwrite or a new --name"
                 )
         self.nets.load_state_dict(saved["nets"])

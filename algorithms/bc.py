@@ -103,7 +103,7 @@ class Nets(nn.Module):
         obs_dim, act_dim = data.obs.shape[1], data.action.shape[1]
         self.scaling = Scaling(data)
         self.actor = MLP(obs_dim, 256, 256, act_dim)
-        self.actor.log_std = nn.Parameter(torch.zeros(act_dim), requires_grad=args.gaussian)
+        self.log_std = nn.Parameter(torch.zeros(act_dim))
 
 
 def keep_best(data, top):
@@ -120,7 +120,7 @@ def actor_loss(nets, s, a, args):
     """The squared error, or the Gaussian's negative log-likelihood."""
     mean = nets.actor(s).tanh()
     if args.gaussian:
-        log_std = nets.actor.log_std.clamp(-5, 2)
+        log_std = nets.log_std.clamp(-5, 2)
         return -normal_log_prob(a, mean, log_std).sum(-1).mean()
     return (mean - a).square().mean()
 
@@ -146,9 +146,8 @@ def train(args):
     if args.normalize_obs:
         normalize_obs(data, eps=1e-3)
     nets = Nets(data, args).to(run.device)
-    opt = SimpleNamespace(
-        actor=Adam([p for p in nets.actor.parameters() if p.requires_grad], args.lr)
-    )
+    params = [*nets.actor.parameters(), *([nets.log_std] if args.gaussian else [])]
+    opt = SimpleNamespace(actor=Adam(params, args.lr))
     run.start(data, task, nets, opt)
     step = graphed(update, nets, opt, data, args, compile=args.compile)
     for t in run.loop(args.steps):

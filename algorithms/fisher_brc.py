@@ -98,6 +98,8 @@ class Args:
     """write Q as O + log mu (Eq. 5); without it Q is O alone (the paper's figure 5)"""
     penalty_actions: str = "policy"
     """where the penalty is taken: policy (Eq. 7) or data (the reverse divergence)"""
+    dequantize: float = 0.0
+    """width of the band inside the bounds over which actions exactly at a bound are spread"""
     gamma: float = 0.99
     """discount"""
     polyak: float = 0.005
@@ -149,7 +151,10 @@ class Nets(nn.Module):
         return mean, log_std.clamp(-20, 2)
 
 
-def pre_tanh(a):
+def pre_tanh(a, args):
+    """x of the data's actions; an action at a bound, where mu has no density, is spread inward."""
+    spread = torch.sign(a) * (1 - args.dequantize * torch.rand_like(a))
+    a = torch.where(a.abs() >= 1 - 1e-6, spread, a) if args.dequantize > 0 else a
     return torch.atanh(a.clamp(-1 + 1e-6, 1 - 1e-6))
 
 
@@ -170,10 +175,10 @@ def sample_mu(mixture):
     return mean + log_std.exp() * torch.randn_like(mean)
 
 
-def behavior_loss(nets, s, a):
+def behavior_loss(nets, s, a, args):
     """Clone of mu: likelihood, plus weighted entropy. Also returns both, means over the batch."""
     mixture = nets.mu(s)
-    x = torch.stack([pre_tanh(a), sample_mu(mixture)])  # (2, B, A)
+    x = torch.stack([pre_tanh(a, args), sample_mu(mixture)])  # (2, B, A)
     nll, entropy = -log_mu(mixture, x).mean(1)
     loss = nll - nets.log_bc_weight.exp().detach() * entropy
     return loss, nll.detach(), entropy.detach()
@@ -205,7 +210,7 @@ def entropy_weight_loss(log_weight, entropy, act_dim):
 def update_behavior(nets, opt, data, args):
     """One step of the clone and of its entropy weight."""
     s, a = sample(data, args.batch_size, ("obs", "action"))
-    loss, nll, entropy = behavior_loss(nets, s, a)
+    loss, nll, entropy = behavior_loss(nets, s, a, args)
     minimize(opt.behavior, loss)
     minimize(opt.bc_weight, entropy_weight_loss(nets.log_bc_weight, entropy, a.shape[1]))
     return {"nll": nll, "entropy": entropy, "weight": nets.log_bc_weight.detach().exp()}
@@ -220,7 +225,7 @@ def update(nets, opt, data, args):
         a_penalty = a if args.penalty_actions == "data" else sample_tanh_normal(*pi)[0]
         mixture, mixture2 = (nets.mu(s), nets.mu(s2)) if args.offset else (None, None)
         log_mu2 = log_mu(mixture2, x2) if args.offset else 0.0
-        log_mu_data = log_mu(mixture, pre_tanh(a)) if args.offset else torch.zeros_like(r)
+        log_mu_data = log_mu(mixture, pre_tanh(a, args)) if args.offset else torch.zeros_like(r)
         y = target_value(nets, s2, r, terminal, a2, log_mu2, args)
     o = nets.offset(s, a)  # (2, B)
     td_loss = (o + log_mu_data - y).square().mean(1).sum()
@@ -277,9 +282,20 @@ def train(args):
     run.start(data, task, nets, opt)
     if args.offset:
         clone, cached = run.cached(
-            "clone", nets.behavior, args.bc_steps, args.bc_lr, args.batch_size, args.components
+            "clone",
+            nets.behavior,
+            args.bc_steps,
+            args.bc_lr,
+            args.batch_size,
+            args.components,
+            args.dequantize,
         )
         saturated = (data.action.abs() >= 1 - 1e-6).float().mean()  # each inflates log mu
+        if saturated > 0.01 and not args.dequantize:
+            print(
+                f"note: {saturated:.0%} of the action numbers are at their bounds, where the "
+                "clone's density has no limit: --dequantize 0.05 spreads them"
+            )
         step = graphed(update_behavior, nets, opt, data, args, compile=args.compile)
         for t in run.loop(0 if cached else args.bc_steps, phase="behavior"):
             decay = 0.1 ** ((t > 0.8 * args.bc_steps) + (t > 0.9 * args.bc_steps))

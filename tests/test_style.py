@@ -17,7 +17,9 @@ SHARED = """env seed steps batch_size device precision compile eval_every eval_e
 log_every save_every out name resume overwrite track""".split()
 LIMITS = {"common.py": 400, "experiment.py": 400, "datasets.py": 500}
 LIMITS |= {"README.md": 150, "benchmark.sh": 150}
-BRITISH = r"behaviour|normalis|initialis|optimis|regularis|colour|centre|summaris|recognis|analys(e|ing)"
+BRITISH = (
+    r"behaviour|normalis|initialis|optimis|regularis|colour|centre|summaris|recognis|analys(e|ing)"
+)
 
 algorithm = pytest.mark.parametrize("path", FILES, ids=lambda p: p.stem)
 product = pytest.mark.parametrize("path", PRODUCT, ids=lambda p: p.stem)
@@ -91,7 +93,9 @@ def test_order_of_sections(path):
         if re.search(r"_loss$|^update_", name):
             assert nets < i < update, f"{name} stands between Nets and update"
     for a, b in zip(order[:nets][2:], names(path)[2:nets]):
-        assert isinstance(b[1], ast.Assign), f"only constants stand between PRESETS and Nets, not {a}"
+        assert isinstance(b[1], ast.Assign), (
+            f"only constants stand between PRESETS and Nets, not {a}"
+        )
 
 
 @algorithm
@@ -158,7 +162,9 @@ def test_every_equation_number_is_cited(path):
     notes = " ".join(" ".join(notes).split())
     many = r"(?:\(?[A-Z]?\.?\d+[a-z]?\)?(?:, | and |-| to | or ))*"
     for n in numbers:
-        cited = re.search(rf"Eqs?\. {many}\(?{re.escape(n)}\)?(?![\w.]*\d)|\({re.escape(n)}\)", notes)
+        cited = re.search(
+            rf"Eqs?\. {many}\(?{re.escape(n)}\)?(?![\w.]*\d)|\({re.escape(n)}\)", notes
+        )
         assert cited, f"no function's docstring or comment cites Eq. {n}"
 
 
