@@ -20,6 +20,7 @@ Ctrl-C saves everything; the same command continues. An interrupted episode is s
 import copy
 import io
 import json
+import re
 import shlex
 import signal
 import sys
@@ -344,6 +345,26 @@ def write_minari(dataset_id, recorder, to_bounds, metadata, env):
     )
 
 
+def check_target(args):
+    """InputError where the dataset could not be written in the end."""
+    if args.flat:
+        if Path(args.flat).exists() and not args.overwrite:
+            raise InputError(f"{args.flat} exists: add --overwrite or give another name")
+        if Path(args.flat).suffix != ".npz" or not Path(args.flat).absolute().parent.is_dir():
+            raise InputError(
+                f"--flat {args.flat}: give a name ending in .npz in a folder that exists"
+            )
+        return
+    import minari
+
+    if not re.fullmatch(r"([\w-]+/)*[\w-]+-v\d+", args.dataset_id):
+        raise InputError(f"--dataset-id {args.dataset_id}: give one like hopper/medium-replay-v0")
+    if args.dataset_id in minari.list_local_datasets():
+        if not args.overwrite:
+            raise InputError(f"{args.dataset_id} exists: add --overwrite or give another id")
+        minari.delete_dataset(args.dataset_id)
+
+
 def collect(args):
     """Train and roll out as the level asks, then write the dataset."""
     from tqdm import tqdm
@@ -352,8 +373,7 @@ def collect(args):
         raise InputError(f"--level is {args.level!r}: give one of {', '.join(LEVELS)}")
     if bool(args.flat) == bool(args.dataset_id):
         raise InputError("give --flat FILE.npz or --dataset-id NAMESPACE/NAME-v0, one of the two")
-    if args.flat and Path(args.flat).exists() and not args.overwrite:
-        raise InputError(f"{args.flat} exists: add --overwrite or give another name")
+    check_target(args)
     ref_min, ref_max = reference_scores(args.env)
     goal = args.medium_return
     if goal is None and args.level.startswith("medium"):
@@ -378,6 +398,7 @@ def collect(args):
         job.medium = job.replay.size
     if args.level == "medium-replay":
         recorder = job.replay
+        recorder.size = next(t for t, mean_return in job.returns if mean_return >= goal)
         recorder.close()
     elif args.level.startswith("medium"):
         job.roll_out(bar, args.steps)
@@ -390,6 +411,8 @@ def collect(args):
     versions = {"torch": torch.__version__, "gymnasium": gymnasium.__version__}
     metadata = {
         "env_id": args.env,
+        "action_low": job.low.tolist(),
+        "action_high": job.high.tolist(),
         "level": args.level,
         "algorithm": "SAC",
         "seed": args.seed,

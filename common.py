@@ -55,8 +55,6 @@ def parse(Args, presets: dict, argv: list[str] | None = None):
             raise InputError(f"--{name.replace('_', '-')} is {value}: give a whole number above 0")
     if args.seed < 0:
         raise InputError(f"--seed is {args.seed}: give a whole number, 0 or above")
-    if args.resume and args.overwrite:
-        raise InputError("--resume continues a run and --overwrite deletes it: give one of them")
     if args.precision not in ("auto", "highest", "high", "medium"):
         raise InputError(f"--precision is {args.precision!r}: give auto, highest, high or medium")
     return args

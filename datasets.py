@@ -271,7 +271,7 @@ def _read_columns(name, columns, raw, eval_env, task, d4rl):
         task = build(Task(eval_env or own), own or eval_env, refs)
     low, high = (np.full(columns["actions"].shape[1], x, np.float32) for x in (-1, 1))
     if task and len(task.spaces.low) == len(low):
-        low, high = task.spaces.low, task.spaces.high
+        low, high = task.spaces.low.copy(), task.spaces.high.copy()
     low[:], high[:] = meta.get("action_low", low), meta.get("action_high", high)
     if d4rl and task and task.id == "Ant-v4" and s == task.spaces.size + 84:
         task.pad, task.spaces.size = 84, s  # MuJoCo 2.0 recorded 84 contact forces, all zero

@@ -22,7 +22,9 @@ import shlex
 import signal
 import subprocess
 import sys
+import threading
 import time
+import zipfile
 import zlib
 from pathlib import Path
 
@@ -54,6 +56,8 @@ def save_tensors(path: Path, tensors) -> None:
 def load_tensors(path: Path):
     """What save_tensors wrote, on the CPU; nothing is unpickled. Raises InputError."""
     try:
+        if damaged := zipfile.ZipFile(path).testzip():  # torch itself compares no checksum
+            raise ValueError(f"wrong checksum of {damaged}")
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged archive can raise nearly anything
         line = (str(error).splitlines() or [type(error).__name__])[0][:80]
@@ -73,6 +77,10 @@ class Run:
     def __init__(self, args):
         self.args = args
         self.algorithm = Path(sys.modules[type(args).__module__].__file__).stem
+        if args.resume and args.overwrite:
+            raise InputError("--resume continues a run, --overwrite deletes it: give one of them")
+        if not re.fullmatch(r"[\w.-]*", args.name):
+            raise InputError(f"--name is {args.name!r}: letters, digits, '.', '_' and '-' only")
         env = Path(args.env).stem if args.env.endswith((".hdf5", ".h5", ".npz")) else args.env
         self.env_name = re.sub(r"[^\w.-]+", "-", env)
         variant = f"-{args.name}" if args.name else ""
@@ -88,7 +96,13 @@ class Run:
     def start(self, data, task, nets: nn.Module, opt) -> None:
         """Bind what the run trains; write config.json; restore the checkpoint with --resume."""
         self.data, self.task, self.nets, self.opt = data, task, nets, opt
-        self.folder.mkdir(parents=True, exist_ok=True)
+        try:
+            (Path(self.args.out) / "cache").mkdir(parents=True, exist_ok=True)
+            self.folder.mkdir(exist_ok=True)
+        except OSError as error:
+            raise InputError(
+                f"--out {self.args.out}: {error.strerror}; give another folder"
+            ) from None
         self.references, self.last, self.stopped, self.warned = {}, {}, False, set()
         self.rows = {"train": [], "eval": []}
         self.train_seconds = self.eval_seconds = 0.0
@@ -101,8 +115,9 @@ class Run:
         if restored:
             self._restore(load_tensors(self.checkpoint))
         else:
-            for old in self.folder.iterdir():
-                old.unlink() if old.is_file() else None
+            for pattern in ("*.csv", "*.json", "events.out.*", "checkpoint.pt", "curve.png"):
+                for old in self.folder.glob(pattern):
+                    old.unlink()
         self._save("config.json", json.dumps(self._config(), indent=2, default=str).encode())
         self.board = self._tensorboard(self.resume_at[1] if restored else 0)
         score = self.score(data.episode_return.cpu().numpy())
@@ -127,9 +142,9 @@ class Run:
         yields nothing. Seeds the phase on its own, so that a cached phase changes no later one."""
         from tqdm import tqdm
 
-        first = 1
         if self.resume_at and self.resume_at[0] != phase:
             return
+        self.phase, self.phase_steps, first = phase, steps, 1
         if self.resume_at:
             first = self.resume_at[1] + 1
             torch.set_rng_state(self.rng[0])
@@ -138,7 +153,7 @@ class Run:
             self.resume_at = None
         else:
             seed_everything(zlib.crc32(f"{phase} {self.args.seed}".encode()))
-        self.phase, self.phase_steps, self.last = phase, steps, {}
+            self.last = {}
         handlers = {s: signal.signal(s, self._stop) for s in (signal.SIGINT, signal.SIGTERM)}
         self.bar = tqdm(total=steps, initial=first - 1, desc=phase, disable=None, unit="up")
         self.clock, self.logged = time.time(), (time.time(), first - 1)
@@ -147,6 +162,7 @@ class Run:
                 yield t
                 self.bar.update()
                 if self.stopped or t % self.args.save_every == 0 or t == steps:
+                    self._values(t)  # a diverged state replaces no checkpoint
                     self._save_checkpoint(t)
                 if self.stopped:
                     self._leave(t)
@@ -164,18 +180,12 @@ class Run:
         if act and self.task and (t % self.args.eval_every == 0 or t == self.phase_steps):
             self._tick()
             returns = self.evaluate(act)
-            self.rows["eval"].append(
-                {
-                    "step": t,
-                    "seconds": f"{self.train_seconds:.2f}",
-                    "return": returns.mean(),
-                    "score": self.score(returns),
-                    **{f"episode_{i}": x for i, x in enumerate(returns)},
-                }
-            )
+            result = {"return": returns.mean(), "score": self.score(returns)}
+            row = {"step": t, "seconds": f"{self.train_seconds:.2f}", **result}
+            self.rows["eval"].append(row | {f"episode_{i}": x for i, x in enumerate(returns)})
             self._save_rows("eval")
-            self._board({"charts/return": returns.mean(), "charts/score": self.score(returns)}, t)
-            self._say(t, f"score {self.score(returns):.1f}")
+            self._board({f"charts/{name}": value for name, value in result.items()}, t)
+            self._say(t, f"score {result['score']:.1f}")
 
     def evaluate(self, act) -> np.ndarray:
         """Returns (eval_episodes,) of a policy, on start states fixed by the run's seed."""
@@ -198,29 +208,39 @@ class Run:
         key = repr((self.algorithm, stage, self.data.digest, self.args.seed, settings, shapes))
         name = f"{self.env_name}__{stage}__{hashlib.sha256(key.encode()).hexdigest()[:12]}.pt"
         path = Path(self.args.out) / "cache" / name
-        path.parent.mkdir(parents=True, exist_ok=True)
         if self.resume_at or not path.exists():
             return path, False
         module.load_state_dict(load_tensors(path))
         print(f"{stage}: read from {path}", flush=True)
         return path, True
 
+    def share(self, path: Path, module: nn.Module) -> None:
+        """Keep a trained stage where `cached` looks for it."""
+        try:
+            save_tensors(path, module.state_dict())
+        except OSError as error:
+            print(f"{path} not saved ({error.strerror}): training goes on", file=sys.stderr)
+
     def finish(self) -> float | None:
         """Write summary.json and curve.png, print the final line, return the mean score of the last
         10 evaluations (None without an evaluation task)."""
         scores = [float(row["score"]) for row in self.rows["eval"]]
         final = float(np.mean(scores[-10:])) if scores else None
-        summary = {"score": final, "last": scores[-1] if scores else None}
-        summary |= {"best": max(scores, default=None), "evaluations": len(scores)}
-        summary |= {"references": self.references, "train_seconds": self.train_seconds}
-        summary |= {"eval_seconds": self.eval_seconds, "updates": self.args.steps}
+        summary = {
+            "score": final,
+            "evaluations": len(scores),
+            "last": scores[-1] if scores else None,
+        }
+        summary |= {"best": max(scores, default=None), "references": self.references}
+        summary |= {"train_seconds": self.train_seconds, "eval_seconds": self.eval_seconds}
         if scores:
             self._curve()
-        self.board and self.board.close()
+        self._board({}, 0)
         self._save("summary.json", json.dumps(summary, indent=2).encode())
-        if not (self.folder / "summary.json").exists():
+        if self.warned:
+            names = ", ".join(sorted(self.warned))
             raise InputError(
-                f"{self.folder}: the results above could not be saved: free some space"
+                f"{self.folder}: {names} could not be saved: free some space, --resume"
             )
         unit = "score" if self.task and self.task.ref_min is not None else "return"
         parts = [f"{self.algorithm} {unit} {final:.1f}"] if scores else [self.algorithm]
@@ -255,9 +275,22 @@ class Run:
         now = time.time()
         self.train_seconds, self.clock = self.train_seconds + now - self.clock, now
 
-    def _log(self, t):
+    def _values(self, t):
+        """The metrics as numbers; InputError where one is not finite."""
         values = {k: v.item() for k, v in self.last.items()}
+        bad = [k for k, v in values.items() if not math.isfinite(v)]
+        if bad:
+            kept = f"the last good checkpoint is {self.checkpoint}"
+            kept = kept if self.checkpoint.exists() else "no checkpoint was due yet"
+            raise InputError(
+                f"{self.phase} step {t}: {bad[0]} is {values[bad[0]]}; training diverged, {kept}: "
+                "lower the learning rates or strengthen the regularizer"
+            )
+        return values
+
+    def _log(self, t):
         self._tick()
+        values = {k: v.item() for k, v in self.last.items()}
         rate = (t - self.logged[1]) / max(time.time() - self.logged[0], 1e-9)
         table = self.rows.setdefault(self.phase, [])
         table.append({"step": t, "seconds": f"{self.train_seconds:.2f}", **values})
@@ -265,17 +298,7 @@ class Run:
         prefix = "losses" if self.phase == "train" else self.phase
         scalars = {f"{prefix}/{k}": v for k, v in values.items()}
         self._board(scalars | {"charts/updates_per_second": rate}, t)
-        bad = [k for k, v in values.items() if not math.isfinite(v)]
-        if bad:
-            kept = (
-                f"the last good checkpoint is {self.checkpoint}"
-                if self.checkpoint.exists()
-                else "no checkpoint was due yet"
-            )
-            raise InputError(
-                f"{self.phase} step {t}: {bad[0]} is {values[bad[0]]}; training diverged, {kept}: "
-                "lower the learning rates or strengthen the regularizer"
-            )
+        self._values(t)
         if not self.task or self.phase != "train":
             if t % (10 * self.args.log_every) == 0 or t == self.phase_steps:
                 self._say(t, ", ".join(f"{k} {v:.3g}" for k, v in list(values.items())[:3]))
@@ -310,6 +333,7 @@ class Run:
                 "settings": json.dumps(self.settings),
                 "phase": self.phase,
                 "step": t,
+                "last": self.last,
                 "nets": self.nets.state_dict(),
                 "opt": [o.state() for o in vars(self.opt).values()],
                 "rng": rng,
@@ -322,6 +346,8 @@ class Run:
         self._save("checkpoint.pt", buffer.getvalue())
 
     def _restore(self, saved):
+        if not isinstance(saved, dict) or "settings" not in saved:
+            raise InputError(f"{self.checkpoint} is not a checkpoint: add --overwrite or a --name")
         then = json.loads(saved["settings"])
         for key, now in self.settings.items():
             if then.get(key) != now:
@@ -335,19 +361,22 @@ class Run:
                 tensor.copy_(value)
         self.resume_at, self.rng = (saved["phase"], saved["step"]), saved["rng"]
         self.rows, self.references = json.loads(saved["rows"]), saved["references"]
+        self.last = saved["last"]
         self.train_seconds, self.eval_seconds = saved["seconds"]
 
     def _config(self):
-        root = Path(__file__).parent
-        git = subprocess.run(
-            ["git", "-C", root, "rev-parse", "HEAD"], capture_output=True, text=True
-        )
-        config = {"algorithm": self.algorithm, "args": {k: v for k, v in vars(self.args).items()}}
-        config |= {"command": shlex.join(sys.argv), "dataset": self.data.name}
-        config |= {"dataset_sha256": self.data.digest, "commit": git.stdout.strip() or None}
-        config |= {"task": self.task.id if self.task else None, "python": platform.python_version()}
-        config |= {"torch": torch.__version__, "numpy": np.__version__}
-        return config | {"machine": f"{platform.machine()}, {os.cpu_count()} cores, {self.device}"}
+        git = ["git", "-C", Path(__file__).parent, "rev-parse", "HEAD"]
+        return {
+            "algorithm": self.algorithm,
+            "args": vars(self.args),
+            "command": shlex.join(sys.argv),
+            "dataset": self.data.name,
+            "dataset_sha256": self.data.digest,
+            "task": self.task.id if self.task else None,
+            "commit": subprocess.run(git, capture_output=True, text=True).stdout.strip() or None,
+            "versions": {"python": platform.python_version(), "torch": torch.__version__},
+            "machine": f"{platform.machine()}, {os.cpu_count()} cores, {self.device}",
+        }
 
     def _tensorboard(self, step):
         from torch.utils.tensorboard import SummaryWriter
@@ -357,18 +386,22 @@ class Run:
                 import wandb
             except ImportError:
                 raise InputError("--track needs Weights & Biases: pip install wandb") from None
-            wandb.init(
-                project="stayclose",
-                name=self.folder.name,
-                config=vars(self.args),
-                sync_tensorboard=True,
-            )
-        return SummaryWriter(self.folder, purge_step=step + 1 if step else None)
+            settings = {"name": self.folder.name, "config": vars(self.args)}
+            wandb.init(project="stayclose", sync_tensorboard=True, **settings)
+        threading.excepthook = lambda failure: (  # a full disk: said by _board, not by its thread
+            isinstance(failure.exc_value, OSError) or threading.__excepthook__(failure)
+        )
+        try:
+            return SummaryWriter(self.folder, purge_step=step + 1 if step else None)
+        except OSError as error:
+            print(f"no TensorBoard events ({error.strerror})", file=sys.stderr)
 
     def _board(self, scalars, t):
+        """Add scalars to the TensorBoard events; none given: write them out and close."""
         try:
             for tag, value in scalars.items():
                 self.board and self.board.add_scalar(tag, value, t)
+            self.board and (scalars or self.board.close())
         except OSError as error:
             print(f"TensorBoard events stop here ({error.strerror})", file=sys.stderr)
             self.board = None

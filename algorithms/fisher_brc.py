@@ -50,7 +50,7 @@ from common import (
     sample_tanh_normal,
     tanh_log_det,
 )
-from experiment import Run, save_tensors
+from experiment import Run
 
 
 @dataclass
@@ -227,7 +227,7 @@ def update(nets, opt, data, args):
         log_mu2 = log_mu(mixture2, x2) if args.offset else 0.0
         log_mu_data = log_mu(mixture, pre_tanh(a, args)) if args.offset else torch.zeros_like(r)
         y = target_value(nets, s2, r, terminal, a2, log_mu2, args)
-    o = nets.offset(s, a)  # (2, B)
+    o = nets.offset(s, a)  # (2, B); the critics are o + log mu (Eq. 5)
     td_loss = (o + log_mu_data - y).square().mean(1).sum()
     penalty = gradient_penalty(nets, s, a_penalty)
     minimize(opt.offset, td_loss + args.lam * penalty)
@@ -265,6 +265,27 @@ def policy(nets, obs, args):
     return nets.scaling.action(nets.pi(nets.scaling.obs(obs))[0].tanh())
 
 
+def train_behavior(run, nets, opt, data, args):
+    """Phase one: clone the behavior policy, or read the clone of an earlier run."""
+    saturated = (data.action.abs() >= 1 - 1e-6).float().mean()  # each one inflates log mu
+    if saturated > 0.01 and not args.dequantize:
+        print(
+            f"note: {saturated:.0%} of the action numbers are at their bounds, where the clone's "
+            "density has no limit: --dequantize 0.05 spreads them"
+        )
+    settings = args.bc_steps, args.bc_lr, args.batch_size, args.components, args.dequantize
+    clone, cached = run.cached("clone", nets.behavior, *settings)
+    step = graphed(update_behavior, nets, opt, data, args, compile=args.compile)
+    for t in run.loop(0 if cached else args.bc_steps, phase="behavior"):
+        decay = 0.1 ** ((t > 0.8 * args.bc_steps) + (t > 0.9 * args.bc_steps))
+        opt.behavior.lr.fill_(args.bc_lr * decay)
+        opt.bc_weight.lr.fill_(args.bc_lr * decay)
+        run.after(t, step() | {"saturated_actions": saturated})
+        if t == args.bc_steps:
+            run.share(clone, nets.behavior)
+    run.reference("behavior clone", lambda obs: behavior_policy(nets, obs, args))
+
+
 def train(args):
     """Train, log and save; returns the mean score of the last 10 evaluations."""
     if args.penalty_actions not in ("policy", "data"):
@@ -281,30 +302,7 @@ def train(args):
     )
     run.start(data, task, nets, opt)
     if args.offset:
-        clone, cached = run.cached(
-            "clone",
-            nets.behavior,
-            args.bc_steps,
-            args.bc_lr,
-            args.batch_size,
-            args.components,
-            args.dequantize,
-        )
-        saturated = (data.action.abs() >= 1 - 1e-6).float().mean()  # each inflates log mu
-        if saturated > 0.01 and not args.dequantize:
-            print(
-                f"note: {saturated:.0%} of the action numbers are at their bounds, where the "
-                "clone's density has no limit: --dequantize 0.05 spreads them"
-            )
-        step = graphed(update_behavior, nets, opt, data, args, compile=args.compile)
-        for t in run.loop(0 if cached else args.bc_steps, phase="behavior"):
-            decay = 0.1 ** ((t > 0.8 * args.bc_steps) + (t > 0.9 * args.bc_steps))
-            opt.behavior.lr.fill_(args.bc_lr * decay)
-            opt.bc_weight.lr.fill_(args.bc_lr * decay)
-            run.after(t, step() | {"saturated_actions": saturated})
-            if t == args.bc_steps:
-                save_tensors(clone, nets.behavior.state_dict())
-        run.reference("behavior clone", lambda obs: behavior_policy(nets, obs, args))
+        train_behavior(run, nets, opt, data, args)
     step = graphed(update, nets, opt, data, args, compile=args.compile)
     for t in run.loop(args.steps):
         run.after(t, step(), lambda obs: policy(nets, obs, args))

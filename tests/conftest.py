@@ -3,8 +3,37 @@
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "algorithms")]
 torch.set_num_threads(1)
+
+
+@pytest.fixture
+def tiny_data():
+    """Factory of a Data made by hand: a terminal episode, then one that a time limit cut."""
+    from datasets import Data
+
+    def make(obs_dim=3, act_dim=2, n=12, seed=0):
+        draw = torch.Generator().manual_seed(seed)
+        episode = (torch.arange(n) >= n // 2).long()
+        reward = torch.randn(n, generator=draw)
+        return Data(
+            obs=torch.randn(n, obs_dim, generator=draw) * 2 + 1,
+            action=torch.rand(n, act_dim, generator=draw) * 1.8 - 0.9,
+            reward=reward,
+            next_obs=torch.randn(n, obs_dim, generator=draw) * 2 + 1,
+            terminal=(torch.arange(n) == n // 2 - 1).float(),
+            episode=episode,
+            episode_return=torch.zeros(2).index_add(0, episode, reward),
+            action_low=-torch.ones(act_dim),
+            action_high=torch.ones(act_dim),
+            obs_mean=torch.zeros(obs_dim),
+            obs_std=torch.ones(obs_dim),
+            name="tiny",
+            digest="0" * 16,
+        )
+
+    return make

@@ -15,15 +15,12 @@ import numpy as np
 import pytest
 import torch
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "algorithms")]
-
 import collect
 from common import parse
 from datasets import InputError, load_dataset
 from experiment import load_tensors
 
-
+ROOT = Path(__file__).resolve().parents[1]
 AGENT = "--env Walk-v0 --steps 50 --train-steps 60 --medium-return -1000"
 
 
@@ -92,11 +89,12 @@ def by_hand(seed, steps):
 
 
 def test_random_level_row_by_row(capsys):
-    run("--env Walk-v0 --level random --steps 100 --flat walk.npz")
+    run("--env Walk-v0 --level random --steps 300 --flat walk.npz")
     assert not list(Path().glob("*.partial.pt")) and not list(Path().glob("*.tmp"))
-    obs, action, reward, next_obs, terminal, timeout = by_hand(3, 100)
+    obs, action, reward, next_obs, terminal, timeout = by_hand(3, 300)
     ends = terminal | timeout
     assert terminal.sum() > 2 and timeout.sum() > 2, "the walk must end in both ways"
+    assert terminal[obs[:, 0] == 6].any(), "and in both at once, which is a terminal"
     file = arrays("walk.npz")
     for key, want in dict(observations=obs, actions=action, rewards=reward, terminals=terminal,
                           timeouts=timeout, final_observations=next_obs[ends]).items():  # fmt: skip
@@ -110,7 +108,7 @@ def test_random_level_row_by_row(capsys):
     assert meta["ref_min_score"] is None and meta["versions"]["torch"] == torch.__version__
 
     data, task = load_dataset("walk.npz")
-    assert task.id == "Walk-v0" and len(data.obs) == 100
+    assert task.id == "Walk-v0" and len(data.obs) == 300
     assert len(data.episode_return) == ends.sum() and "dropped" not in capsys.readouterr().out
     np.testing.assert_allclose(data.next_obs, next_obs, rtol=1e-6, atol=1e-6)  # time limits too
     np.testing.assert_array_equal(data.terminal, terminal)  # so that every time limit bootstraps
@@ -208,8 +206,10 @@ def stop_at(monkeypatch, call, number):
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_interrupted_rollout_continues(monkeypatch, capsys, number):
     flags = "--env Walk-v0 --level random --steps 60 --flat walk.npz"
+    obs, action, _, _, terminal, timeout = by_hand(3, 60)
+    n = next(i for i in range(25, 60) if obs[i, 0] > 0)  # stop in the middle of an episode
     with monkeypatch.context() as patch:
-        stop_at(patch, 25, number)
+        stop_at(patch, n, number)
         with pytest.raises(SystemExit) as left:
             run(flags)
     assert left.value.code == 130 and "the same command continues" in capsys.readouterr().out
@@ -217,13 +217,13 @@ def test_interrupted_rollout_continues(monkeypatch, capsys, number):
     with monkeypatch.context() as patch:
         calls = stop_at(patch, 0, number)
         run(flags)
-    assert len(calls) == 35 and "continuing after 25 steps" in capsys.readouterr().out
+    assert len(calls) == 60 - n and f"continuing after {n} steps" in capsys.readouterr().out
     assert not Path("walk.npz.partial.pt").exists()
-    file, whole = arrays("walk.npz"), by_hand(3, 25)
-    assert len(file["rewards"]) == 60
-    np.testing.assert_allclose(file["observations"][:25], whole[0], rtol=1e-6, atol=1e-6)
-    assert file["terminals"][24] or file["timeouts"][24], "the interrupted episode is a cut one"
-    assert file["observations"][25, 0] == 0, "a new episode follows"
+    file = arrays("walk.npz")
+    np.testing.assert_allclose(file["observations"][:n], obs[:n], rtol=1e-6, atol=1e-6)
+    np.testing.assert_array_equal(file["actions"], action)  # one random stream, not the same again
+    assert file["timeouts"][n - 1] and not timeout[n - 1], "the interrupted episode is a cut one"
+    assert file["observations"][n, 0] == 0, "a new episode follows"
     data, _ = load_dataset("walk.npz")
     assert len(data.obs) == 60 and (data.next_obs[:, 0] == data.obs[:, 0] + 1).all()
 

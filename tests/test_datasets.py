@@ -21,8 +21,8 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-import datasets
-from datasets import InputError, Task, load_dataset, reference_scores
+import datasets  # noqa: E402
+from datasets import InputError, Task, load_dataset, reference_scores  # noqa: E402
 
 
 @pytest.fixture(autouse=True)

@@ -1,4 +1,4 @@
-"""experiment.py: exact resume, shared caches, full disks, damaged files; in process where it can be."""
+"""experiment.py: exact resume, shared caches, full disks, damaged files."""
 
 import csv
 import dataclasses
@@ -18,13 +18,11 @@ import numpy as np
 import pytest
 import torch
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "algorithms")]
-
 import experiment
 from datasets import InputError
 from experiment import load_tensors, save_tensors, write_atomic
 
+ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = sorted(p.stem for p in (ROOT / "algorithms").glob("*.py"))
 SHARED = ("steps", "batch_size", "eval_every", "eval_episodes", "log_every", "save_every")
 META = {"env_id": "Pendulum-v1", "action_low": -2, "action_high": 2}
@@ -409,7 +407,8 @@ def test_files_cannot_grow(tmp_path, size):
     """A real limit, TensorBoard's events included: training goes on, lines without a traceback,
     and an exit code, because the weights (all files, where size is 0) are lost."""
     write_log(tmp_path / "log.npz")
-    limit = f"import resource, runpy, sys; resource.setrlimit(resource.RLIMIT_FSIZE, ({size}, {size}))\n"
+    limit = "import resource, runpy, sys\n"
+    limit += f"resource.setrlimit(resource.RLIMIT_FSIZE, ({size}, {size}))\n"
     limit += "runpy.run_path(sys.argv.pop(1), run_name='__main__')"
     script = str(ROOT / "algorithms" / "bc.py")
     flags = "--env log.npz --eval-env none --steps 400 --batch-size 8 --log-every 1 --device cpu"

@@ -1,8 +1,9 @@
-"""Every script of algorithms/ as its user starts it: 20 steps on a tiny log, from another directory."""
+"""Every script of algorithms/ as its user starts it: 20 steps, a tiny log, another directory."""
 
 import contextlib
 import csv
 import dataclasses
+import fnmatch
 import importlib
 import io
 import json
@@ -18,11 +19,9 @@ import numpy as np
 import pytest
 import torch
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "algorithms")]
-
 from common import parse
 
+ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = sorted((ROOT / "algorithms").glob("*.py"))
 FLAGS = dict(steps=20, batch_size=8, eval_every=10, eval_episodes=2, log_every=5, save_every=10)
 META = {"env_id": "Pendulum-v1", "action_low": -2, "action_high": 2}
@@ -103,7 +102,7 @@ def test_run(path, here, monkeypatch):
     config = json.loads((one / "config.json").read_text())
     assert config["algorithm"] == path.stem and config["args"]["seed"] == 3
     assert config["args"]["env"] == "log.npz" and config["args"]["batch_size"] == 8
-    assert config["torch"] == torch.__version__ and re.fullmatch(
+    assert config["versions"]["torch"] == torch.__version__ and re.fullmatch(
         "[0-9a-f]{16}", config["dataset_sha256"]
     )
     table = rows(one / "eval.csv")
@@ -179,14 +178,18 @@ def test_flags_and_presets(path):
     """A flag that is typed wins over the preset, also where it repeats the default."""
     module = importlib.import_module(path.stem)
     default = module.Args()
-    for env in {"log.npz", default.env, "antmaze-umaze-v2"}:
+    for env in sorted({"log.npz", default.env, "antmaze-umaze-v2"}):
+        rows = [v for pattern, v in module.PRESETS.items() if fnmatch.fnmatch(env, pattern)]
         preset = parse(module.Args, module.PRESETS, ["--env", env]).preset
+        assert preset == dict(item for row in rows for item in row.items()), "later rows win"
         for name, value in preset.items():
             assert getattr(parse(module.Args, module.PRESETS, ["--env", env]), name) == value
             if isinstance(value, int | float) and not isinstance(value, bool):
                 flag = f"--{name.replace('_', '-')}={getattr(default, name)}"
                 typed = parse(module.Args, module.PRESETS, ["--env", env, flag])
                 assert getattr(typed, name) == getattr(default, name), name
+    bundled = parse(module.Args, module.PRESETS, [])
+    assert bundled.steps < default.steps, "the bundled data's preset shortens the run"
     with pytest.raises(SystemExit) as left, contextlib.redirect_stderr(io.StringIO()):
         parse(module.Args, module.PRESETS, ["--no-such-flag", "1"])
     assert left.value.code not in (0, None)
@@ -200,9 +203,9 @@ sys.path[:0] = [ROOT, ROOT + "/algorithms"]
 def state():
     handlers = [signal.getsignal(s) for s in (2, 15)]
     random_state = random.getstate(), str(numpy.random.get_state()), torch.get_rng_state().tolist()
-    cuda = torch.cuda.is_initialized()
     flags = torch.get_float32_matmul_precision(), torch.get_default_dtype(), torch.get_num_threads()
-    return dict(os.environ), handlers, random_state, cuda, flags, os.listdir(), threading.active_count()
+    process = dict(os.environ), os.listdir(), threading.active_count(), torch.cuda.is_initialized()
+    return handlers, random_state, flags, process
 before = state()
 for name in NAMES:
     __import__(name)

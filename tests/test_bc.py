@@ -1,0 +1,139 @@
+"""bc.py: its losses, the choice of episodes, and what a trained policy does."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.distributions as D
+from torch.testing import assert_close
+
+import bc
+from common import Adam
+
+
+def actor_that_says(x):
+    """Networks whose actor's output before its tanh is x, whatever the observation."""
+    return SimpleNamespace(actor=lambda s: x, log_std=None)
+
+
+def test_squared_error_by_hand():
+    """Rows (0.5 - 0.1, -0.5 - 0.5) and (0 - 0.2, 0 - 0): a mean over batch and dimensions."""
+    nets = actor_that_says(torch.atanh(torch.tensor([[0.5, -0.5], [0.0, 0.0]])))
+    a = torch.tensor([[0.1, 0.5], [0.2, 0.0]])
+    loss = bc.actor_loss(nets, torch.zeros(2, 3), a, bc.Args())
+    assert_close(loss, torch.tensor((0.16 + 1.0 + 0.04 + 0.0) / 4))
+
+
+def test_gaussian_likelihood():
+    """A sum over dimensions, a mean over the batch; the mean goes through a tanh."""
+    torch.manual_seed(0)
+    x, a = torch.randn(2, 5, 3).double()
+    nets = actor_that_says(x)
+    nets.log_std = torch.tensor([-1.0, 0.3, 1.0]).double()
+    density = D.Independent(D.Normal(x.tanh(), nets.log_std.exp()), 1)
+    loss = bc.actor_loss(nets, a, a, bc.Args(gaussian=True))
+    assert_close(loss, -density.log_prob(a).mean())
+
+
+@pytest.mark.parametrize(("log_std", "clamped"), [(-9.0, -5.0), (7.0, 2.0)])
+def test_log_std_is_clamped(log_std, clamped):
+    nets = actor_that_says(torch.zeros(4, 1))
+    a = torch.full((4, 1), 0.01)
+    nets.log_std = torch.tensor([log_std], requires_grad=True)
+    loss = bc.actor_loss(nets, a, a, bc.Args(gaussian=True))
+    expected = D.Normal(0.0, torch.tensor(clamped).exp()).log_prob(a).mean()
+    assert_close(loss.detach(), -expected)
+    assert torch.autograd.grad(loss, nets.log_std)[0] == 0
+
+
+def ten_episodes(data):
+    """Ten episodes of one to ten rows. What is left of episode 3 pays little: its return, dropped
+    rows included, is the best."""
+    data.episode = torch.repeat_interleave(torch.arange(10), torch.arange(1, 11))
+    n = len(data.episode)
+    data.reward = torch.ones(n)
+    data.episode_return = torch.tensor([1.0, 2, 3, 99, 5, 6, 7, 98, 9, 10])
+    data.obs = data.obs[:1] + torch.arange(float(n))[:, None]
+    data.next_obs, data.terminal = data.obs + 1, torch.zeros(n)
+    data.action = torch.arange(float(n))[:, None] / n
+    return data
+
+
+@pytest.mark.parametrize(
+    ("top", "kept"),
+    [(0.1, [3]), (0.05, [3]), (0.2, [3, 7]), (0.39, [3, 7, 9]), (1.0, list(range(10)))],
+)
+def test_best_episodes_are_kept_whole(tiny_data, top, kept):
+    data = ten_episodes(tiny_data(obs_dim=2, act_dim=1))
+    before = {k: v.clone() for k, v in vars(data).items() if isinstance(v, torch.Tensor)}
+    rows = [i for i in range(55) if int(before["episode"][i]) in kept]
+    bc.keep_best(data, top)
+    for name in ("obs", "action", "reward", "next_obs", "terminal", "episode"):
+        assert torch.equal(getattr(data, name), before[name][rows])
+    assert len(data.obs) == sum(e + 1 for e in kept)
+
+
+def test_plain_loss_reaches_the_actor_only(tiny_data):
+    data, args = tiny_data(), bc.Args()
+    nets = bc.Nets(data, args)
+    loss = bc.actor_loss(nets, data.obs, data.action, args)
+    reached = torch.autograd.grad(loss, list(nets.parameters()), allow_unused=True)
+    for (name, _), grad in zip(nets.named_parameters(), reached):
+        assert (grad is None) == (name == "log_std")
+
+
+def one_state(data):
+    """One observation, two actions: 0.5 twice as often as -0.4; mean 0.2, deviation 0.4243."""
+    data.obs[:] = 0.3
+    data.action[:] = torch.tensor([0.5, 0.5, -0.4]).repeat(4)[:, None]
+    return data
+
+
+@pytest.mark.parametrize("gaussian", [False, True])
+def test_one_state_goes_to_the_mean_action(tiny_data, gaussian):
+    data = one_state(tiny_data(obs_dim=2, act_dim=1))
+    args = bc.Args(gaussian=gaussian, batch_size=1024)
+    torch.manual_seed(0)
+    nets = bc.Nets(data, args)
+    params = [*nets.actor.parameters(), *([nets.log_std] if gaussian else [])]
+    opt = SimpleNamespace(actor=Adam(params, 3e-3))
+    for t in range(300):
+        opt.actor.lr.fill_(3e-3 if t < 200 else 3e-4)
+        metrics = bc.update(nets, opt, data, args)
+    assert_close(bc.policy(nets, data.obs[:1], args), torch.tensor([[0.2]]), atol=0.02, rtol=0)
+    std = 0.18**0.5
+    if gaussian:
+        assert_close(nets.log_std.exp(), torch.tensor([std]), atol=0.02, rtol=0)
+    floor = D.Normal(0.0, std).entropy().item() if gaussian else std**2
+    assert abs(metrics["actor_loss"] - floor) < 0.03
+
+
+def test_update_reads_actions_of_their_own_observations(tiny_data):
+    """The action is a function of the observation; the loss falls to near zero."""
+    data, args = tiny_data(obs_dim=1, act_dim=1, n=32), bc.Args(batch_size=64)
+    data.obs = torch.linspace(-1, 1, 32)[:, None]
+    data.action = 0.8 * torch.sin(3 * data.obs)
+    torch.manual_seed(0)
+    nets = bc.Nets(data, args)
+    opt = SimpleNamespace(actor=Adam(nets.actor.parameters(), 1e-3))
+    for _ in range(300):
+        bc.update(nets, opt, data, args)
+    assert_close(bc.policy(nets, data.obs, args), data.action, atol=0.1, rtol=0)
+    assert not nets.log_std.any()
+
+
+def test_policy_stands_between_raw_observations_and_the_bounds(tiny_data):
+    data, args = tiny_data(obs_dim=2, act_dim=1), bc.Args()
+    data.obs_mean, data.obs_std = torch.tensor([1.0, 2.0]), torch.tensor([0.5, 4.0])
+    data.action_low, data.action_high = torch.tensor([-2.0]), torch.tensor([6.0])
+    nets, raw = bc.Nets(data, args), torch.randn(5, 2)
+    a = nets.actor((raw - data.obs_mean) / data.obs_std).tanh()
+    assert_close(bc.policy(nets, raw, args), 2 + 4 * a)
+    assert_close(bc.policy(nets, raw, args), bc.policy(nets, raw, args), atol=0, rtol=0)
+
+
+@pytest.mark.parametrize("top", [0.0, -0.1, 1.01])
+def test_share_out_of_range_is_one_line(top):
+    with pytest.raises(bc.InputError, match="--top is") as caught:
+        bc.train(bc.Args(top=top))
+    assert "\n" not in str(caught.value)
