@@ -1,0 +1,52 @@
+"""Eager and compiled updates are the same updates (needs a torch that compiles them whole)."""
+
+import importlib
+from pathlib import Path
+
+import pytest
+import torch
+import torch._dynamo
+
+import speed
+
+NAMES = sorted(p.stem for p in (Path(__file__).parents[1] / "algorithms").glob("*.py"))
+
+
+def run(name, compile, data):
+    """Metrics of ten steps of every phase of the file's own `train`, and the final weights."""
+    module, found = importlib.import_module(name), {}
+
+    class TenSteps(speed.Stopwatch):
+        def start(self, data, task, nets, opt):
+            self.nets = nets
+
+        def loop(self, steps, phase="train"):
+            self.phase = phase
+            torch.manual_seed(1)
+            yield from range(1, 11)
+
+        def after(self, t, metrics, act=None):
+            for key, value in metrics.items():
+                found.setdefault(f"{self.phase} {key}", []).append(value.item())
+
+        def finish(self):
+            found.update({k: v.flatten().tolist() for k, v in self.nets.named_parameters()})
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "Run", lambda args: TenSteps(args, 1.0))
+        patch.setattr(module, "load_dataset", lambda *_: (data, None))
+        module.train(module.Args(batch_size=64, device="cpu", compile=compile))
+    return found
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.skipif(
+    not hasattr(torch._dynamo.config, "trace_autograd_ops"), reason="torch is older than 2.15"
+)
+def test_compiled_updates_equal_eager_ones(name, tiny_data):
+    eager, compiled = (run(name, compile, tiny_data(5, 2, 500)) for compile in (False, True))
+    assert eager.keys() == compiled.keys() and len(eager) > 3
+    for key, values in eager.items():
+        torch.testing.assert_close(
+            torch.tensor(compiled[key]), torch.tensor(values), rtol=1e-4, atol=1e-4, msg=key
+        )
