@@ -212,6 +212,7 @@ class Adam:
     @torch.no_grad()
     def step(self, grads):
         self.count += 1
+        grads = [g.contiguous() for g in grads]  # the fused call reads memory, not strides
         if not torch.compiler.is_compiling():
             counts = [self.count] * len(self.params)
             torch._fused_adam_(

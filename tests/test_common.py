@@ -557,3 +557,13 @@ def test_command_line_is_the_default(monkeypatch):
     monkeypatch.setattr("sys.argv", ["script.py", "--seed", "4"])
     assert parse(Args, {}).seed == 4
     assert inspect.signature(parse).parameters["argv"].default is None
+
+
+def test_adam_takes_gradients_of_any_layout():
+    """A gradient that autograd returns transposed moves the weights as its contiguous copy does."""
+    weights = [torch.ones(3, 3, requires_grad=True) for _ in range(2)]
+    grad = torch.arange(9.0).view(3, 3) - 4
+    for w, g in zip(weights, (grad, grad.T.contiguous().T)):
+        Adam([w], 0.1).step([g])
+    assert not grad.T.contiguous().T.is_contiguous()
+    assert_close(weights[0], weights[1])
