@@ -286,7 +286,7 @@ def graphed(update, *inputs, compile: bool = False):
         import torch._inductor
 
         if not hasattr(torch._dynamo.config, "trace_autograd_ops"):
-            raise InputError(f"--compile needs torch 2.15 or newer, this is {torch.__version__}")
+            raise InputError(f"--compile needs torch 2.13 or newer, this is {torch.__version__}")
         torch._dynamo.config.trace_autograd_ops = True  # takes autograd.grad inside the update
         torch._inductor.config.fallback_random = True  # the same random stream as the plain call
         update = torch.compile(update, fullgraph=True, dynamic=False)

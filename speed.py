@@ -37,7 +37,7 @@ class Args:
     threads: int = 1
     """CPU threads; efficiency compares with the rate of as many"""
     compile: bool = False
-    """compile each update whole (torch 2.15 or newer)"""
+    """compile each update whole"""
     precision: str = "auto"
     """fp32 products: highest, high, medium, or auto: the fastest that does not round"""
     seconds: float = 5.0

@@ -62,7 +62,7 @@ class Args:
     precision: str = "auto"
     """fp32 products: highest, high, medium, or auto: the fastest that does not round"""
     compile: bool = False
-    """compile the whole update (torch 2.15 or newer): faster after half a minute"""
+    """compile the whole update: faster after half a minute"""
     eval_every: int = 5_000
     """gradient steps between evaluations"""
     eval_episodes: int = 10

@@ -43,7 +43,8 @@ def run(name, compile, data):
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.skipif(
-    not hasattr(torch._dynamo.config, "trace_autograd_ops"), reason="torch is older than 2.15"
+    not hasattr(torch._dynamo.config, "trace_autograd_ops"),
+    reason="this torch does not trace gradients",
 )
 def test_compiled_updates_equal_eager_ones(name, tiny_data):
     eager, compiled = (run(name, compile, tiny_data(5, 2, 500)) for compile in (False, True))
