@@ -240,7 +240,7 @@ class Run:
         if self.warned:
             names = ", ".join(sorted(self.warned))
             raise InputError(
-                f"{self.folder}: {names} could not be saved: free some space, --resume"
+                f"{self.folder}: {names} could not be saved: free some space"
             )
         unit = "score" if self.task and self.task.ref_min is not None else "return"
         parts = [f"{self.algorithm} {unit} {final:.1f}"] if scores else [self.algorithm]

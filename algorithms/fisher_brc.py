@@ -285,7 +285,7 @@ def train_behavior(run, nets, opt, data, args):
         run.after(t, step() | {"saturated_actions": saturated})
         if t == args.bc_steps:
             run.share(clone, nets.behavior)
-    run.reference("behavior clone", lambda obs: behavior_policy(nets, obs, args))
+    run.reference("its clone (BC)", lambda obs: behavior_policy(nets, obs, args))
 
 
 def train(args):
