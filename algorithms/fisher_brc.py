@@ -17,7 +17,10 @@ the mixture is one per action dimension (paper: "mixture of Gaussians"), the clo
 layers (paper: three), the bonus of 5 is added to the reward (the paper's derivation gives half
 of that). Adam's epsilon is 1e-7, as in Keras. Clone and actor start from their own random seeds,
 so a cached clone changes nothing. Rows cut by a time limit are kept where the data has their next
-observation (D4RL's loader drops them).
+observation (D4RL's loader drops them). Ours, off by default: --dequantize, for data with many
+actions exactly at a bound, where log mu grows without limit.
+
+On the bundled dataset, seed 0, two cores: score 32 (its data 11, BC 12) in 4 minutes:
 
     python algorithms/fisher_brc.py
 """
