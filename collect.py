@@ -333,6 +333,8 @@ def write_minari(dataset_id, recorder, to_bounds, metadata, env):
                 truncations=recorder.cut[e].tolist(),
             )
         )
+    if dataset_id in minari.list_local_datasets():  # --overwrite: the old one goes last
+        minari.delete_dataset(dataset_id)
     minari.create_dataset_from_buffers(
         dataset_id,
         buffer=buffer,
@@ -359,10 +361,8 @@ def check_target(args):
 
     if not re.fullmatch(r"([\w-]+/)*[\w-]+-v\d+", args.dataset_id):
         raise InputError(f"--dataset-id {args.dataset_id}: give one like hopper/medium-replay-v0")
-    if args.dataset_id in minari.list_local_datasets():
-        if not args.overwrite:
-            raise InputError(f"{args.dataset_id} exists: add --overwrite or give another id")
-        minari.delete_dataset(args.dataset_id)
+    if args.dataset_id in minari.list_local_datasets() and not args.overwrite:
+        raise InputError(f"{args.dataset_id} exists: add --overwrite or give another id")
 
 
 def collect(args):

@@ -33,7 +33,7 @@ def parse(Args, presets: dict, argv: list[str] | None = None):
     argv = [
         part for arg in argv for part in (arg.split("=", 1) if re.match(r"--\w", arg) else [arg])
     ]
-    env = types and Args.env
+    env = Args.env
     for i in range(len(argv) - 1):
         flag = argv[i].removeprefix("--").replace("-", "_")
         if flag == "env":

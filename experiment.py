@@ -239,9 +239,7 @@ class Run:
         self._save("summary.json", json.dumps(summary, indent=2).encode())
         if self.warned:
             names = ", ".join(sorted(self.warned))
-            raise InputError(
-                f"{self.folder}: {names} could not be saved: free some space"
-            )
+            raise InputError(f"{self.folder}: {names} could not be saved: free some space")
         unit = "score" if self.task and self.task.ref_min is not None else "return"
         parts = [f"{self.algorithm} {unit} {final:.1f}"] if scores else [self.algorithm]
         parts += [f"{label} {value:.1f}" for label, value in self.references.items()]

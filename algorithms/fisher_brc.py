@@ -20,7 +20,8 @@ so a cached clone changes nothing. Rows cut by a time limit are kept where the d
 observation (D4RL's loader drops them). Ours, off by default: --dequantize, for data with many
 actions exactly at a bound, where log mu grows without limit.
 
-On the bundled dataset, seed 0, two cores: score 32 (its data 11, BC 12) in 4 minutes:
+On the bundled dataset, two cores, 4 minutes: score 32 (its data 11, BC 12) on seed 0, on which
+the preset was chosen among six:
 
     python algorithms/fisher_brc.py
 """
