@@ -10,6 +10,7 @@ import pytest
 import scipy.stats
 import torch
 import torch.distributions as D
+from oracles import stack
 from torch import nn
 from torch.testing import assert_close
 
@@ -33,18 +34,6 @@ from common import (
     seed_everything,
     tanh_log_det,
 )
-
-
-def stack(net, member=None):
-    """The same network as nn.Linear layers with ReLU between them, weights copied."""
-    layers = []
-    for w, b in zip(net.weights, net.biases, strict=True):
-        w, b = (w, b) if member is None else (w[member], b[member, 0])
-        linear = nn.Linear(*w.shape, dtype=w.dtype)
-        linear.weight.data, linear.bias.data = w.detach().T.clone(), b.detach().clone()
-        layers += [linear, nn.ReLU()]
-    return nn.Sequential(*layers[:-1])
-
 
 # ---- networks --------------------------------------------------------------------------------
 

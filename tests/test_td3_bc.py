@@ -7,43 +7,12 @@ import bc
 import pytest
 import td3_bc
 import torch
+from oracles import SGD, assert_same, in_double, rows, stack
 from td3_bc import Args, Nets, actor_loss, critic_loss, update
 from torch import nn
 from torch.testing import assert_close
 
 from common import Adam
-
-
-def stack(net, member=None):
-    """The same network as nn.Linear layers with ReLU between them, weights copied."""
-    layers = []
-    for w, b in zip(net.weights, net.biases, strict=True):
-        w, b = (w, b) if member is None else (w[member], b[member, 0])
-        linear = nn.Linear(*w.shape, dtype=w.dtype)
-        linear.weight.data, linear.bias.data = w.detach().T.clone(), b.detach().clone()
-        layers += [linear, nn.ReLU()]
-    return nn.Sequential(*layers[:-1])
-
-
-def assert_same(net, *stacks):
-    """The weights of `net` are those of the stacks, one for each member."""
-    for i, (w, b) in enumerate(zip(net.weights, net.biases, strict=True)):
-        w, b = (w, b[:, 0]) if w.ndim == 3 else (w[None], b[None])
-        for e, oracle in enumerate(stacks):
-            assert_close(w[e], oracle[2 * i].weight.T, atol=1e-8, rtol=1e-6)
-            assert_close(b[e], oracle[2 * i].bias, atol=1e-8, rtol=1e-6)
-
-
-class SGD:
-    """In Adam's place where a test needs the gradient's size, which Adam's first step hides."""
-
-    def __init__(self, params, lr):
-        self.params, self.lr = list(params), lr
-
-    @torch.no_grad()
-    def step(self, grads):
-        for p, g in zip(self.params, grads):
-            p.sub_(self.lr * g)
 
 
 def make(data, seed=0, optimizer=Adam, lr=3e-4, **values):
@@ -60,20 +29,9 @@ def make(data, seed=0, optimizer=Adam, lr=3e-4, **values):
     return nets, opt, args
 
 
-def in_double(data):
-    for name, value in vars(data).items():
-        if isinstance(value, torch.Tensor) and value.is_floating_point():
-            setattr(data, name, value.double())
-    return data
-
-
 @pytest.fixture
 def data(tiny_data):
     return in_double(tiny_data(obs_dim=3, act_dim=2, n=16))
-
-
-def rows(data):
-    return data.obs, data.action, data.reward, data.next_obs, data.terminal
 
 
 def with_q(f, **more):
