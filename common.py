@@ -277,6 +277,21 @@ def sample_tanh_normal(mean, log_std):
     return torch.tanh(x), log_prob.sum(-1), x
 
 
+def tanh_normal_log_prob(a, mean, log_std, clip: float):
+    """Log-density (...,) of tanh(x), x ~ N(mean, exp(log_std)^2), at actions a (..., A), which are
+    clipped to +-(1 - clip) first: at a bound itself it has no limit."""
+    x = torch.atanh(a.clamp(-1 + clip, 1 - clip))
+    return (normal_log_prob(x, mean, log_std) - tanh_log_det(x)).sum(-1)
+
+
+def dequantize(a, width: float):
+    """Actions (..., A); those at a bound (within 1e-6) are spread evenly over the band of `width`
+    inside it. Width 0 returns all as they are."""
+    if width == 0:
+        return a
+    return torch.where(a.abs() >= 1 - 1e-6, a.sign() * (1 - width * torch.rand_like(a)), a)
+
+
 def graphed(update, *inputs, compile: bool = False):
     """`update(*inputs, *constants)` as a function of its Python constants alone. On a GPU the whole
     update becomes one CUDA graph per set of constants, after three plain calls (which count as

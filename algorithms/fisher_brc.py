@@ -43,6 +43,7 @@ from common import (
     InputError,
     ScalarMLP,
     Scaling,
+    dequantize,
     graphed,
     load_dataset,
     minimize,
@@ -159,9 +160,7 @@ class Nets(nn.Module):
 
 def pre_tanh(a, args):
     """x of the data's actions; an action at a bound, where mu has no density, is spread inward."""
-    spread = torch.sign(a) * (1 - args.dequantize * torch.rand_like(a))
-    a = torch.where(a.abs() >= 1 - 1e-6, spread, a) if args.dequantize > 0 else a
-    return torch.atanh(a.clamp(-1 + 1e-6, 1 - 1e-6))
+    return torch.atanh(dequantize(a, args.dequantize).clamp(-1 + 1e-6, 1 - 1e-6))
 
 
 def log_mu(mixture, x):

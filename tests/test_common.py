@@ -21,6 +21,7 @@ from common import (
     InputError,
     ScalarMLP,
     Scaling,
+    dequantize,
     evaluate,
     graphed,
     minimize,
@@ -33,6 +34,7 @@ from common import (
     sample_tanh_normal,
     seed_everything,
     tanh_log_det,
+    tanh_normal_log_prob,
 )
 
 # ---- networks --------------------------------------------------------------------------------
@@ -271,6 +273,31 @@ def test_tanh_normal_is_finite_where_tanh_is_one():
     assert_close(log_prob, expected[:, 0])
     (grad,) = torch.autograd.grad(log_prob.sum(), mean)
     assert_close(grad, torch.tensor([[-2.0], [2.0]]))
+
+
+def test_tanh_normal_log_prob_against_torch_distributions():
+    torch.manual_seed(0)
+    mean, log_std = torch.randn(50, 3).double(), torch.randn(50, 3).double() * 0.5
+    oracle = D.TransformedDistribution(D.Normal(mean, log_std.exp()), D.TanhTransform())
+    a = oracle.sample()
+    expected = oracle.log_prob(a).sum(-1)
+    assert_close(tanh_normal_log_prob(a, mean, log_std, 1e-9), expected, rtol=1e-5, atol=1e-5)
+    edge = torch.ones(50, 3).double()
+    inside = tanh_normal_log_prob(edge * 0.99, mean, log_std, 1e-6)
+    assert_close(tanh_normal_log_prob(edge, mean, log_std, 0.01), inside)
+    assert_close(tanh_normal_log_prob(-edge, -mean, log_std, 0.01), inside)
+
+
+def test_dequantize_spreads_only_what_lies_at_a_bound():
+    a = torch.tensor([[-1.0, 1.0, 0.999, 0.0]]).repeat(5000, 1)
+    torch.manual_seed(0)
+    spread = dequantize(a, 0.05)
+    assert torch.equal(spread[:, 2:], a[:, 2:])
+    for column, bound in ((spread[:, 0], -1), (spread[:, 1], 1)):
+        inward = 1 - bound * column
+        assert 0 <= inward.min() < 1e-3 and 0.049 < inward.max() <= 0.05
+        assert abs(inward.mean() - 0.025) < 1e-3
+    assert torch.equal(dequantize(a, 0.0), a)
 
 
 # ---- data ------------------------------------------------------------------------------------
