@@ -42,15 +42,16 @@ class Task:
     pad: int = 0  # zeros appended to the observation (D4RL's ant: contact forces)
     spaces: SimpleNamespace | None = None  # size S, low and high (A,), limit in steps; from build
 
-    def make(self):
-        """A fresh environment whose observations are (S,) float32, ordered as the dataset's."""
+    def make(self, **options):
+        """A fresh environment whose observations are (S,) float32, ordered as the dataset's.
+        `options` go to gymnasium.make."""
         import gymnasium
 
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # -v4 is out of date on purpose: closest to D4RL
             if self.id.startswith(ROBOTICS) and importlib.util.find_spec("gymnasium_robotics"):
                 gymnasium.register_envs(importlib.import_module("gymnasium_robotics"))
-            env = gymnasium.make(self.spec or self.id, **self.kwargs)
+            env = gymnasium.make(self.spec or self.id, **self.kwargs, **options)
         origin = _d4rl_antmaze(env.unwrapped) if self.d4rl_maze else None
 
         def flat(obs):

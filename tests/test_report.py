@@ -1,0 +1,232 @@
+"""report.py: statistics against scipy and by hand, tables, refusals, a thousand runs."""
+
+import csv
+import json
+
+import numpy as np
+import pytest
+import scipy.stats
+
+import report
+from report import Args, bootstrap, improvement, iqm, main
+
+VERSIONS = {"python": "3.11", "torch": "2.13"}
+
+
+def write_run(root, env="hopper-medium-v0", method="bc", seed=0, scores=(1.0, 2.0), **more):
+    """A run's folder as experiment.py leaves it."""
+    algorithm, _, name = method.partition("-")
+    folder = root / f"{env.replace('/', '-')}__{method}__{seed}"
+    folder.mkdir(parents=True)
+    args = {"env": env, "seed": seed, "name": name, "steps": 10, "preset": {}} | more.get(
+        "args", {}
+    )
+    config = {"algorithm": algorithm, "args": args, "versions": VERSIONS, "commit": "a" * 40}
+    (folder / "config.json").write_text(json.dumps(config | more.get("config", {})))
+    with open(folder / "eval.csv", "w", newline="") as f:
+        writer = csv.writer(f)
+        writer.writerow(["step", "seconds", "return", "score", "episode_0"])
+        writer.writerows([10 * (i + 1), i + 0.5, 0, s, 0] for i, s in enumerate(scores))
+    if more.get("finished", True):
+        summary = {"score": float(np.mean(scores[-10:])), "references": more.get("references", {})}
+        (folder / "summary.json").write_text(json.dumps(summary))
+    return folder
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    return tmp_path / "runs"
+
+
+def table(name="runs"):
+    with open(f"report/{name}.csv", newline="") as f:
+        return list(csv.DictReader(f))
+
+
+def page(name="runs"):
+    with open(f"report/{name}.md") as f:
+        return f.read()
+
+
+# ---- statistics ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 4, 5, 8, 11, 40])
+def test_iqm_is_scipys_trimmed_mean(n):
+    x = np.random.default_rng(n).normal(size=(3, n))
+    assert np.allclose(iqm(x), scipy.stats.trim_mean(x, 0.25, axis=1))
+
+
+def test_iqm_by_hand():
+    assert iqm(np.array([100.0, 1, 2, 3, 4, 5, 6, -50])) == pytest.approx((2 + 3 + 4 + 5) / 4)
+
+
+def test_bootstrap_of_one_stratum_is_scipys():
+    x = np.random.default_rng(0).normal(3, 2, 30)
+    low, high = bootstrap([x], lambda v: v.mean(-1), 20_000)
+    other = scipy.stats.bootstrap(
+        (x,), np.mean, n_resamples=20_000, method="percentile"
+    ).confidence_interval
+    assert low == pytest.approx(other.low, abs=0.03) and high == pytest.approx(other.high, abs=0.03)
+
+
+def test_bootstrap_resamples_each_dataset_on_its_own():
+    """Datasets of constant but different scores have no uncertainty; pooled, they would."""
+    assert bootstrap([[1.0, 1, 1], [9.0, 9]], lambda v: v.mean(-1), 500) == (4.2, 4.2)
+
+
+def test_probability_of_improvement():
+    assert improvement([[3, 4], [1]], [[1, 3.5], [1]]) == pytest.approx((3 / 4 + 1 / 2) / 2)
+    rng = np.random.default_rng(1)
+    x, y = rng.normal(0.3, 1, 12), rng.normal(0, 1, 15)
+    u = scipy.stats.mannwhitneyu(x, y).statistic
+    assert improvement([x], [y]) == pytest.approx(u / (12 * 15))
+
+
+# ---- tables ----------------------------------------------------------------------------------
+
+
+def test_every_run_without_a_table(here):
+    for seed, final in enumerate((10.0, 14.0)):
+        write_run(here, method="fisher_brc-lam1", seed=seed, scores=(0.0, *[final] * 10))
+    write_run(here, env="mujoco/hopper/medium-v0", scores=(7.0,))
+    main(Args())
+    with open("report/runs.csv", newline="") as f:
+        header, hopper, minari = list(csv.reader(f))
+    ours = [f"{m}, {x}" for m in ("bc", "fisher_brc-lam1") for x in ("ours", "std", "seeds")]
+    assert header == ["dataset", *ours]
+    assert hopper == ["hopper-medium-v0", "", "", "", "12.0", "2.8", "2"]
+    assert minari == ["mujoco/hopper/medium-v0", "7.0", "", "1", "", "", ""]
+    assert "| hopper-medium-v0 |  | 12.0 ± 2.8 (2) |" in page()
+    for axis in ("steps", "seconds"):
+        with open(f"report/runs_{axis}.png", "rb") as f:
+            assert f.read(4) == b"\x89PNG"
+
+
+def test_beside_the_paper(here):
+    """F-BRC on hopper-medium-v0; the paper's number is read from its table, not from here."""
+    paper = {(r["dataset"], r["method"]): r for r in report.paper_rows("fisher_brc_table1")[0]}
+    row = paper["hopper-medium-v0", "F-BRC"]
+    mean, std = float(row["mean"]), float(row["std"])
+    for seed, score in enumerate((mean - 4, mean - 2)):
+        write_run(here, method="fisher_brc", seed=seed, scores=(score,))
+    write_run(here, method="td3_bc")  # not in the table
+    main(Args(table="fisher_brc_table1"))
+    row = {r["dataset"]: r for r in table("fisher_brc_table1")}["hopper-medium-v0"]
+    assert float(row["F-BRC, ours"]) == pytest.approx(mean - 3, abs=0.05)
+    assert float(row["F-BRC, paper"]) == mean
+    expected = -3 / np.hypot(np.std([0, 2], ddof=1), std)
+    assert float(row["F-BRC, difference / std"]) == pytest.approx(expected, abs=0.05)
+    assert (
+        row["MBOP, paper"] and "MBOP, ours" not in row and "td3_bc" not in page("fisher_brc_table1")
+    )
+    assert "- halfcheetah-random-v0: F-BRC" in page("fisher_brc_table1")
+    assert "hopper-medium-v0: F-BRC" not in page("fisher_brc_table1")
+
+
+def test_second_policy_of_a_run(here):
+    write_run(here, "antmaze-umaze-v0", "arq", scores=(50.0,), references={"implicit": 60.0})
+    main(Args(table="arq_table2"))
+    row = {r["dataset"]: r for r in table("arq_table2")}["antmaze-umaze-v0"]
+    assert (row["ARQ+pi_phi, ours"], row["ARQ+s_psi, ours"]) == ("50.0", "60.0")
+
+
+def test_faults_of_the_papers_are_footnotes(here):
+    write_run(here, "antmaze-umaze-v2", "itrpo", scores=(90.0,))
+    main(Args(table="itrpo_table3"))
+    text = page("itrpo_table3")
+    assert "434.9" in text and "418.5 [1]" in text
+
+
+@pytest.mark.parametrize(
+    "name", sorted(p.stem for p in report.PAPERS.glob("*.csv") if p.stem != "faults")
+)
+def test_every_table_is_well_formed(name):
+    rows, faults = report.paper_rows(name)
+    assert len({(r["dataset"], r["method"]) for r in rows}) == len(rows)
+    for row in rows:
+        for key in ("mean", "std"):
+            assert row[key] == "" or np.isfinite(float(row[key]))
+        assert row["run"].partition(":")[0].partition("-")[0] in {
+            "",
+            *(p.stem for p in (report.DATA_DIR.parent / "algorithms").glob("*.py")),
+        }
+    known = {r["dataset"] for r in rows}, {r["method"] for r in rows}
+    for fault in faults:
+        assert fault["dataset"] in known[0] | {""} and fault["method"] in known[1] | {""}
+        assert fault["note"]
+
+
+def test_unfinished_runs_are_listed_and_not_averaged(here):
+    write_run(here, seed=0, scores=(5.0,))
+    write_run(here, seed=1, scores=(100.0, 200.0), finished=False)
+    main(Args())
+    assert "5.0 (1)" in page() and "Unfinished:" in page()
+    assert "hopper-medium-v0__bc__1 (2 evaluations)" in page()
+
+
+# ---- refusals --------------------------------------------------------------------------------
+
+
+def refused(*words, **args):
+    with pytest.raises(report.InputError) as error:
+        main(Args(**args))
+    line = str(error.value)
+    assert "\n" not in line and all(word in line for word in words), line
+
+
+def test_unknown_table(here):
+    write_run(here)
+    refused("no table nine", "fisher_brc_table1", table="nine")
+
+
+def test_no_runs(here):
+    refused("no folder runs")
+    here.mkdir()
+    refused("no run below runs")
+
+
+def test_runs_of_another_table(here):
+    write_run(here, method="td3_bc")
+    refused("none of the runs", "fisher_brc_table1", table="fisher_brc_table1")
+
+
+def test_half_written_csv(here):
+    folder = write_run(here)
+    text = (folder / "eval.csv").read_text()
+    (folder / "eval.csv").write_text(text[:-6])
+    refused("eval.csv cannot be read", "--resume")
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"args": 3}'])
+def test_damaged_config(here, content):
+    (write_run(here) / "config.json").write_text(content)
+    refused("config.json cannot be read")
+
+
+def test_mixed_settings(here):
+    write_run(here, seed=0)
+    write_run(here, seed=1, args={"steps": 20})
+    refused("steps 10 and 20", "--mixed")
+    main(Args(mixed=True))
+    assert "steps 10 and 20" in page() and "(2)" in page()
+
+
+def test_mixed_versions(here):
+    write_run(here, seed=0)
+    write_run(here, seed=1, config={"commit": "b" * 40})
+    refused("commit", "--mixed")
+
+
+def test_settings_that_change_no_result_may_differ(here):
+    write_run(here, seed=0, args={"device": "cpu", "log_every": 1})
+    write_run(here, seed=1, args={"device": "cuda", "log_every": 2})
+    main(Args())
+    assert "(2)" in page()
+
+
+def test_a_seed_counts_once(here):
+    write_run(here / "a")
+    write_run(here / "b")
+    refused("are the same seed")
