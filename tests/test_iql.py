@@ -1,0 +1,739 @@
+"""iql.py: expectiles, both extractions, one whole step in its order, the fixed point on a table."""
+
+import copy
+import math
+from types import SimpleNamespace
+
+import bc
+import iql
+import numpy as np
+import pytest
+import td3_bc
+import torch
+import torch.distributions as D
+from iql import Args, Nets, awr_loss, critic_loss, ddpg_bc_loss, scale_rewards, update, value_loss
+from oracles import SGD, assert_same, in_double, rows, stack
+from torch import nn
+from torch.testing import assert_close
+
+from common import Adam, parse
+
+EXTRACTIONS = pytest.mark.parametrize("extraction", ["awr", "ddpg_bc"])
+
+
+def optimizers(nets, args, optimizer, lr):
+    actor = [*nets.actor.parameters(), *([nets.log_std] if args.extraction == "awr" else [])]
+    params = {"v": nets.v.parameters(), "actor": actor, "q": nets.q.parameters()}
+    return SimpleNamespace(**{k: optimizer(p, lr) for k, p in params.items()})
+
+
+def make(data, optimizer=Adam, lr=3e-4, **values):
+    """Networks in float64, whose target differs from the critics and whose advantages have both
+    signs, with their optimizers."""
+    args = Args(**{"batch_size": 16, **values})
+    torch.manual_seed(0)
+    nets = Nets(data, args)
+    nets.q_target.load_state_dict(Nets(data, args).q.state_dict())
+    nets.v.biases[-1].data.sub_(0.35)
+    nets = nets.double()
+    return nets, optimizers(nets, args, optimizer, lr), args
+
+
+@pytest.fixture
+def data(tiny_data):
+    return in_double(tiny_data(obs_dim=3, act_dim=2, n=16))
+
+
+def all_rows(monkeypatch):
+    monkeypatch.setattr(iql, "sample", lambda data, n: rows(data))
+
+
+# ---- expectiles ------------------------------------------------------------------------------
+
+
+def fit_value(q, tau, steps=400):
+    """The scalar V that gradient descent on the file's loss finds for the values q (N,)."""
+    v = torch.zeros((), dtype=torch.float64, requires_grad=True)
+    nets = SimpleNamespace(v=lambda s: v.expand(len(q)))
+    for _ in range(steps):
+        (grad,) = torch.autograd.grad(value_loss(nets, q, q, Args(tau=tau)), v)
+        v.data -= 0.9 * grad
+    return v.item()
+
+
+def test_value_loss_by_hand():
+    """u = q - V is 1, -1, 2: weights tau, 1 - tau, tau."""
+    nets = SimpleNamespace(v=lambda s: torch.tensor([0.0, 3.0, -1.0]))
+    loss = value_loss(nets, None, torch.tensor([1.0, 2.0, 1.0]), Args(tau=0.9))
+    assert_close(loss, torch.tensor((0.9 * 1 + 0.1 * 1 + 0.9 * 4) / 3))
+
+
+def test_gradient_of_the_value_loss_is_a_difference_quotient():
+    v = torch.linspace(-2, 2, 8).double().requires_grad_()
+    q, h = torch.linspace(1.5, -1.3, 8).double(), 1e-6
+
+    def loss(v):
+        return value_loss(SimpleNamespace(v=lambda s: v), None, q, Args(tau=0.8))
+
+    (grad,) = torch.autograd.grad(loss(v), v)
+    for i, step in enumerate(torch.eye(8).double() * h):
+        assert_close(
+            grad[i], (loss(v + step) - loss(v - step)).detach() / (2 * h), rtol=1e-6, atol=0
+        )
+
+
+@pytest.mark.parametrize("tau", [0.1, 0.5, 0.7, 0.9, 0.99])
+def test_expectiles_in_closed_form(tau):
+    uniform = (torch.arange(2000).double() + 0.5) / 2000
+    root = math.sqrt(tau) / (math.sqrt(tau) + math.sqrt(1 - tau))  # .6044 at 0.7, .75 at 0.9
+    assert abs(fit_value(uniform, tau) - root) < 1e-3
+    for p in (0.25, 0.8):
+        coin = (torch.arange(20) < 20 * p).double()
+        assert abs(fit_value(coin, tau) - tau * p / (tau * p + (1 - tau) * (1 - p))) < 1e-3
+
+
+def test_half_is_the_mean_and_one_the_maximum():
+    """Rising in tau, from the mean to the largest value; at each optimum both sides balance."""
+    q = torch.tensor([-3.0, 0.5, 0.5, 1.0, 4.0]).double()
+    taus = (0.5, 0.7, 0.9, 0.99, 0.9999)
+    found = [fit_value(q, tau) for tau in taus]
+    assert abs(found[0] - 0.6) < 1e-6 and found == sorted(found)
+    assert 3.99 < found[-1] < 4
+    for tau, v in zip(taus[:-1], found):
+        above, below = (q - v).clamp(min=0).mean(), (v - q).clamp(min=0).mean()
+        assert_close(tau * above, (1 - tau) * below, atol=1e-5, rtol=0)
+
+
+# ---- critics ---------------------------------------------------------------------------------
+
+
+def test_critic_loss_by_hand():
+    """y = r + 0.9 V(s'), r alone at a terminal: rows y = (1 + 0.9 * 2, 5); summed over critics."""
+    nets = SimpleNamespace(q=lambda s, a: torch.tensor([[1.0, 1.0], [2.0, 5.0]]))
+    r, v2, terminal = torch.tensor([1.0, 5.0]), torch.tensor([2.0, 1e30]), torch.tensor([0.0, 1.0])
+    loss = critic_loss(nets, None, None, r, v2, terminal, Args(gamma=0.9))
+    assert_close(loss, torch.tensor((1.8**2 + 4**2) / 2 + (0.8**2 + 0**2) / 2))
+
+
+# ---- advantage-weighted regression -----------------------------------------------------------
+
+
+def actor_that_says(mean, log_std):
+    return SimpleNamespace(pi=lambda s, dropout: mean, log_std=log_std)
+
+
+def test_awr_by_hand():
+    """Weights: exp(0) = 1; exp(-0.5 * 2); exp(10 * 10) and beyond, 100."""
+    torch.manual_seed(0)
+    mean, a = torch.randn(2, 3, 2).double()
+    log_std = torch.tensor([-0.5, 0.4]).double()
+    density = D.Independent(D.Normal(mean, log_std.exp()), 1).log_prob(a)
+    nets = actor_that_says(mean, log_std)
+    for u, beta, weight in (
+        ([0.0, -0.5, 0.25], 2.0, [1, math.exp(-1), math.exp(0.5)]),
+        ([0.0, 10.0, 1e6], 10.0, [1, 100, 100]),
+    ):
+        u, weight = (torch.tensor(x, dtype=torch.float64) for x in (u, weight))
+        loss, found = awr_loss(nets, None, a, u, Args(beta=beta))
+        assert_close(found, weight, rtol=1e-12, atol=0)
+        assert_close(loss, -(weight * density).sum() / 3)
+    assert awr_loss(nets, None, a, u, Args(beta=10.0, max_weight=7.0))[1].max() == 7
+
+
+@pytest.mark.parametrize(("log_std", "clamped"), [(-9.0, -5.0), (7.0, 2.0)])
+def test_log_std_is_clamped(log_std, clamped):
+    log_std = torch.tensor([log_std], requires_grad=True)
+    a = torch.full((4, 1), 0.01)
+    loss, _ = awr_loss(actor_that_says(0 * a, log_std), None, a, torch.zeros(4), Args())
+    assert_close(loss.detach(), -D.Normal(0.0, torch.tensor(clamped).exp()).log_prob(a).mean())
+    assert torch.autograd.grad(loss, log_std)[0] == 0
+
+
+def test_awr_on_a_bandit_is_a_weighted_mean():
+    """Mean sum w a / sum w; variance that of the same weights: one deviation for all states."""
+    a, u = torch.tensor([-0.8, -0.1, 0.3, 0.6]).double(), torch.tensor([-0.5, 0.0, 0.4, 3.0])
+    x = torch.zeros(1, 1).double().requires_grad_()
+    log_std = torch.zeros(1).double().requires_grad_()
+    nets = SimpleNamespace(pi=lambda s, dropout: x.tanh().expand(4, 1), log_std=log_std)
+    adam = torch.optim.Adam([x, log_std], lr=0.05)
+    for t in range(600):
+        adam.param_groups[0]["lr"] = 0.05 if t < 400 else 0.002
+        loss, w = awr_loss(nets, None, a[:, None], u.double(), Args(beta=2.0))
+        x.grad, log_std.grad = torch.autograd.grad(loss, [x, log_std])
+        adam.step()
+    w = np.minimum(np.exp(2 * u.double().numpy()), 100)
+    mean = (w * a.numpy()).sum() / w.sum()
+    variance = (w * (a.numpy() - mean) ** 2).sum() / w.sum()
+    assert w[3] == 100 and abs(x.tanh().item() - mean) < 1e-3
+    assert abs(log_std.exp().item() - variance**0.5) < 1e-3
+
+
+def test_beta_zero_is_behavior_cloning(data, monkeypatch):
+    """The same start and batches as bc.py with a Gaussian: actors stay equal, step for step."""
+    nets, opt, args = make(data, beta=0.0)
+    clone_args = bc.Args(batch_size=16, gaussian=True)
+    clone = bc.Nets(data, clone_args).double()
+    clone.actor.load_state_dict(nets.actor.state_dict())
+    params = [*clone.actor.parameters(), clone.log_std]
+    clone_opt = SimpleNamespace(actor=Adam(params, 3e-4))
+    loss, _ = awr_loss(nets, data.obs, data.action, torch.randn(16).double(), args)
+    ours = torch.autograd.grad(loss, opt.actor.params)
+    theirs = bc.actor_loss(clone, data.obs, data.action, clone_args)
+    assert_close(ours, torch.autograd.grad(theirs, params))
+    all_rows(monkeypatch)
+    monkeypatch.setattr(bc, "sample", lambda data, n, fields: (data.obs, data.action))
+    for _ in range(5):
+        update(nets, opt, data, args)
+        bc.update(clone, clone_opt, data, clone_args)
+        for p, q in zip(opt.actor.params, params):
+            assert_close(p, q, atol=1e-12, rtol=0)
+
+
+# ---- DDPG+BC ---------------------------------------------------------------------------------
+
+
+def test_ddpg_bc_by_hand():
+    """Smaller Q per row: 1, -3; mean |Q| = 2; squared distances 0.25 + 1 and 0."""
+    pi, a = torch.tensor([[0.5, 0.0], [0.2, 0.1]]), torch.tensor([[0.0, 1.0], [0.2, 0.1]])
+    nets = SimpleNamespace(
+        pi=lambda s, dropout: pi, q=lambda s, a: torch.tensor([[1.0, 2.0], [4.0, -3.0]])
+    )
+    loss, bc_loss = ddpg_bc_loss(nets, None, a, Args(alpha_bc=0.4))
+    assert_close(bc_loss, torch.tensor(0.5 * 1.25 / 2))
+    assert_close(loss, torch.tensor(1 / 2 + 0.4 * 0.5 * 1.25 / 2))
+
+
+@pytest.mark.parametrize(
+    ("slope", "target", "alpha_bc"), [(3, 0.0, 4.0), (-3, 0.0, 4.0), (3, 0.2, 5.0)]
+)
+def test_linear_q_has_a_known_optimum(slope, target, alpha_bc):
+    """Q = slope a: p^2 - target p - 1 / alpha_bc = 0, on the side of the slope."""
+    x = torch.full((1, 1), 0.1 * slope).double().requires_grad_()
+    a, adam = torch.full((4, 1), target).double(), torch.optim.Adam([x], lr=0.02)
+    nets = SimpleNamespace(
+        pi=lambda s, dropout: x.tanh().expand(4, 1), q=lambda s, a: slope * a[:, 0].expand(2, 4)
+    )
+    for t in range(700):
+        adam.param_groups[0]["lr"] = 0.02 if t < 400 else 0.002
+        loss, _ = ddpg_bc_loss(nets, None, a, Args(alpha_bc=alpha_bc))
+        (x.grad,) = torch.autograd.grad(loss, [x])
+        adam.step()
+    root = (target + math.sqrt(target**2 + 4 / alpha_bc)) / 2
+    assert abs(x.tanh().item() - (root if slope > 0 else -root)) < 1e-3
+
+
+def test_ddpg_bc_is_td3_bc_with_equal_twins(data):
+    """alpha_bc = 2 / (alpha A), one critic twice: the two files' actor gradients are parallel."""
+    nets, opt, args = make(data, extraction="ddpg_bc", alpha_bc=2 / (2.5 * 2))
+    for p in nets.q.parameters():
+        p.data[1] = p.data[0]
+    other = td3_bc.Nets(data, td3_bc.Args()).double()
+    other.actor.load_state_dict(nets.actor.state_dict())
+    other.q.load_state_dict(nets.q.state_dict())
+    loss, _ = ddpg_bc_loss(nets, data.obs, data.action, args)
+    ours = torch.autograd.grad(loss, opt.actor.params)
+    loss, *_ = td3_bc.actor_loss(other, data.obs, data.action, td3_bc.Args(alpha=2.5))
+    for x, y in zip(ours, torch.autograd.grad(loss, list(other.actor.parameters()))):
+        assert_close(2.5 * x, y, rtol=1e-4, atol=1e-5)  # 1e-6 beside mean |Q|
+    assert max(x.abs().max() for x in ours) > 0.1
+
+
+# ---- networks --------------------------------------------------------------------------------
+
+
+def test_initial_networks(data):
+    torch.manual_seed(0)
+    nets = Nets(data, Args())
+    shapes = {k: [w.shape for w in getattr(nets, k).weights] for k in ("actor", "v", "q")}
+    assert shapes["actor"] == [(3, 256), (256, 256), (256, 2)]
+    assert shapes["v"] == [(3, 256), (256, 256), (256, 1)]
+    assert shapes["q"] == [(2, 5, 256), (2, 256, 256), (2, 256, 1)]
+    for net in (nets.actor, nets.v, nets.q):
+        for w in net.weights:
+            for m in w.detach().view(-1, *w.shape[-2:]):
+                m = m if m.shape[0] > m.shape[1] else m.T
+                assert_close(m.T @ m, 2 * torch.eye(m.shape[1]), atol=1e-5, rtol=0)
+        assert not any(b.any() for b in net.biases)
+    assert not nets.log_std.any() and not torch.equal(*nets.q.weights[0])
+    for p, t in zip(nets.q.parameters(), nets.q_target.parameters()):
+        assert torch.equal(p, t) and p is not t and not t.requires_grad
+
+
+def test_mean_is_the_tanh_of_a_stack(data):
+    nets, *_ = make(data)
+    assert_close(nets.pi(data.obs), stack(nets.actor)(data.obs).tanh())
+    assert (nets.pi(1e6 * data.obs).abs() <= 1).all()
+
+
+def test_dropout_zeroes_hidden_units_and_keeps_their_mean(data, monkeypatch):
+    nets, *_ = make(data)
+    drawn = []
+
+    def draw(x):
+        drawn.append(torch.rand(x.shape, dtype=x.dtype))
+        return drawn[-1]
+
+    monkeypatch.setattr(torch, "rand_like", draw)
+    found = nets.pi(data.obs, 0.25)
+    first, _, second, _, last = stack(nets.actor)
+    x = first(data.obs).relu() * (drawn[0] > 0.25) / 0.75
+    x = second(x).relu() * (drawn[1] > 0.25) / 0.75
+    assert len(drawn) == 2 and [x.shape for x in drawn] == [(16, 256)] * 2
+    assert_close(found, last(x).tanh())
+
+
+@EXTRACTIONS
+def test_dropout_is_in_the_actors_loss_only(data, monkeypatch, extraction):
+    """Two draws, one for each hidden layer, between the steps of V and Q; none when it acts."""
+    nets, opt, args = make(data, extraction=extraction, dropout=0.1)
+    events, uniform = [], torch.rand_like
+    real = iql.minimize
+
+    def note(o, loss):
+        events.append(next(k for k, v in vars(opt).items() if v is o))
+        return real(o, loss)
+
+    monkeypatch.setattr(torch, "rand_like", lambda x: events.append("draw") or uniform(x))
+    monkeypatch.setattr(iql, "minimize", note)
+    plain = copy.deepcopy(nets)
+    torch.manual_seed(3)
+    update(nets, opt, data, args)
+    assert events == ["v", "draw", "draw", "actor", "q"]
+    events.clear()
+    obs = data.obs
+    assert_close(iql.policy(plain, obs, args), stack(plain.actor)(obs).tanh())
+    assert torch.equal(iql.policy(nets, obs, args), iql.policy(nets, obs, Args()))
+    assert not events
+    other, opt, args = make(data, extraction=extraction)
+    torch.manual_seed(3)
+    update(other, opt, data, args)
+    assert events == ["v", "actor", "q"]
+    for name in ("v", "q", "q_target"):
+        pairs = zip(getattr(nets, name).parameters(), getattr(other, name).parameters())
+        assert all(torch.equal(p, q) for p, q in pairs), "dropout reached more than the actor"
+    pairs = zip(nets.actor.parameters(), other.actor.parameters())
+    assert not all(torch.equal(p, q) for p, q in pairs)
+
+
+def test_policy_stands_between_raw_observations_and_the_bounds(tiny_data):
+    data, args = tiny_data(obs_dim=2, act_dim=1), Args(dropout=0.5)
+    data.obs_mean, data.obs_std = torch.tensor([1.0, 2.0]), torch.tensor([0.5, 4.0])
+    data.action_low, data.action_high = torch.tensor([-2.0]), torch.tensor([6.0])
+    nets, raw = Nets(data, args), torch.randn(5, 2)
+    a = stack(nets.actor)((raw - data.obs_mean) / data.obs_std).tanh()
+    assert_close(iql.policy(nets, raw, args), 2 + 4 * a)
+    assert torch.equal(iql.policy(nets, raw, args), iql.policy(nets, raw, args))
+
+
+# ---- update ----------------------------------------------------------------------------------
+
+
+def test_which_parameters_each_loss_reaches(data):
+    nets, _, args = make(data)
+    s, a, r, s2, terminal = rows(data)
+    u, v2 = torch.randn(2, 16).double()
+    loss, weight = awr_loss(nets, s, a, u, args)
+    assert not weight.requires_grad
+    other, bc_loss = ddpg_bc_loss(nets, s, a, args)
+    assert not bc_loss.requires_grad
+    online = [(k, p) for k, p in nets.named_parameters() if p.requires_grad]
+    reached = {
+        "v": value_loss(nets, s, u, args),
+        "actor log_std": loss,
+        "actor q": other,  # its gradient in q is never taken: see below
+        "q": critic_loss(nets, s, a, r, v2, terminal, args),
+    }
+    for names, loss in reached.items():
+        grads = torch.autograd.grad(loss, [p for _, p in online], allow_unused=True)
+        found = {k.split(".")[0] for (k, _), g in zip(online, grads) if g is not None}
+        assert found == set(names.split())
+
+
+@EXTRACTIONS
+@pytest.mark.parametrize("frozen", ["v", "actor", "q"])
+def test_each_network_moves_by_its_own_loss_only(data, frozen, extraction):
+    """With its learning rate at 0, an update leaves a network bit for bit, and moves the rest."""
+    nets, opt, args = make(data, extraction=extraction)
+    getattr(opt, frozen).lr.zero_()
+    before = copy.deepcopy(nets)
+    update(nets, opt, data, args)
+    for name in ("v", "actor", "q"):
+        now, then = getattr(nets, name).weights, getattr(before, name).weights
+        for p, q in zip(now, then):
+            assert torch.equal(p, q) == (name == frozen)
+    assert torch.equal(nets.log_std, before.log_std) == (frozen == "actor" or extraction != "awr")
+    for t, o, p in zip(*(x.parameters() for x in (nets.q_target, before.q_target, nets.q))):
+        assert_close(t, 0.005 * p + 0.995 * o, atol=1e-12, rtol=1e-10)
+    assert all(p.grad is None for p in nets.parameters())
+
+
+def test_targets_approach_frozen_critics(data):
+    """After n steps the distance has shrunk by 0.9^n."""
+    nets, opt, args = make(data, polyak=0.1)
+    opt.q.lr.zero_()
+    before = [q - t for q, t in zip(nets.q.parameters(), nets.q_target.parameters())]
+    for _ in range(5):
+        update(nets, opt, data, args)
+    for q, t, gap in zip(nets.q.parameters(), nets.q_target.parameters(), before):
+        assert_close(q - t, 0.9**5 * gap)
+
+
+def oracle_step(o, data, args, old_v=False, online=False):
+    """One iteration written again on nn.Linear stacks; `old_v` and `online` are two mistakes."""
+    s, a, r, s2, terminal = rows(data)
+
+    def twins(nets, a):
+        return torch.stack([net(torch.cat([s, a], 1)).squeeze(1) for net in nets])
+
+    with torch.no_grad():
+        q = torch.minimum(*twins(o.q if online else o.q_target, a))
+        v, v2 = o.v(s).squeeze(1), o.v(s2).squeeze(1)
+    u = q - o.v(s).squeeze(1)
+    o.v_opt.zero_grad()
+    weight = torch.where(u > 0, args.tau, 1 - args.tau).double()
+    (weight * u**2).mean().backward()
+    o.v_opt.step()
+    if not old_v:
+        with torch.no_grad():
+            v, v2 = o.v(s).squeeze(1), o.v(s2).squeeze(1)
+    o.actor_opt.zero_grad()
+    pi = o.actor(s).tanh()
+    if args.extraction == "awr":
+        weight = torch.exp(args.beta * (q - v)).clamp(max=args.max_weight)
+        loss = -(weight * D.Normal(pi, o.log_std.exp()).log_prob(a).sum(1)).mean()
+    else:
+        q_pi = torch.minimum(*twins(o.q, pi))
+        log_prob = D.Normal(pi, 1.0).log_prob(a).sum(1).mean()
+        loss = -q_pi.mean() / (q_pi.abs().mean().detach() + 1e-6) - args.alpha_bc * log_prob
+    loss.backward()
+    o.actor_opt.step()
+    o.q_opt.zero_grad()
+    y = r + 0.99 * (1 - terminal) * v2
+    (twins(o.q, a) - y).square().mean(1).sum().backward()
+    o.q_opt.step()
+    for q, target in zip(o.q, o.q_target):
+        for p, t in zip(q.parameters(), target.parameters()):
+            t.data = args.polyak * p.data + (1 - args.polyak) * t.data
+    return weight
+
+
+def oracle(nets, optimizer, lr):
+    o = SimpleNamespace(actor=stack(nets.actor), v=stack(nets.v))
+    o.q, o.q_target = ([stack(x, e) for e in range(2)] for x in (nets.q, nets.q_target))
+    o.log_std = nets.log_std.detach().clone().requires_grad_()
+    o.v_opt = optimizer(o.v.parameters(), lr=lr)
+    o.actor_opt = optimizer([*o.actor.parameters(), o.log_std], lr=lr)
+    o.q_opt = optimizer([p for q in o.q for p in q.parameters()], lr=lr)
+    return o
+
+
+@EXTRACTIONS
+@pytest.mark.parametrize(("optimizer", "lr"), [(SGD, 3e-3), (Adam, 2**-10)])  # exact in fp32
+def test_step_by_hand(data, monkeypatch, optimizer, lr, extraction):
+    more = dict(tau=0.8, polyak=0.1, max_weight=1.2)
+    nets, opt, args = make(data, optimizer, lr, extraction=extraction, **more)
+    o = oracle(nets, {SGD: torch.optim.SGD, Adam: torch.optim.Adam}[optimizer], lr)
+    all_rows(monkeypatch)
+    for _ in range(3):
+        metrics = update(nets, opt, data, args)
+        weight = oracle_step(o, data, args)
+        if extraction == "awr":
+            share = (weight == args.max_weight).double().mean()
+            assert 0 < share < 1, "some weights are capped, some are not"
+            assert_close(metrics["capped_weights"].double(), share)
+            effective = weight.sum() ** 2 / (16 * weight.square().sum())
+            assert_close(metrics["effective_share"], effective)
+        assert_same(nets.v, o.v)
+        assert_same(nets.actor, o.actor)
+        assert_same(nets.q, *o.q)
+        assert_same(nets.q_target, *o.q_target)
+        if extraction == "awr":
+            assert_close(nets.log_std, o.log_std)
+        assert all(x.ndim == 0 and not x.requires_grad for x in metrics.values())
+
+
+@pytest.mark.parametrize(
+    ("mistake", "name"), [("old_v", "actor"), ("old_v", "q"), ("online", "actor"), ("online", "v")]
+)
+def test_order_and_targets_matter(data, monkeypatch, mistake, name):
+    """The V before its step, or the online critics in Eqs. 5 and 7, would give other weights."""
+    nets, opt, args = make(data, SGD, 3e-3)
+    o = oracle(nets, torch.optim.SGD, 3e-3)
+    all_rows(monkeypatch)
+    update(nets, opt, data, args)
+    oracle_step(o, data, args, **{mistake: True})
+    stacks = o.q if name == "q" else [getattr(o, name)]
+    with pytest.raises(AssertionError):
+        assert_same(getattr(nets, name), *stacks)
+
+
+def test_weights_that_underflow_leave_finite_metrics(data):
+    nets, opt, args = make(data, beta=1e6)
+    nets.v.biases[-1].data.fill_(1e3)
+    metrics = update(nets, opt, data, args)
+    assert all(x.isfinite() for x in metrics.values())
+    assert metrics["effective_share"] == metrics["actor_loss"] == 0
+
+
+# ---- the fixed point on a table --------------------------------------------------------------
+
+STATES, ACTIONS, GAMMA = 4, 3, 0.8
+
+
+class Table(nn.Module):
+    """One parameter for each entry; a state is one-hot, an action its number."""
+
+    def __init__(self, *shape, fill=0.0):
+        super().__init__()
+        self.values = nn.Parameter(torch.full(shape, fill).double())
+
+    def forward(self, s, a=None):
+        if a is None:
+            return s @ self.values
+        return self.values[:, s.argmax(1), a[:, 0].long()]  # (2, B)
+
+
+def tabular_data(seed=1):
+    """Eight rows for each state, stochastic; action 2 of the last two states is never taken."""
+    rng = np.random.default_rng(seed)
+    state = np.repeat(np.arange(STATES), 8)
+    action = np.concatenate([rng.permutation([0, 0, 0, 1, 1, 2, 2, 2]) for _ in range(2)]
+                            + [rng.permutation([0] * 5 + [1] * 3) for _ in range(2)])  # fmt: skip
+    reward = np.round(rng.normal(0, 2, (STATES, ACTIONS)), 1)[state, action]
+    following = rng.integers(0, STATES, len(state))
+    terminal = (rng.random(len(state)) < 0.1).astype(float)
+    return state, action, reward, following, terminal
+
+
+def expectile(x, tau):
+    """Root of tau E(x - m)+ = (1 - tau) E(m - x)+, by bisection."""
+    low, high = x.min(), x.max()
+    for _ in range(60):
+        m = (low + high) / 2
+        above = tau * np.maximum(x - m, 0).sum() > (1 - tau) * np.maximum(m - x, 0).sum()
+        low, high = (m, high) if above else (low, m)
+    return (low + high) / 2
+
+
+def value_iteration(table, backup):
+    """Q (NaN where unseen) and V of Q(s,a) = mean of r + gamma V(s'), V(s) = backup of its rows."""
+    state, action, reward, following, terminal = table
+    v, q = np.zeros(STATES), np.full((STATES, ACTIONS), np.nan)
+    for _ in range(150):
+        y = reward + GAMMA * (1 - terminal) * v[following]
+        for s, a in set(zip(state, action)):
+            q[s, a] = y[(state == s) & (action == a)].mean()
+        v = np.array([backup(q[s, action[state == s]]) for s in range(STATES)])
+    return q, v
+
+
+@pytest.mark.parametrize("tau", [0.5, 0.7, 0.9])
+def test_fixed_point_is_that_of_expectile_value_iteration(monkeypatch, tau):
+    """Whole updates on tables. Unseen actions start at one million, and nobody ever asks."""
+    table = tabular_data()
+    state, action, reward, following, terminal = (torch.as_tensor(x) for x in table)
+    q_exact, v_exact = value_iteration(table, lambda x: expectile(x, tau))
+    one_hot = torch.eye(STATES).double()
+    batch = one_hot[state], action[:, None].double(), reward, one_hot[following], terminal
+    monkeypatch.setattr(iql, "sample", lambda data, n: batch)
+
+    nets = SimpleNamespace(v=Table(STATES), q=Table(2, STATES, ACTIONS), actor=Table(STATES, 1))
+    nets.log_std = torch.zeros(1).double().requires_grad_()
+    nets.pi = lambda s, dropout: nets.actor(s).tanh()
+    unseen = torch.as_tensor(np.isnan(q_exact))
+    assert unseen.sum() == 2
+    nets.q.values.data[:, unseen] = 1e6
+    nets.q_target = copy.deepcopy(nets.q)
+    args = Args(tau=tau, gamma=GAMMA, polyak=0.5, beta=0.1)
+    opt = optimizers(nets, args, SGD, 4.0)  # a state has an eighth of the loss's mean, or less
+    opt.actor.lr = 0.05
+    for _ in range(1200):
+        update(nets, opt, None, args)
+    assert_close(nets.v.values.data, torch.as_tensor(v_exact), atol=1e-3, rtol=0)
+    for q in (*nets.q.values.data, *nets.q_target.values.data):
+        assert_close(q[~unseen], torch.as_tensor(q_exact)[~unseen], atol=1e-3, rtol=0)
+        assert (q[unseen] == 1e6).all()
+    if tau == 0.5:  # V of the policy that made the data: one linear system
+        p, r = np.zeros((STATES, STATES)), np.zeros(STATES)
+        for s, _, x, s2, end in zip(*table):
+            p[s, s2] += (1 - end) / 8
+            r[s] += x / 8
+        assert np.allclose(np.linalg.solve(np.eye(STATES) - GAMMA * p, r), v_exact, atol=1e-6)
+
+
+def test_expectile_value_iteration_tends_to_the_in_sample_optimum():
+    """The oracle's own limit: V rises in tau to the largest value that seen actions reach."""
+    table = tabular_data()
+    _, best = value_iteration(table, np.max)
+    values = [value_iteration(table, lambda x, t=t: expectile(x, t))[1] for t in (0.5, 0.9, 0.9999)]
+    assert (values[0] < values[1]).all() and (values[1] < values[2]).all()
+    assert (values[2] < best).all() and np.abs(values[2] - best).max() < 0.02
+
+
+# ---- behavior --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("method", "low", "high"),
+    [
+        ({"beta": 10.0}, 0.35, 0.65),
+        ({"beta": 0.0}, -0.2, 0.2),
+        ({"extraction": "ddpg_bc", "alpha_bc": 0.3}, 0.35, 0.65),
+        ({"extraction": "ddpg_bc", "alpha_bc": 100.0}, -0.2, 0.2),
+    ],
+)
+def test_bandit(tiny_data, method, low, high):
+    """One state, actions -1 to 0.98 alike, r = 1 - 4 (a - 0.5)^2: the best action, or the mean."""
+    data = tiny_data(obs_dim=1, act_dim=1, n=100)
+    data.obs[:], data.next_obs[:], data.terminal[:] = 1, 1, 1
+    data.action = torch.linspace(-1, 0.98, 100)[:, None]
+    data.reward = 1 - 4 * (data.action[:, 0] - 0.5).square()
+    args = Args(batch_size=64, polyak=0.05, **method)
+    torch.manual_seed(0)
+    nets = Nets(data, args)
+    opt = optimizers(nets, args, Adam, 1e-3)
+    for _ in range(350):
+        metrics = update(nets, opt, data, args)
+    assert all(x.isfinite() and x.ndim == 0 for x in metrics.values())
+    q = nets.q(data.obs, data.action)
+    assert (q - data.reward).abs().mean() < 0.2
+    v = nets.v(data.obs[:1]).item()
+    assert data.reward.mean() + 0.3 < v < 1 and metrics["advantage"] < 0
+    assert low < iql.policy(nets, data.obs[:1], args).item() < high
+
+
+def run_train(monkeypatch, data, args, step):
+    """The file's own `train` on `data`, with `step` in place of its update."""
+
+    class FakeRun:
+        device = torch.device("cpu")
+
+        def __init__(self, args):
+            self.loop = lambda steps, phase="train": range(1, steps + 1)
+
+        def __getattr__(self, name):
+            return lambda *_, **__: None
+
+    monkeypatch.setattr(iql, "Run", FakeRun)
+    monkeypatch.setattr(iql, "load_dataset", lambda *_: (data, None))
+    monkeypatch.setattr(iql, "update", step)
+    iql.train(args)
+
+
+def test_actors_learning_rate_is_a_cosine(tiny_data, monkeypatch):
+    """lr at update 0, lr / 2 halfway, 0 after the last; the others' never moves."""
+    seen = []
+
+    def step(nets, opt, data, args):
+        seen.append([getattr(opt, k).lr.item() for k in ("v", "actor", "q")])
+        return {}
+
+    run_train(monkeypatch, tiny_data(), Args(steps=8, lr=0.2), step)
+    v, actor, q = zip(*seen)
+    assert_close(torch.tensor(v + q), torch.full((16,), 0.2))
+    params = [nn.Parameter(torch.zeros(1))]
+    torch_opt = torch.optim.SGD(params, lr=0.2)
+    schedule, expected = torch.optim.lr_scheduler.CosineAnnealingLR(torch_opt, T_max=8), []
+    for _ in range(8):
+        expected.append(torch_opt.param_groups[0]["lr"])
+        torch_opt.step()
+        schedule.step()
+    assert_close(torch.tensor(actor), torch.tensor(expected))
+    assert_close(actor[0], 0.2), assert_close(actor[4], 0.1, rtol=1e-6, atol=0)
+    assert actor[7] < 0.01
+
+
+@pytest.mark.parametrize("extraction", ["awr", "ddpg_bc"])
+def test_optimizers_hold_what_their_losses_reach(tiny_data, monkeypatch, extraction):
+    held = {}
+
+    def step(nets, opt, data, args):
+        names = {id(p): name for name, p in nets.named_parameters()}
+        for k, o in vars(opt).items():
+            held[k] = {names[id(p)].split(".")[0] for p in o.params}
+        return {}
+
+    run_train(monkeypatch, tiny_data(), Args(steps=1, extraction=extraction), step)
+    std = {"log_std"} if extraction == "awr" else set()
+    assert held == {"v": {"v"}, "actor": {"actor"} | std, "q": {"q"}}
+
+
+# ---- rewards, presets, bad input -------------------------------------------------------------
+
+
+@pytest.mark.parametrize("unit", [1.0, 37.0])
+def test_normalized_returns_span_a_thousand(tiny_data, unit):
+    data = tiny_data(n=12)
+    data.reward, data.episode_return = data.reward * unit, data.episode_return * unit
+    reward, before = data.reward.clone(), data.episode_return.clone()
+    scale_rewards(data, Args(normalize_reward=True, reward_shift=-1.0))
+    returns = torch.zeros(2).index_add(0, data.episode, data.reward + 1)
+    assert_close(returns.max() - returns.min(), torch.tensor(1000.0))
+    factor = 1000 / (before[0] - before[1]).abs()
+    assert_close(data.reward, reward * factor - 1)
+    assert torch.equal(data.episode_return, before)
+
+
+def test_rewards_are_raw_unless_asked(tiny_data):
+    data = tiny_data()
+    reward = data.reward.clone()
+    scale_rewards(data, Args())
+    assert torch.equal(data.reward, reward)
+    scale_rewards(data, Args(reward_shift=-1.0))
+    assert torch.equal(data.reward, reward - 1)
+
+
+def test_training_sees_the_scaled_rewards(tiny_data, monkeypatch):
+    """Once: the rows that updates draw from hold r - 1."""
+    data, seen = tiny_data(), []
+    reward = data.reward.clone()
+
+    def step(nets, opt, data, args):
+        return seen.append(data.reward.clone()) or {}
+
+    run_train(monkeypatch, data, Args(steps=3, reward_shift=-1.0), step)
+    assert all(torch.equal(r, reward - 1) for r in seen) and len(seen) == 3
+
+
+@pytest.mark.parametrize(
+    ("envs", "tau", "beta", "dropout", "normalize_reward", "reward_shift"),
+    [
+        ("hopper-medium-v2 halfcheetah/medium-v0 mujoco/walker2d/expert-v0 hopper-replay-demo",
+         0.7, 3.0, 0.0, True, 0.0),
+        ("ant-medium-v2 log.npz maze2d-umaze-v1", 0.7, 3.0, 0.0, False, 0.0),
+        ("antmaze-umaze-v2 D4RL/antmaze/umaze-v1 pointmaze/medium-v0", 0.9, 10.0, 0.0, False, -1.0),
+        ("pen-human-v1 door/human-v0 D4RL/relocate/human-v2 kitchen-mixed-v0 D4RL/kitchen/mixed-v2",
+         0.7, 0.5, 0.1, False, 0.0),
+    ],
+)  # fmt: skip
+def test_presets(envs, tau, beta, dropout, normalize_reward, reward_shift):
+    for env in envs.split():
+        args = parse(Args, iql.PRESETS, ["--env", env])
+        found = args.tau, args.beta, args.dropout, args.normalize_reward, args.reward_shift
+        assert found == (tau, beta, dropout, normalize_reward, reward_shift), env
+        rare = env.startswith(("antmaze", "D4RL/antmaze"))
+        assert (args.eval_every == 100_000) == rare
+
+
+@pytest.mark.parametrize(
+    ("values", "says"),
+    [
+        ({"extraction": "td3"}, "--extraction is 'td3': give awr or ddpg_bc"),
+        ({"tau": 1.0}, "--tau is 1.0"),
+        ({"tau": 0.0}, "--tau is 0.0"),
+        ({"dropout": 1.0}, "--dropout is 1.0"),
+        ({"dropout": -0.1}, "--dropout is -0.1"),
+    ],
+)
+def test_bad_values_are_one_line(values, says):
+    with pytest.raises(iql.InputError, match=says) as caught:
+        iql.train(Args(**values))
+    assert "\n" not in str(caught.value)
+
+
+def test_equal_returns_cannot_be_normalized(tiny_data):
+    data = tiny_data()
+    data.episode_return[:] = 5
+    with pytest.raises(iql.InputError, match="add --no-normalize-reward") as caught:
+        scale_rewards(data, Args(normalize_reward=True))
+    assert "\n" not in str(caught.value)
