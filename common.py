@@ -50,11 +50,11 @@ def parse(Args, presets: dict, argv: list[str] | None = None):
         doc += f"\nDefaults below are those of --env {env} (PRESETS in the file)."
     args = tyro.cli(Args, default=Args(**preset), args=argv, description=doc)
     args.preset = preset
-    for name, value in vars(args).items():
-        if types.get(name) is int and name != "seed" and value < 1:
-            raise InputError(f"--{name.replace('_', '-')} is {value}: give a whole number above 0")
-    if args.seed < 0:
-        raise InputError(f"--seed is {args.seed}: give a whole number, 0 or above")
+    for field in dataclasses.fields(Args):
+        value, least = getattr(args, field.name), min(field.default, 1) if field.type is int else 0
+        if field.type is int and value < least:  # 0 where the default is 0, else 1
+            flag = field.name.replace("_", "-")
+            raise InputError(f"--{flag} is {value}: give a whole number, {least} or above")
     if args.precision not in ("auto", "highest", "high", "medium"):
         raise InputError(f"--precision is {args.precision!r}: give auto, highest, high or medium")
     return args

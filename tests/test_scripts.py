@@ -239,7 +239,7 @@ BAD = {
     "both": ("--resume --overwrite", r"--resume .*--overwrite .*give one"),
     "device": ("--device gpu7", r"--device gpu7: .*give cpu, cuda or auto"),
     "no-such-device": ("--device cuda:99", r"--device cuda:99: "),
-    "batch": ("--batch-size 0", r"--batch-size is 0: give a whole number above 0"),
+    "batch": ("--batch-size 0", r"--batch-size is 0: give a whole number, 1 or above"),
     "steps": ("--steps -5", r"--steps is -5"),
     "seed": ("--seed -1", r"--seed is -1"),
     "precision": ("--precision half", r"--precision is 'half': give auto"),
