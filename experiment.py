@@ -11,6 +11,7 @@
 """
 
 import csv
+import fcntl
 import hashlib
 import io
 import json
@@ -103,7 +104,17 @@ class Run:
             raise InputError(
                 f"--out {self.args.out}: {error.strerror}; give another folder"
             ) from None
+        self.lock = open(self.folder / ".lock", "w")
+        try:
+            fcntl.lockf(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # until this process ends
+        except BlockingIOError:
+            raise InputError(f"{self.folder} is being trained by another process") from None
         self.references, self.last, self.stopped, self.warned = {}, {}, False, set()
+        reward = data.reward.abs().max() * getattr(self.args, "reward_scale", 1.0)
+        reward += abs(getattr(self.args, "reward_shift", 0.0)) + (
+            getattr(self.args, "bonus", 0) or 0
+        )
+        self.largest_return = float(reward) / (1 - getattr(self.args, "gamma", 1 - 1e-9))
         self.rows = {"train": [], "eval": []}
         self.train_seconds = self.eval_seconds = 0.0
         self.resume_at = None
@@ -297,6 +308,14 @@ class Run:
         scalars = {f"{prefix}/{k}": v for k, v in values.items()}
         self._board(scalars | {"charts/updates_per_second": rate}, t)
         self._values(t)
+        for name in {"q_mean", "q_data", "q_pi", "target"} & values.keys():
+            if abs(values[name]) > 2 * self.largest_return:
+                print(
+                    f"note: {name} is {values[name]:.0f} at step {t}, but no policy can reach more "
+                    f"than {self.largest_return:.0f} with the data's rewards: Q runs away where "
+                    "there is no data; strengthen the regularizer (its flags come first in --help)"
+                )
+                self.largest_return = math.inf  # said once
         if not self.task or self.phase != "train":
             if t % (10 * self.args.log_every) == 0 or t == self.phase_steps:
                 self._say(t, ", ".join(f"{k} {v:.3g}" for k, v in list(values.items())[:3]))

@@ -521,3 +521,44 @@ def test_tensors_survive_a_round_trip(tmp_path):
     save_tensors(tmp_path / "x.pt", state)
     assert same(load_tensors(tmp_path / "x.pt"), state)
     assert [p.name for p in tmp_path.iterdir()] == ["x.pt"]
+
+
+@pytest.mark.parametrize(("value", "said"), [(1e4, True), (-1e4, True), (1.0, False)])
+def test_q_beyond_any_return_is_said_once(start, monkeypatch, capsys, value, said):
+    """The log's rewards are below 4, so no return is above 400 at discount 0.99."""
+    import td3_bc
+
+    update = td3_bc.update
+    monkeypatch.setattr(
+        td3_bc, "update", lambda *args: update(*args) | {"q_mean": torch.tensor(value)}
+    )
+    start("td3_bc")
+    out = capsys.readouterr().out
+    assert out.count("Q runs away") == said and ("no policy can reach more than" in out) == said
+
+
+def test_the_bonus_and_the_shift_count_as_reward(start, monkeypatch, capsys):
+    import td3_bc
+
+    update = td3_bc.update
+    monkeypatch.setattr(
+        td3_bc, "update", lambda *args: update(*args) | {"q_mean": torch.tensor(1e4)}
+    )
+    start("td3_bc", reward_shift=-100.0)
+    assert "Q runs away" not in capsys.readouterr().out
+
+
+def test_a_folder_is_trained_by_one_process(start, monkeypatch):
+    lines = []
+
+    def second(*_):
+        script = [sys.executable, ROOT / "algorithms" / "td3_bc.py", "--env", "log.npz"]
+        flags = ["--seed", "3", "--device", "cpu", "--eval-env", "none", "--overwrite"]
+        found = subprocess.run([*script, *flags], capture_output=True, text=True)
+        assert found.returncode == 1
+        lines.append(found.stderr.strip())
+
+    interrupt(monkeypatch, "td3_bc", "update", 3, second)
+    start("td3_bc")
+    assert lines == ["runs/log__td3_bc__3 is being trained by another process"]
+    assert (folder("td3_bc") / "summary.json").exists()
