@@ -284,6 +284,18 @@ def tanh_normal_log_prob(a, mean, log_std, clip: float):
     return (normal_log_prob(x, mean, log_std) - tanh_log_det(x)).sum(-1)
 
 
+def share_at_bounds(data, dequantize: float):
+    """Share (0-d) of the data's action numbers within 1e-6 of a bound, where the log-density of a
+    tanh-Gaussian has no limit; above 1% a note says so, unless they are spread."""
+    share = (data.action.abs() >= 1 - 1e-6).float().mean()
+    if share > 0.01 and not dequantize:
+        print(
+            f"note: {share:.0%} of the action numbers are at their bounds, where log-densities "
+            "have no limit: --dequantize 0.05 spreads them"
+        )
+    return share
+
+
 def dequantize(a, width: float):
     """Actions (..., A); those at a bound (within 1e-6) are spread evenly over the band of `width`
     inside it. Width 0 returns all as they are."""

@@ -55,6 +55,7 @@ from common import (
     polyak,
     sample,
     sample_tanh_normal,
+    share_at_bounds,
     tanh_normal_log_prob,
 )
 from experiment import Run
@@ -291,12 +292,8 @@ def train(args):
         raise InputError(f"--regularizer is {args.regularizer!r}: give h or basic")
     run = Run(args)
     data, task = load_dataset(args.env, run.device, args.eval_env)
-    saturated = (data.action.abs() >= 1 - 1e-6).float().mean()
-    if args.warm_start and saturated > 0.01 and not args.dequantize:
-        print(
-            f"note: {saturated:.0%} of the action numbers are at their bounds, where the actor's "
-            "density has no limit: --dequantize 0.05 spreads them in the warm start"
-        )
+    if args.warm_start:
+        share_at_bounds(data, args.dequantize)
     if args.normalize_obs:
         normalize_obs(data, eps=1e-3)
     nets = Nets(data, args).to(run.device)

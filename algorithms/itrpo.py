@@ -56,6 +56,7 @@ from common import (
     polyak,
     sample,
     sample_tanh_normal,
+    share_at_bounds,
     tanh_log_det,
 )
 from experiment import Run
@@ -312,12 +313,7 @@ def policy(nets, obs, args):
 
 def train_behavior(run, nets, opt, data, args):
     """Phase one: clone the behavior policy, or read the clone of an earlier run."""
-    saturated = (data.action.abs() >= 1 - 1e-6).float().mean()
-    if saturated > 0.01 and not args.dequantize:
-        print(
-            f"note: {saturated:.0%} of the action numbers are at their bounds, where log-densities "
-            "have no limit: --dequantize 0.05 spreads them"
-        )
+    saturated = share_at_bounds(data, args.dequantize)
     settings = args.bc_steps, args.bc_lr, args.batch_size, args.clip, args.dequantize
     path, cached = run.cached("clone", nets.behavior, *settings)
     step = graphed(update_behavior, nets, opt, data, args, compile=args.compile)

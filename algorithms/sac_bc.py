@@ -51,6 +51,7 @@ from common import (
     polyak,
     sample,
     sample_tanh_normal,
+    share_at_bounds,
     tanh_normal_log_prob,
 )
 from experiment import Run
@@ -201,12 +202,7 @@ def train(args):
         temperature=Adam([nets.log_temperature], args.lr),
     )
     run.start(data, task, nets, opt)
-    saturated = (data.action.abs() >= 1 - 1e-6).float().mean()
-    if saturated > 0.01 and not args.dequantize:
-        print(
-            f"note: {saturated:.0%} of the action numbers are at their bounds, where the policy's "
-            "density has no limit: --dequantize 0.05 spreads them"
-        )
+    share_at_bounds(data, args.dequantize)
     step = graphed(update, nets, opt, data, args, compile=args.compile)
     for t in run.loop(args.steps):
         run.after(t, step(), lambda obs: policy(nets, obs, args))

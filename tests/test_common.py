@@ -33,6 +33,7 @@ from common import (
     sample,
     sample_tanh_normal,
     seed_everything,
+    share_at_bounds,
     tanh_log_det,
     tanh_normal_log_prob,
 )
@@ -286,6 +287,14 @@ def test_tanh_normal_log_prob_against_torch_distributions():
     inside = tanh_normal_log_prob(edge * 0.99, mean, log_std, 1e-6)
     assert_close(tanh_normal_log_prob(edge, mean, log_std, 0.01), inside)
     assert_close(tanh_normal_log_prob(-edge, -mean, log_std, 0.01), inside)
+
+
+def test_share_at_bounds(capsys):
+    data = SimpleNamespace(action=torch.tensor([[1.0, 0.5], [-1.0, 0.0], [0.9999, 0.1], [0, 0]]))
+    assert share_at_bounds(data, 0.0) == 0.25 and "25% of the action" in capsys.readouterr().out
+    assert share_at_bounds(data, 0.05) == 0.25 and capsys.readouterr().out == ""
+    data.action[:2, 0] = 0.99
+    assert share_at_bounds(data, 0.0) == 0 and capsys.readouterr().out == ""
 
 
 def test_dequantize_spreads_only_what_lies_at_a_bound():
