@@ -295,7 +295,8 @@ def curves(cells, envs, methods, axis: str, resamples: int):
                 panel.fill_between(x, low, high, color=f"C{i}", alpha=0.2, lw=0)
         panel.set_title(env, fontsize=10)
         panel.set(xlabel="gradient steps" if axis == "steps" else "seconds", ylabel="score")
-        panel.legend(fontsize=7)
+        if panel.lines:
+            panel.legend(fontsize=7)
     for panel in list(panels):
         panel.set_axis_off()
     return figure

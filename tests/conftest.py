@@ -1,4 +1,6 @@
-"""Tests import the files of the repository as they lie, on one torch thread."""
+"""Tests import the files of the repository as they lie, on one torch thread.
+
+`python -m pytest --soak` runs the long variants too."""
 
 import sys
 from pathlib import Path
@@ -9,6 +11,21 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "algorithms")]
 torch.set_num_threads(1)
+
+
+def pytest_addoption(parser):
+    parser.addoption("--soak", action="store_true", help="run the long variants too")
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "soak: a long variant, run with --soak")
+
+
+def pytest_collection_modifyitems(config, items):
+    if not config.getoption("--soak"):
+        for item in items:
+            if item.get_closest_marker("soak"):
+                item.add_marker(pytest.mark.skip(reason="long: --soak"))
 
 
 @pytest.fixture

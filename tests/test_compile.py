@@ -10,6 +10,10 @@ import torch._dynamo
 import speed
 
 NAMES = sorted(p.stem for p in (Path(__file__).parents[1] / "algorithms").glob("*.py"))
+NAMES = [  # half a minute each
+    name if name in ("td3_bc", "fisher_brc") else pytest.param(name, marks=pytest.mark.soak)
+    for name in NAMES
+]
 
 
 def run(name, compile, data):

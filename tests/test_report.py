@@ -126,7 +126,7 @@ def test_beside_the_paper(here):
 
 
 def test_second_policy_of_a_run(here):
-    write_run(here, "antmaze-umaze-v0", "arq", scores=(50.0,), references={"implicit": 60.0})
+    write_run(here, "antmaze-umaze-v0", "arq", scores=(50.0,), references={"implicit policy": 60.0})
     main(Args(table="arq_table2"))
     row = {r["dataset"]: r for r in table("arq_table2")}["antmaze-umaze-v0"]
     assert (row["ARQ+pi_phi, ours"], row["ARQ+s_psi, ours"]) == ("50.0", "60.0")
