@@ -12,6 +12,7 @@ import re
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -562,3 +563,33 @@ def test_a_folder_is_trained_by_one_process(start, monkeypatch):
     start("td3_bc")
     assert lines == ["runs/log__td3_bc__3 is being trained by another process"]
     assert (folder("td3_bc") / "summary.json").exists()
+
+
+@pytest.mark.parametrize("kills", [2, pytest.param(10, marks=pytest.mark.soak)])
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_kill_at_random_moments_changes_nothing(start, name, kills):
+    """SIGKILL, wherever it falls, while a file is being written too; then --resume, to the bit."""
+    flags = dict(save_every=2, log_every=2)
+    began = time.time()
+    start(name, out="alone", **flags)
+    seconds, draw = time.time() - began, random.Random(f"{name} {kills}")
+
+    def child(*, killed):
+        pid = os.fork()
+        if pid == 0:
+            try:
+                start(name, out="killed", resume=True, **flags)
+                os._exit(0)
+            except SystemExit as finished:
+                os._exit(finished.code if isinstance(finished.code, int) else 1)
+            finally:
+                os._exit(2)
+        if killed:
+            time.sleep(draw.uniform(0, seconds))
+            os.kill(pid, signal.SIGKILL)
+        return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+    for _ in range(kills):
+        assert child(killed=True) in (-signal.SIGKILL, 0)
+    assert child(killed=False) == 0
+    assert_same_run(name, "alone", "killed")
