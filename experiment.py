@@ -120,7 +120,10 @@ class Run:
         self.resume_at = None
         self.envs = [task.make() for _ in range(self.args.eval_episodes)] if task else []
         self.settings = {k: v for k, v in vars(self.args).items() if k not in (*CONTROL, "preset")}
+        files = sys.modules[type(self.args).__module__].__file__, sys.modules["common"].__file__
+        code = hashlib.sha256(b"".join(Path(file).read_bytes() for file in files)).hexdigest()[:12]
         self.settings |= {"algorithm": self.algorithm, "data": data.digest}
+        self.settings |= {"code": code, "torch": torch.__version__}
         self.checkpoint = self.folder / "checkpoint.pt"
         restored = self.args.resume and self.checkpoint.exists()
         if restored:
@@ -366,11 +369,12 @@ class Run:
         if not isinstance(saved, dict) or "settings" not in saved:
             raise InputError(f"{self.checkpoint} is not a checkpoint: add --overwrite or a --name")
         then = json.loads(saved["settings"])
-        for key, now in self.settings.items():
-            if then.get(key) != now:
+        for key in self.settings | then:
+            if then.get(key) != self.settings.get(key):
                 raise InputError(
-                    f"{self.checkpoint} was made with {key}={then.get(key)}, not {now}: "
-                    "resume with the same settings, or add --overwrite or a new --name"
+                    f"{self.checkpoint} was made with {key}={then.get(key)}, not "
+                    f"{self.settings.get(key)}: resume with the same settings, versions and files, "
+                    "or add --overwrite or a new --name"
                 )
         self.nets.load_state_dict(saved["nets"])
         for optimizer, state in zip(vars(self.opt).values(), saved["opt"]):

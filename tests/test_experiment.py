@@ -261,6 +261,13 @@ def test_resume_with_another_setting_is_refused(start, monkeypatch, tmp_path):
     with pytest.raises(InputError, match=r"was made with data="):
         start("td3_bc", resume=True)
     write_log(tmp_path / "log.npz")
+    for key, value in (("code", "0"), ("torch", "1.0"), ("momentum", 0.9)):  # other versions
+        saved = checkpoint("td3_bc")
+        saved["settings"] = json.dumps(json.loads(saved["settings"]) | {key: value})
+        save_tensors(folder("td3_bc") / "checkpoint.pt", saved)
+        with pytest.raises(InputError, match=rf"was made with {key}={value}, not "):
+            start("td3_bc", resume=True)
+        (folder("td3_bc") / "checkpoint.pt").write_bytes(before)
     assert (folder("td3_bc") / "checkpoint.pt").read_bytes() == before
     start("td3_bc", resume=True, save_every=3)  # no setting of the result
     assert checkpoint("td3_bc")["step"] == 20
