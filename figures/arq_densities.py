@@ -1,0 +1,99 @@
+"""What ARQ's score model can clone (figure A.1 of arXiv:2206.00695): densities beta(a|s) in 1-D.
+
+Four densities are learned by arq.py's own score network and loss, and drawn by its own likelihood,
+the probability-flow ODE. A panel's number is the total variation from the true density, a mean over
+states: 0 is exact, 1 is disjoint.
+
+Differs: the paper's four functions and its numbers of rows and steps are not given. For few steps,
+the network is narrower (64, not 256), its time features are slower (4, not 30), the
+learning rate starts at 5e-3 and falls to 0, no average of the weights is taken, batches are of 256.
+
+    python figures/arq_densities.py
+"""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+
+import matplotlib.figure
+import torch
+import tyro
+from torch.distributions import Normal, Uniform
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "algorithms"))
+import arq  # noqa: E402
+
+
+@dataclass
+class Args:
+    steps: int = 3_000
+    """gradient steps per density"""
+    grid: int = 64
+    """states, and actions, at which the density is computed"""
+    out: str = "figures/arq_densities.png"
+    """where the picture goes"""
+
+
+def modes(s):
+    """The four targets at states s (S,): lists of (weight (S,), distribution)."""
+    left, right = (s < 0).to(s), (s >= 0).to(s)
+    near = lambda center: Normal(center, 0.08)
+    arc, band = 0.9 * (1 - s**2).clamp(min=0).sqrt(), Uniform(0 * s - 0.4, 0.4, validate_args=False)
+    return {
+        "a step": [(left, near(0 * s - 0.5)), (right, near(0 * s + 0.5))],
+        "two branches": [((left + right) / 2, near(k * (0.2 + 0.6 * s.abs()))) for k in (-1, 1)],
+        "one to three": [(left * (k == 0) + right / 3, near(0 * s + k)) for k in (-0.6, 0, 0.6)],
+        "a band, then an arc": [(left, band), *[(right / 2, near(k * arc)) for k in (-1, 1)]],
+    }
+
+
+def density(parts, a):
+    """True density (S, A) at actions a (A,)."""
+    return sum(weight * mode.log_prob(a[:, None]).exp() for weight, mode in parts).T
+
+
+def draw(parts):
+    """One action (S, 1) per state."""
+    k = torch.multinomial(torch.stack([weight for weight, _ in parts], 1), 1)
+    return torch.stack([mode.sample() for _, mode in parts], 1).gather(1, k).clamp(-1, 1)
+
+
+def clone(s, a, grid, args):
+    """Density (S, A) learned from s, a (N, 1), at all pairs of grid = (states, actions)."""
+    data = SimpleNamespace(obs=s, action=a, action_low=-torch.ones(1), action_high=torch.ones(1))
+    data.obs_mean, data.obs_std = torch.zeros(1), torch.ones(1)
+    how = arq.Args(width=64, batch_size=256, filter=True)
+    nets = arq.Nets(data, how)
+    nets.score.frequencies.mul_(4 / arq.TIME_SCALE)
+    nets.score_ema, opt = nets.score, SimpleNamespace(score=arq.Adam(nets.score.parameters(), 0.0))
+    for t in range(args.steps):
+        opt.score.lr.fill_(5e-3 * (1 - t / args.steps))
+        arq.update_score(nets, opt, data, how)
+    s, a = torch.cartesian_prod(*grid)[:, :, None].unbind(1)
+    log_prob = arq.draw(nets, s, how, x=(a - nets.a_mean) / nets.a_std)[..., -1]
+    return (log_prob.exp() / nets.a_std).view(len(grid[0]), -1)
+
+
+def main(args):
+    torch.manual_seed(0)
+    s, edge = 2 * torch.rand(5_000) - 1, 1 - 1 / args.grid
+    at = torch.linspace(-edge, edge, args.grid), torch.linspace(-1.2, 1.2, args.grid)
+    figure = matplotlib.figure.Figure((13, 4.2), layout="constrained")
+    panels = figure.subplots(1, 4, sharey=True)
+    for panel, title in zip(panels, modes(s)):
+        a, true = draw(modes(s)[title]), density(modes(at[0])[title], at[1])
+        p = clone(s[:, None], a, at, args)
+        error = 0.5 * (p - true).abs().sum(1).mean() * 2.4 / (args.grid - 1)
+        image = panel.pcolormesh(*(x.numpy() for x in (*at, p.T)), vmax=3, shading="nearest")
+        panel.plot(s[:150], a[:150], "rx", ms=4, mew=0.8, label="samples")
+        panel.set(title=f"{title}\ntotal variation {error:.2f}", xlabel="state s", xlim=(-1, 1))
+    panels[0].set_ylabel("action a"), panels[0].legend(loc="upper left", fontsize=8)
+    figure.colorbar(image, ax=panels, label="learned density β(a|s)", extend="max")
+    figure.suptitle("A score model clones jumps and several modes", fontweight="bold")
+    Path(args.out).parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(args.out, dpi=110)
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args, description=__doc__))

@@ -1,0 +1,237 @@
+"""figures/*.py: every script draws its picture, and the numbers behind it are right."""
+
+import math
+import struct
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "figures"))
+import arq_densities  # noqa: E402
+import brac_plus_divergences  # noqa: E402
+import brac_plus_multiplier  # noqa: E402
+import brac_plus_penalty  # noqa: E402
+import fisher_brc_bandit  # noqa: E402
+import fisher_brc_lambda  # noqa: E402
+import itrpo_paths  # noqa: E402
+
+TINY = {  # figure: (module, settings, size in pixels)
+    "arq_densities": (arq_densities, dict(steps=3, grid=6), (1430, 462)),
+    "brac_plus_divergences": (brac_plus_divergences, dict(points=21), (1540, 550)),
+    "brac_plus_multiplier": (
+        brac_plus_multiplier,
+        dict(bc_steps=4, steps=4, states=50),
+        (880, 528),
+    ),
+    "brac_plus_penalty": (brac_plus_penalty, dict(steps=5), (880, 550)),
+    "fisher_brc_bandit": (fisher_brc_bandit, dict(steps=3), (1430, 572)),
+    "fisher_brc_lambda": (fisher_brc_lambda, dict(bc_steps=2, steps=4), (1100, 715)),
+    "itrpo_paths": (itrpo_paths, dict(steps=5), (1155, 968)),
+}
+
+
+def test_every_figure_is_tested_and_short():
+    scripts = {p.stem: p for p in (ROOT / "figures").glob("*.py")}
+    assert scripts.keys() == TINY.keys()
+    for name, path in scripts.items():
+        text = path.read_text()
+        assert len(text.splitlines()) <= 100, name
+        assert f"    python figures/{name}.py\n" in text and "Differs" in text
+        assert TINY[name][0].Args().out == f"figures/{name}.png"
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_draws_a_picture(name, tmp_path):
+    module, settings, size = TINY[name]
+    out = tmp_path / "new" / "x.png"
+    module.main(module.Args(**settings, out=str(out)))
+    png = out.read_bytes()
+    assert png[:8] == b"\x89PNG\r\n\x1a\n" and struct.unpack(">II", png[16:24]) == size
+    assert 10_000 < len(png) < 250_000
+
+
+# ---- Fisher-BRC ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("lam", [1e-4, 0.01, 0.1, 10.0])
+def test_optimum_of_the_printed_bandit(lam):
+    """O = Q - log mu solves O'' = (O - O*) / (lambda / 4), is smooth at 0 and flat at the edge."""
+    a = torch.linspace(0, 0.25, 200_001, dtype=torch.float64)
+    o = fisher_brc_bandit.as_written(a, lam) + 8 * a
+    h, best = a[1], 9 * a - 0.125
+    slope = (o[1:] - o[:-1]) / h
+    assert slope[0].abs() < 0.01 and slope[-1].abs() < 0.01
+    second = (o[2:] - 2 * o[1:-1] + o[:-2]) / h**2
+    assert_close(second, (o - best)[1:-1] / (lam / 4), rtol=1e-3, atol=0.1)
+
+
+def test_peaks_of_the_printed_bandit():
+    a = torch.linspace(0, 0.25, 2001, dtype=torch.float64)
+    q = fisher_brc_bandit.as_written(a, 0.1)
+    assert_close(q[[0, -1]], torch.tensor([0.8125, -0.8125]).double(), rtol=0, atol=2e-3)
+    place = a[fisher_brc_bandit.as_written(a, 1e-4).argmax()].item()
+    assert place == pytest.approx(0.239, abs=2e-3)
+    assert fisher_brc_bandit.as_written(a, 0.01).argmax() == 0
+
+
+def test_bandit_as_drawn_is_exact_inside_and_falls_as_log_mu_outside():
+    """BRAC's peak at 0 for alpha = 1 is -0.125 + log 4 = 1.261."""
+    torch.manual_seed(0)
+    a = torch.rand(1000) * 0.5 - 0.25
+    offset = fisher_brc_bandit.fit(a, 9 * a.abs() - 0.125 - math.log(4), 0.1, False, 600)
+    q = lambda x: offset(torch.tensor(x)) - 8 * torch.tensor(x).abs() + math.log(4)
+    assert_close(q([-0.2, 0.0, 0.2]), torch.tensor([0.075, -0.125, 0.075]), rtol=0, atol=0.04)
+    assert_close(q([0.8]) - q([0.4]), torch.tensor([-3.2]), rtol=0, atol=0.2)
+    reward = fisher_brc_bandit.fit(a, a.abs() - 0.125, 0, True, 300)
+    assert (reward(torch.zeros(1)) + math.log(4)).item() == pytest.approx(1.261, abs=0.05)
+
+
+def test_a_large_lambda_flattens_the_offset():
+    data, _ = fisher_brc_lambda.fisher_brc.load_dataset("hopper-replay-demo", "cpu", "none")
+    torch.manual_seed(0)
+    settings = dict(batch_size=32, steps=40, polyak=0.05)
+    free, held = (fisher_brc_lambda.fisher_brc.Args(lam=lam, **settings) for lam in (0.0, 100.0))
+    nets = fisher_brc_lambda.fisher_brc.Nets(data, free)
+    before = [p.clone() for p in nets.parameters()]
+    free, held = (fisher_brc_lambda.curves(nets, data, how) for how in (free, held))
+    assert all(torch.equal(p, q) for p, q in zip(before, nets.parameters()))
+    assert free["q_data"][0] == held["q_data"][0] and free["penalty"][0] == held["penalty"][0]
+    assert held["penalty"][-1] < 0.6 * free["penalty"][-1]
+
+
+# ---- BRAC+ -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("penalty", [None, "squared_slope", "gated_norm"])
+def test_regression_is_flat_outside_with_a_penalty_alone(penalty):
+    torch.manual_seed(0)
+    x = 1.6 * torch.rand(100, 1) - 0.8
+    y = brac_plus_penalty.truth(x)[:, 0]
+    f = brac_plus_penalty.fit(
+        x, y, penalty and getattr(brac_plus_penalty, penalty), brac_plus_penalty.Args(steps=500)
+    )
+    assert (f(x) - y).square().mean().sqrt() < 0.3
+    far, near = f(torch.tensor([[2.0], [1.2], [-1.2], [-2.0]])).view(2, 2).T
+    slope = (far - near).abs().max() / 0.8
+    assert slope < 0.6 if penalty else slope > 2
+
+
+def test_penalties_by_hand():
+    net = brac_plus_penalty.ScalarMLP(1, 1, members=2)  # 2 (x + 10) and -3 (x + 10)
+    for p, value in zip((*net.weights, *net.biases), ([1.0, 1], [2.0, -3], [10.0, 10], [0.0, 0])):
+        p.data.copy_(torch.tensor(value).view(2, 1, 1))
+    x = torch.tensor([[0.5], [1.0], [-1.0], [1.5]])
+    assert_close(brac_plus_penalty.squared_slope(net, x).item(), 13.0)
+    assert_close(brac_plus_penalty.gated_norm(net, x).item(), 9 / 4)  # 0 where |x| < 0.8
+
+
+def test_divergences_from_one_mode():
+    x = torch.linspace(-4, 4, 17, dtype=torch.float64)
+    forward, backward, mmd = brac_plus_divergences.landscapes([(1, 0, 1)], x, 0.2, 1.0)
+    assert_close(forward, 1.12944 + x**2 / 2, rtol=0, atol=1e-4)
+    assert_close(backward, -2.10944 + 12.5 * (1 + x**2), rtol=0, atol=1e-4)
+    for ours, exact in zip((forward, backward), brac_plus_divergences.closed_form(x, 0.2)):
+        assert_close(ours, exact, rtol=1e-6, atol=1e-6)
+    assert_close(mmd, mmd.flip(0))
+    assert mmd.argmin() == 8
+
+
+@pytest.mark.parametrize("parts, minima, backward_minimum", [
+    ([(0.3, -1.5, 0.3), (0.7, 1.0, 0.5)], [(-1.5, 1.3316), (1.0, 0.8530)], (0.25, 17.06)),
+    ([(0.3, -2.0, 0.3), (0.7, 2.0, 0.5)], [(-2.0, 1.3317), (2.0, 0.8530)], (0.80, 42.65)),
+])  # fmt: skip
+def test_divergences_from_two_modes(parts, minima, backward_minimum):
+    x = torch.linspace(-3, 3, 121, dtype=torch.float64)
+    forward, backward, _ = brac_plus_divergences.landscapes(parts, x, 0.2, 1.0)
+    inner = (forward[1:-1] < forward[:-2]) & (forward[1:-1] < forward[2:])
+    places = inner.nonzero()[:, 0] + 1
+    found = [*zip(x[places].tolist(), forward[places].tolist())]
+    for (place, value), wanted in zip(found, minima, strict=True):
+        assert place == pytest.approx(wanted[0], abs=1e-6)
+        assert value == pytest.approx(wanted[1], abs=1e-3)
+    i = backward.argmin()
+    assert (x[i].item(), backward[i].item()) == pytest.approx(backward_minimum, abs=0.01)
+
+
+@pytest.mark.parametrize("bandwidth, place", [(0.5, 0.95), (1.0, 0.85), (10.0, 0.70)])
+def test_mmd_stays_near_the_heavy_mode(bandwidth, place):
+    x = torch.linspace(0.5, 1.5, 21, dtype=torch.float64)
+    parts = [(0.3, -1.5, 0.3), (0.7, 1.0, 0.5)]
+    mmd = brac_plus_divergences.landscapes(parts, x, 0.2, bandwidth)[2]
+    assert x[mmd.argmin()].item() == pytest.approx(place, abs=1e-6)
+
+
+def test_multipliers_start_from_the_same_networks():
+    """Without a step, D does not depend on the multiplier, and eps is 1 above its running mean."""
+    args = brac_plus_multiplier.Args(bc_steps=3, steps=0, states=20)
+    data, _ = brac_plus_multiplier.brac_plus.load_dataset(args.env, "cpu", "none")
+    torch.manual_seed(0)
+    nets = brac_plus_multiplier.start(data, args)
+    assert nets.eps == nets.first_d + 1 == nets.eps_gp
+    one, each = (brac_plus_multiplier.final(nets, data, k, args) for k in ("global", "state"))
+    assert one.shape == (20,) and torch.equal(one, each)
+    args.steps = 3
+    one, each = (brac_plus_multiplier.final(nets, data, k, args) for k in ("global", "state"))
+    assert one.isfinite().all() and not torch.equal(one, each)
+
+
+# ---- ARQ -------------------------------------------------------------------------------------
+
+
+def test_targets_are_densities_with_their_samples():
+    torch.manual_seed(0)
+    s, a = torch.tensor([-0.6, 0.3]).repeat_interleave(4000), torch.linspace(-2, 2, 2001)
+    for title, parts in arq_densities.modes(s).items():
+        p = arq_densities.density(arq_densities.modes(s[::4000])[title], a)  # (2, A)
+        assert_close(p.sum(1) * 0.002, torch.ones(2), rtol=0, atol=5e-3)
+        samples = arq_densities.draw(parts).view(2, 4000)
+        assert_close(samples.mean(1), (p * a).sum(1) * 0.002, rtol=0, atol=0.04)
+        assert_close(samples.square().mean(1), (p * a**2).sum(1) * 0.002, rtol=0, atol=0.03)
+
+
+def test_an_easy_density_is_learned():
+    torch.manual_seed(0)
+    s, a = torch.rand(2000, 1), 0.5 * torch.randn(2000, 1).clamp(-2, 2)
+    grid = torch.tensor([0.2, 0.8]), torch.linspace(-1.5, 1.5, 61)
+    p = arq_densities.clone(s, a, grid, arq_densities.Args(steps=400))
+    true = torch.exp(-2 * grid[1] ** 2) / (0.5 * math.sqrt(2 * math.pi))
+    assert 0.5 * (p - true).abs().sum(1).mean() * 0.05 < 0.12
+
+
+# ---- iTRPO -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("tau", [0.3, 0.9])
+def test_paths_end_where_their_control_ends(tau):
+    """The same policy; Q differs by tau alpha rho; every step of iTRPO is shorter at first."""
+    mdp = itrpo_paths.random_mdp()
+    (path, q), (control, q_control) = (
+        itrpo_paths.iterate(mdp, itrpo_paths.setting(tau, how), 500) for how in (False, True)
+    )
+    assert torch.equal(path[0], mdp[2]) and torch.equal(control[0], mdp[2])
+    assert_close(path[-1], control[-1], rtol=0, atol=1e-9)
+    assert_close(q - 4 * tau * (path[-1] - mdp[2]), q_control, rtol=0, atol=1e-8)
+    step, leap = (itrpo_paths.kl(p[1], p[0]).mean() for p in (path, control))
+    assert step < 0.6 * leap
+
+
+def test_limit_is_a_fixed_point_and_tau_0_is_brac():
+    p, r, log_b = mdp = itrpo_paths.random_mdp()
+    path, q = itrpo_paths.iterate(mdp, itrpo_paths.setting(0.0), 400)
+    v = 4 * ((log_b + q / 4).logsumexp(-1))
+    assert_close(q, r + 0.9 * p @ v, rtol=0, atol=1e-9)
+    control, _ = itrpo_paths.iterate(mdp, itrpo_paths.setting(0.0, True), 400)
+    assert torch.equal(path, control)
+
+
+def test_errors_move_brac_more():
+    mdp, late = itrpo_paths.random_mdp(), slice(100, None)
+    wander = []
+    for control in (False, True):
+        path, _ = itrpo_paths.iterate(mdp, itrpo_paths.setting(0.9, control), 300, 0.5)
+        wander.append(itrpo_paths.kl(path[late][1:], path[late][:-1]).mean())
+    assert wander[0] < 0.1 * wander[1]
