@@ -307,7 +307,7 @@ def policy(nets, obs, args):
     if args.eval_samples > 1:
         a = draw(pi, args.eval_samples).tanh()
         q = nets.q(s.expand(len(a), *s.shape), a, member=0)  # (N, B)
-        a = a[q.argmax(0), torch.arange(len(s), device=s.device)]
+        a = a[q.argmax(0), torch.arange(s.shape[0], device=s.device)]
     return nets.scaling.action(a)
 
 

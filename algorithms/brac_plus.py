@@ -356,9 +356,9 @@ def policy(nets, obs, args):
     mean, log_std = gaussian(nets.actor(s), -20)
     width = {"clipped": 1.0, "mode": 0.0}.get(args.eval_policy, math.inf)  # in deviations
     a = (mean + log_std.exp() * nets.noise.clamp(-width, width).unsqueeze(1)).tanh()  # (20, B, A)
-    q = nets.q(s.repeat(len(a), 1), a.flatten(0, 1)).view(2, len(a), -1)
+    q = nets.q(s.repeat(len(a), 1), a.flatten(0, 1)).view(2, *a.shape[:2])
     best = (q.mean(0) if args.eval_policy == "clipped" else q[0]).argmax(0)  # (B,)
-    return nets.scaling.action(a[best, torch.arange(len(s), device=s.device)])
+    return nets.scaling.action(a[best, torch.arange(s.shape[0], device=s.device)])
 
 
 def train_start(run, nets, opt, data, args):

@@ -19,6 +19,7 @@ Departures: exp(beta u) is capped at 100, and locomotion's rewards, divided by t
 best and the worst episode's return, are multiplied by 1,000 (authors' code for both). Rows cut by
 a time limit are kept where the data has their next observation (the authors' loader drops them),
 and actions at a bound stay there (it moves them inward by 1e-5; this density needs no such thing).
+CORL's default recipe is --normalize-obs --no-normalize-reward: raw rewards make beta larger.
 DDPG+BC is not in the paper: loss and alpha_bc are OGBench's, but the mean is a tanh and the
 actor's learning rate falls (OGBench: neither). The paper has no point mazes; ours, sparse rewards
 of 0 and 1 like AntMaze's, take AntMaze's settings.
@@ -47,6 +48,7 @@ from common import (
     load_dataset,
     minimize,
     normal_log_prob,
+    normalize_obs,
     orthogonal_,
     parse,
     polyak,
@@ -110,6 +112,8 @@ class Args:
     """Adam's learning rate; the actor's falls to 0 along a cosine over all steps"""
     dropout: float = 0.0
     """share of the actor's hidden units dropped in its loss, never when it acts"""
+    normalize_obs: bool = False
+    """shift and scale observations to mean 0, deviation 1 over the data"""
     normalize_reward: bool = False
     """divide rewards by (best - worst episode return) / 1000"""
     reward_shift: float = 0.0
@@ -252,6 +256,8 @@ def train(args):
     run = Run(args)
     data, task = load_dataset(args.env, run.device, args.eval_env)
     scale_rewards(data, args)
+    if args.normalize_obs:
+        normalize_obs(data, eps=1e-3)
     nets = Nets(data, args).to(run.device)
     free_std = [nets.log_std] if args.extraction == "awr" else []
     opt = SimpleNamespace(
