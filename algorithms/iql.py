@@ -19,7 +19,8 @@ Departures: exp(beta u) is capped at 100, and locomotion's rewards, divided by t
 best and the worst episode's return, are multiplied by 1,000 (authors' code for both). Rows cut by
 a time limit are kept where the data has their next observation (the authors' loader drops them),
 and actions at a bound stay there (it moves them inward by 1e-5; this density needs no such thing).
-CORL's default recipe is --normalize-obs --no-normalize-reward: raw rewards make beta larger.
+CORL's default recipe, here that of hopper/* and halfcheetah/*, is --normalize-obs
+--no-normalize-reward: the raw rewards of locomotion make beta larger.
 DDPG+BC is not in the paper: loss and alpha_bc are OGBench's, but the mean is a tanh and the
 actor's learning rate falls (OGBench: neither). The paper has no point mazes; ours, sparse rewards
 of 0 and 1 like AntMaze's, take AntMaze's settings.
@@ -121,9 +122,11 @@ class Args:
 
 
 PRESETS = {
-    "halfcheetah[-/]*": dict(normalize_reward=True),
-    "hopper[-/]*": dict(normalize_reward=True),
-    "walker2d[-/]*": dict(normalize_reward=True),
+    "halfcheetah-*": dict(normalize_reward=True),
+    "hopper-*": dict(normalize_reward=True),
+    "walker2d-*": dict(normalize_reward=True),
+    "hopper/*": dict(normalize_obs=True),
+    "halfcheetah/*": dict(normalize_obs=True),
     "mujoco/halfcheetah/*": dict(normalize_reward=True),
     "mujoco/hopper/*": dict(normalize_reward=True),
     "mujoco/walker2d/*": dict(normalize_reward=True),

@@ -695,12 +695,28 @@ def test_training_sees_the_scaled_rewards(tiny_data, monkeypatch):
     assert all(torch.equal(r, reward - 1) for r in seen) and len(seen) == 3
 
 
+@pytest.mark.parametrize("normalize", [True, False])
+def test_normalized_observations(data, monkeypatch, normalize):
+    """train() shifts and scales the data, and the policy what it sees, by the same constants."""
+    mean, seen = data.obs.mean(0), {}
+    run = SimpleNamespace(
+        device=torch.device("cpu"), start=lambda data, task, nets, opt: seen.update(nets=nets),
+        loop=lambda steps: range(1, 3), after=lambda *_: None, finish=lambda: None,
+    )  # fmt: skip
+    monkeypatch.setattr(iql, "Run", lambda args: run)
+    monkeypatch.setattr(iql, "load_dataset", lambda *_: (data, None))
+    monkeypatch.setattr(iql, "graphed", lambda *_, **__: dict)
+    iql.train(Args(env="hopper/x", steps=2, normalize_obs=normalize))
+    assert_close(seen["nets"].scaling.obs_mean, mean if normalize else torch.zeros_like(mean))
+    assert_close(data.obs.mean(0), torch.zeros_like(mean) if normalize else mean)
+
+
 @pytest.mark.parametrize(
     ("envs", "tau", "beta", "dropout", "normalize_reward", "reward_shift"),
     [
-        ("hopper-medium-v2 halfcheetah/medium-v0 mujoco/walker2d/expert-v0 hopper-replay-demo",
+        ("hopper-medium-v2 mujoco/walker2d/expert-v0 hopper-replay-demo",
          0.7, 3.0, 0.0, True, 0.0),
-        ("ant-medium-v2 log.npz maze2d-umaze-v1", 0.7, 3.0, 0.0, False, 0.0),
+        ("ant-medium-v2 log.npz maze2d-umaze-v1 halfcheetah/medium-v0", 0.7, 3.0, 0.0, False, 0.0),
         ("antmaze-umaze-v2 D4RL/antmaze/umaze-v1 pointmaze/medium-v0", 0.9, 10.0, 0.0, False, -1.0),
         ("pen-human-v1 door/human-v0 D4RL/relocate/human-v2 kitchen-mixed-v0 D4RL/kitchen/mixed-v2",
          0.7, 0.5, 0.1, False, 0.0),
@@ -710,6 +726,7 @@ def test_presets(envs, tau, beta, dropout, normalize_reward, reward_shift):
     for env in envs.split():
         args = parse(Args, iql.PRESETS, ["--env", env])
         found = args.tau, args.beta, args.dropout, args.normalize_reward, args.reward_shift
+        assert args.normalize_obs == env.startswith(("hopper/", "halfcheetah/"))
         assert found == (tau, beta, dropout, normalize_reward, reward_shift), env
         rare = env.startswith(("antmaze", "D4RL/antmaze"))
         assert (args.eval_every == 100_000) == rare
