@@ -14,8 +14,10 @@ and read at the start states of the held-out fifth, beside the discounted return
 from them. Its 95% interval is a bootstrap over held-out episodes: it says how much start states
 vary, not how wrong Q may be. Read it together with the TD error on held-out transitions (root mean
 square, in units of reward) and with the distance of the policy's actions from the data's (root mean
-square, action bounds mapped to [-1, 1]): where the policy leaves the data, FQE extrapolates. The
-policy itself was trained on all episodes.
+square, action bounds mapped to [-1, 1]): where the policy leaves the data, FQE extrapolates, mostly
+upwards. On the bundled data, asked for the data's own next actions, it finds their return (131; 130
+recorded); for bc.py's policy, 0.38 away from the data, it says 186, the simulator 108. The policy
+itself was trained on all episodes.
 
 Everything is written to evaluation.json in the run's folder.
 """
@@ -49,7 +51,7 @@ class Args:
     """episodes in the simulator, where there is one; 0: none"""
     eval_env: str | None = None
     """Gymnasium id; None: the run's own"""
-    fqe_steps: int = 50_000
+    fqe_steps: int = 25_000
     """gradient steps of fitted Q evaluation; 0: none"""
     gamma: float = 0.99
     """discount of fitted Q evaluation"""
