@@ -95,13 +95,14 @@ class Stopwatch:
         return self.phases
 
     def loop(self, steps, phase="train"):
+        t = steps // 2  # past any warm start
         if self.seconds is None:  # count the products of 12 updates, whatever their period
             with FlopCounterMode(display=False) as counter:
-                yield from range(1, 13)
+                yield from range(t + 1, t + 13)
             self.phases[phase] = counter.get_total_flops() / 12
             return
-        yield from range(1, 21)  # warm up, compile, capture
-        t, best, end = 20, float("inf"), time.time() + self.seconds
+        yield from range(t + 1, t + 21)  # warm up, compile, capture
+        t, best, end = t + 20, float("inf"), time.time() + self.seconds
         block = 12
         while time.time() < end or best == float("inf"):
             start = self.clock()
