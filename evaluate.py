@@ -15,9 +15,8 @@ from them. Its 95% interval is a bootstrap over held-out episodes: it says how m
 vary, not how wrong Q may be. Read it together with the TD error on held-out transitions (root mean
 square, in units of reward) and with the distance of the policy's actions from the data's (root mean
 square, action bounds mapped to [-1, 1]): where the policy leaves the data, FQE extrapolates, mostly
-upwards. On the bundled data, asked for the data's own next actions, it finds their return (131; 130
-recorded); for bc.py's policy, 0.38 away from the data, it says 186, the simulator 108. The policy
-itself was trained on all episodes.
+upwards: for bc.py's policy on the bundled data, 0.38 away from it, FQE says 186, the simulator 108
+(--episodes 50 --fqe-steps 50000). The policy itself was trained on all episodes.
 
 Everything is written to evaluation.json in the run's folder.
 """
@@ -119,9 +118,7 @@ def fqe(data, act, gamma: float, steps: int, seed: int, batch_size: int = 256) -
     seed_everything(seed)
     episodes = int(data.episode[-1]) + 1
     if episodes < 2:
-        raise InputError(
-            f"{data.name} is one episode, none can be held out: --fqe-steps 0"
-        )
+        raise InputError(f"{data.name} is one episode, none can be held out: --fqe-steps 0")
     held_out = torch.zeros(episodes, dtype=torch.bool)
     held_out[torch.randperm(episodes)[: max(1, episodes // 5)]] = True
     test = held_out[data.episode]
@@ -262,6 +259,11 @@ def export(module, nets, args, path: str) -> list:
 
 
 def main(args):
+    if min(args.episodes, args.fqe_steps) < 0:
+        raise InputError("--episodes and --fqe-steps: give whole numbers, 0 or above")
+    for path in filter(None, (args.export, args.video)):
+        if not Path(path).parent.is_dir():
+            raise InputError(f"no folder {Path(path).parent} for {path}: make it first")
     module, nets, run_args, data, task = load_run(args.run, args.eval_env)
     found = {"run": str(args.run), "seed": args.seed}
 

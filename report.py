@@ -303,6 +303,13 @@ def curves(cells, envs, methods, axis: str, resamples: int):
 
 
 def main(args):
+    if args.resamples < 1:
+        raise InputError(f"--resamples is {args.resamples}: give a whole number, 1 or above")
+    out = Path(args.out)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"--out {out}: {error.strerror}; give another folder") from None
     table_name = args.table or "runs"
     paper = paper_rows(args.table)[0] if args.table else []
     wanted = {r["run"].partition(":")[0] for r in paper if r["run"]}
@@ -319,8 +326,6 @@ def main(args):
     header, rows, ours, faults, missing = build(cells, args.table)
     summary = aggregate(ours, args.resamples)
     page = markdown(table_name, header, rows, faults, missing, unfinished, notes, summary)
-    out = Path(args.out)
-    out.mkdir(parents=True, exist_ok=True)
     (out / f"{table_name}.md").write_text(page)
     with open(out / f"{table_name}.csv", "w", newline="") as f:
         csv.writer(f).writerows([header, *rows])

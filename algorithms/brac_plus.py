@@ -53,6 +53,7 @@ from common import (
     polyak,
     sample,
     sample_tanh_normal,
+    share_at_bounds,
     tanh_normal_log_prob,
 )
 from experiment import Run
@@ -363,8 +364,7 @@ def policy(nets, obs, args):
 
 def train_start(run, nets, opt, data, args):
     """The clones, or those of an earlier run; then the policy nearest to them, and eps."""
-    if not args.dequantize and (data.action.abs() >= 1 - 1e-6).float().mean() > 0.01:
-        print("note: over 1% of the action numbers are at a bound: --dequantize 0.05 spreads them")
+    share_at_bounds(data, args.dequantize)
     rates = (1e-3, 5e-4, 1e-4, 5e-5, 1e-5)  # of either phase, over five equal parts
     path, known = run.cached("vae", nets.behavior, args.bc_steps, args.batch_size, args.dequantize)
     step = graphed(update_behavior, nets, opt, data, args, compile=args.compile)

@@ -217,3 +217,17 @@ def test_refusals(here):
     refused(folder, "cannot be read")
     (folder / "checkpoint.pt").unlink()
     refused(folder, "no checkpoint.pt")
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (dict(episodes=-1), "0 or above"),
+        (dict(fqe_steps=-1), "0 or above"),
+        (dict(export="no/policy.pt2"), "no folder no"),
+        (dict(video="no/film.gif"), "no folder no"),
+    ],
+)
+def test_bad_flags(here, flags, words):
+    with pytest.raises(judge.InputError, match=words):
+        judge.main(judge.Args("nowhere", **flags))

@@ -230,3 +230,10 @@ def test_a_seed_counts_once(here):
     write_run(here / "a")
     write_run(here / "b")
     refused("are the same seed")
+
+
+def test_bad_flags(here):
+    write_run(here)
+    refused("--resamples is 0", resamples=0)
+    (here / "file").write_text("")
+    refused("give another folder", out=str(here / "file" / "report"))
