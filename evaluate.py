@@ -35,7 +35,7 @@ import tyro
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from common import Adam, ScalarMLP, evaluate, minimize, polyak, seed_everything
+from common import Adam, ScalarMLP, choose_device, evaluate, minimize, polyak, seed_everything
 from datasets import InputError, load_dataset
 from experiment import load_tensors, write_atomic
 
@@ -90,7 +90,7 @@ def load_run(folder, eval_env: str | None = None):
     if not isinstance(saved, dict) or saved.get("phase") != "train":
         raise InputError(f"{folder} has not reached its last phase: continue it with --resume")
     eval_env = eval_env or args.eval_env
-    data, task = load_dataset(args.env, torch.device("cpu"), eval_env)
+    data, task = load_dataset(args.env, choose_device("cpu", args.precision), eval_env)
     if data.digest != config["dataset_sha256"]:
         raise InputError(f"{args.env} is not the data that {folder} was trained on")
     nets = module.Nets(data, args)

@@ -185,12 +185,15 @@ PRESETS = {
     },
     "antmaze-*": dict(eval_every=100_000, eval_episodes=100),
     "D4RL/antmaze/*": dict(eval_every=100_000, eval_episodes=100),
-    # For a CPU: clone and first policy in 50k steps each (paper: 400k), RL in 100k (1M). The policy
-    # ten times as fast, targets five, beta three; beta starts near where it ends.
+    # For a CPU: clone and first policy in 100k steps each (paper: 400k), RL in 100k (1M), one clone
+    # (3), 2 samples (5). The policy ten times as fast, targets five, beta three; beta starts near
+    # where it ends.
     **{
         name: dict(
-            bc_steps=50_000,
+            bc_steps=100_000,
             steps=100_000,
+            members=1,
+            samples=2,
             polyak=0.005,
             actor_lr=5e-5,
             dual_lr=3e-3,

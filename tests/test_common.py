@@ -2,6 +2,9 @@
 
 import copy
 import inspect
+import os
+import subprocess
+import sys
 from dataclasses import dataclass
 from types import SimpleNamespace
 
@@ -403,6 +406,15 @@ def test_bad_device_is_one_line(device, precision):
     with pytest.raises(InputError, match="--device.*give cpu, cuda or auto") as caught:
         common.choose_device(device, "highest")
     assert "\n" not in str(caught.value)
+
+
+def test_every_cpu_thread_flushes_subnormals():
+    code = (
+        "import torch; from common import choose_device; choose_device('cpu', 'auto');"
+        "print(int((torch.full((4_000_000,), 1e-38) * 0.1).count_nonzero()))"
+    )
+    env = dict(os.environ, OMP_NUM_THREADS="2", PYTHONPATH=os.path.dirname(common.__file__))
+    assert subprocess.check_output([sys.executable, "-c", code], env=env) == b"0\n"
 
 
 def test_device_and_precision(precision):
