@@ -70,7 +70,7 @@ def load_run(folder, eval_env: str | None = None):
     folder = Path(folder)
     try:
         config = json.loads((folder / "config.json").read_text())
-        name, values = config["algorithm"], dict(config["args"])
+        name, values, digest = config["algorithm"], dict(config["args"]), config["dataset_sha256"]
     except (OSError, ValueError, KeyError, TypeError):
         raise InputError(f"{folder} is no run: give a folder with a config.json") from None
     known = sorted(path.stem for path in (ROOT / "algorithms").glob("*.py"))
@@ -91,7 +91,7 @@ def load_run(folder, eval_env: str | None = None):
         raise InputError(f"{folder} has not reached its last phase: continue it with --resume")
     eval_env = eval_env or args.eval_env
     data, task = load_dataset(args.env, choose_device("cpu", args.precision), eval_env)
-    if data.digest != config["dataset_sha256"]:
+    if data.digest != digest:
         raise InputError(f"{args.env} is not the data that {folder} was trained on")
     nets = module.Nets(data, args)
     try:

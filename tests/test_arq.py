@@ -309,6 +309,17 @@ def test_divergence_is_the_trace_of_the_jacobian(data):
     assert_close(probed[:, 2], exact, atol=0.05 * jacobian.abs().max().item() + 0.02, rtol=0)
 
 
+def test_likelihood_takes_the_steps_that_it_needs():
+    """Narrower data, more network evaluations; never more than a fixed grid of RK4 would."""
+    calls = []
+    for std in (1.0, 0.3, 0.05):
+        exact = gaussian(0.0, std)
+        before = len(calls)
+        log_likelihood(lambda x, t: calls.append(t) or exact(x, t), std * torch.randn(50, 3))
+        calls[before:] = [len(calls) - before]
+    assert 25 < calls[0] < calls[1] < calls[2] < 100
+
+
 @pytest.mark.parametrize("std", [1.0, 0.3, 0.05])
 def test_likelihood_of_a_gaussian(std):
     torch.manual_seed(0)
@@ -328,7 +339,7 @@ def test_likelihood_of_a_mixture():
     torch.manual_seed(0)
     x = mixture(0.0).sample((150,))
     error = log_likelihood(mixture_raw, x) - mixture(0.0).log_prob(x)
-    assert error.abs().mean() < 0.02 and error.abs().max() < 1
+    assert error.abs().mean() < 0.01 and error.abs().max() < 0.1
     wrong = (log_likelihood(mixture_raw, x) > -5) != (mixture(0.0).log_prob(x) > -5)
     assert wrong.sum() <= 1
 
@@ -395,7 +406,7 @@ def test_candidates_are_grouped_by_state_clipped_and_repeatable(data):
     raw = lambda x, t: sum(f(x, s, torch.full_like(x[:, :1], t)) for f in members) / 2
     x = sample_dpm(raw, noise[4:8], args.sample_steps)
     assert_close(one[1, :, :2], (x * nets.a_std + nets.a_mean).clamp(-1, 1))
-    assert_close(one[1, :, 2], log_likelihood(raw, x))
+    assert_close(one[1, :, 2], log_likelihood(raw, x), atol=0.02, rtol=0)  # other steps
 
 
 # ---- Eq. 5 -----------------------------------------------------------------------------------
