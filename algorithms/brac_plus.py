@@ -202,6 +202,8 @@ PRESETS = {
         )
         for name in ("hopper/*", "halfcheetah/*")
     },
+    "hopper/medium-*": dict(margin=0.2),
+    "halfcheetah/medium-*": dict(margin=7.0),
     "hopper-replay-demo": dict(  # shorter still, with one clone and fewer samples
         bc_steps=8_000,
         steps=12_000,
