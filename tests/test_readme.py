@@ -1,12 +1,17 @@
 """The README's own words, run: a table becomes a dataset, a run, a policy that only needs torch."""
 
+import importlib
+import math
+import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import iql
 import numpy as np
+import torch
 
 import evaluate
 from common import parse
@@ -38,6 +43,26 @@ def test_own_data_end_to_end(tmp_path, monkeypatch):
     evaluate.main(evaluate.Args("runs/logs__iql__0", fqe_steps=3, export="policy.pt2"))
     code = block("import torch") + "\nassert action.shape == (1, 1) and action.abs() <= 2"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_the_worked_diff_makes_an_algorithm(tmp_path, monkeypatch):
+    """CONTRIBUTING.md's diff applies to awr.py as it is; its loss is CRR's; the file runs."""
+    diff = re.search(r"```diff\n(.*?)```", (ROOT / "CONTRIBUTING.md").read_text(), re.S)[1]
+    assert len(diff.splitlines()) <= 40
+    (tmp_path / "algorithms").mkdir()
+    shutil.copy(ROOT / "algorithms" / "awr.py", tmp_path / "algorithms" / "crr.py")
+    (tmp_path / "crr.diff").write_text(diff)
+    patch = ["git", "apply", "--unidiff-zero", "crr.diff"]
+    subprocess.run(patch, check=True, cwd=tmp_path, env=os.environ | {"GIT_DIR": "none"})
+    monkeypatch.syspath_prepend(tmp_path / "algorithms")
+    monkeypatch.chdir(tmp_path)
+    crr = importlib.import_module("crr")
+    pi, a = (torch.zeros(3, 1), torch.zeros(1)), torch.tensor([[0.0], [1.0], [2.0]])
+    loss, _ = crr.awr_loss(pi, a, torch.tensor([1.0, -1.0, 5.0]), None)
+    assert abs(loss.item() - (2.0 + 2 * 0.5 * math.log(2 * math.pi)) / 3) < 1e-6
+    line = "--steps 4 --batch-size 8 --device cpu --eval-env none".split()
+    crr.train(parse(crr.Args, crr.PRESETS, line))
+    assert (tmp_path / "runs" / "hopper-replay-demo__crr__0" / "summary.json").exists()
 
 
 def test_every_file_of_the_readme_exists():
