@@ -57,7 +57,7 @@ commands() {
         data+=" $(name v0 "$hand" "human cloned") $(name v0 kitchen "complete partial mixed")"
         data+=" $(name v0 antmaze "$maze")"
         for file in bc td3_bc cql iql arq; do each "$data" $file.py; done
-        each "$data" arq.py --name qbeta --value sarsa
+        each "$data" arq.py --name qbeta --value sarsa --q-lr 1e-4
         ;;
     itrpo_table2)
         seeds=${SEEDS:-0 1 2 3}
@@ -86,7 +86,7 @@ commands() {
         each "$data" brac_plus.py --name no-penalty --lam 0
         data="hopper-medium-replay-v2 antmaze-medium-play-v0"
         each "$data" arq.py
-        each "$data" arq.py --name qbeta --value sarsa
+        each "$data" arq.py --name qbeta --value sarsa --q-lr 1e-4
         each "$data" arq.py --name no-value --value none
         ;;
     local) # the bundled dataset: no network

@@ -110,10 +110,7 @@ class Run:
         except BlockingIOError:
             raise InputError(f"{self.folder} is being trained by another process") from None
         self.references, self.last, self.stopped, self.warned = {}, {}, False, set()
-        reward = data.reward.abs().max() * getattr(self.args, "reward_scale", 1.0)
-        reward += abs(getattr(self.args, "reward_shift", 0.0)) + (
-            getattr(self.args, "bonus", 0) or 0
-        )
+        reward = data.reward.abs().max() + (getattr(self.args, "bonus", 0) or 0)
         self.largest_return = float(reward) / (1 - getattr(self.args, "gamma", 1 - 1e-9))
         self.rows = {"train": [], "eval": []}
         self.train_seconds = self.eval_seconds = 0.0

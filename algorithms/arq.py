@@ -140,9 +140,9 @@ class Args:
     filter: bool = False
     """drop samples whose log-likelihood (of z-scored actions) is not above the threshold (Eq. 4)"""
     threshold: float = -5.0
-    """log eps of Eq. 4"""
+    """with --filter: log eps of Eq. 4"""
     ll_quantile: float = 0.0
-    """above 0: the threshold is this quantile of the data's own log-likelihood instead"""
+    """with --filter, above 0: the threshold is this quantile of the data's own log-likelihood"""
     until: Literal["score", "sample", "q", "train", "implicit"] = "implicit"
     """last stage to run; train is pi_phi, implicit also scores the policies that sample"""
 
@@ -470,11 +470,11 @@ def train_data(data, args):
     """Shape rewards; find each row's successor. Q trains on rows that end or have one."""
     spread = data.episode_return.max() - data.episode_return.min()
     scale = 1000 / spread if args.normalize_reward and spread > 0 else 1.0
+    data.reward = data.reward * scale + args.reward_shift
     i = torch.arange(len(data.obs), device=data.obs.device)
     goes_on = torch.cat([data.episode[1:] == data.episode[:-1], i[:1] > 0])
-    data.rows, reward = i[goes_on | data.terminal.bool()], data.reward * scale + args.reward_shift
-    data.columns = data.obs, data.action, reward, data.terminal, i + goes_on.long()
-    data.advantage = torch.zeros_like(reward)  # until there is a Q
+    data.rows, data.advantage = i[goes_on | data.terminal.bool()], 0 * data.reward
+    data.columns = data.obs, data.action, data.reward, data.terminal, i + goes_on.long()
     if not len(data.rows):
         raise InputError(f"{data.name}: no row has a next action; give episodes of several steps")
 

@@ -22,15 +22,16 @@ tables, made anew from V every `returns_every` steps. --advantage q, learned off
 The default is `returns`: it never values an action outside the data, and its temperature fits
 rewards of any scale. It is one step of policy improvement; where good paths must be stitched, q
 can do more, at a temperature in units of reward. AWAC (Nair et al., 2020; arXiv:2006.09359) is
---advantage q; with --temperature 0.333 --max-weight 100 in CORL's locomotion settings.
+--advantage q; with --max-weight 100 and --temperature 0.333 (locomotion) or 0.1 in CORL.
 
-Departures. From the paper: A is standardized and its temperature 1 (authors' code; paper: raw A,
-0.05). From the authors' code, which trains online: a fixed dataset, 256-256 networks by Adam
-(128-64, SGD with momentum) with nn.Linear's initialization (Xavier), the mean through tanh (penalty
-beyond the bounds), learned std (fixed 0.4), V in units of reward (of 1 / (1 - gamma)), tables made
-every 2,000 steps (1,000). From CORL's AWAC: two hidden layers (three), the mean through tanh
-(clipped), log-std at least -5 (-20). Rows cut by a time limit are kept where the data has their
-next observation.
+Departures, theirs in parentheses. From the paper: A is standardized, its temperature is 1 and its
+weight at most 20, as in the authors' code (raw A, 0.05, no bound). From that code, which trains
+online: a fixed dataset; V and actor step together, on tables made every 2,000 steps, first of an
+untrained V (200 steps of V, then 1,000 of the actor, on new tables each); 256-256 networks by Adam
+(128-64, SGD with momentum) with nn.Linear's initialization (Xavier); the mean through tanh (penalty
+beyond the bounds); learned std (fixed 0.4); V in units of reward (of 1 / (1 - gamma)). From CORL's
+AWAC: two hidden layers (three), the mean through tanh (linear), log-std at least -5 (-20). Rows cut
+by a time limit are kept where the data has their next observation.
 
     python algorithms/awr.py --env hopper-medium-replay-v2
 """
@@ -125,10 +126,9 @@ class Args:
 
 
 PRESETS = {
-    "hopper-replay-demo": dict(steps=60_000, eval_every=3_000, returns_every=1_000),
+    "hopper-replay-demo": dict(steps=60_000, eval_every=3_000, returns_every=1_000),  # shortened
     "antmaze-*": dict(reward_shift=-1.0, eval_every=100_000, eval_episodes=100),
     "D4RL/antmaze/*": dict(reward_shift=-1.0, eval_every=100_000, eval_episodes=100),
-    "maze2d-*": dict(eval_episodes=100),
 }
 
 
@@ -196,11 +196,12 @@ def sample_action(mean, log_std):
 
 
 def critic_loss(nets, s, a, r, s2, terminal, args):
-    """AWAC target and critics; sum over critics of the mean over the batch."""
+    """AWAC target and critics, sum over critics of the mean over the batch; also the mean of Q."""
     with torch.no_grad():
         a2 = sample_action(*nets.pi(s2))
         y = r + args.gamma * (1 - terminal) * nets.q_target(s2, a2).amin(0)  # (B,)
-    return (nets.q(s, a) - y).square().mean(1).sum()
+    q = nets.q(s, a)  # (2, B)
+    return (q - y).square().mean(1).sum(), q.detach().mean()
 
 
 @torch.no_grad()
@@ -228,8 +229,8 @@ def update(nets, opt, data, args):
     else:
         s, a, r, s2, terminal = sample(data, args.batch_size)
         pi = nets.pi(s)  # shared by the baseline's action and the actor's loss
-        loss = critic_loss(nets, s, a, r, s2, terminal, args)
-        metrics = {"q_loss": minimize(opt.q, loss)}
+        loss, q_mean = critic_loss(nets, s, a, r, s2, terminal, args)
+        metrics = {"q_loss": minimize(opt.q, loss), "q_mean": q_mean}
         advantage = q_advantage(nets, s, a, pi)
         metrics["advantage"] = advantage.mean()
         polyak(nets.q_target, nets.q, args.polyak)

@@ -11,7 +11,8 @@ sum over dimensions. Both act by pi(s). With --top 0.1, 10% BC: whole episodes, 
 undiscounted return, max(1, 10%) of them kept.
 
 Departures: none from CORL's BC, except that episodes are cut where the data ends them. CORL cuts
-after rows have been dropped, which shifts time-limited episodes by one row each.
+after rows have been dropped, which shifts time-limited episodes by one row each, and drops the last
+episode where the data breaks off within it.
 
     python algorithms/bc.py --env hopper-medium-v2 --top 0.1
 """
@@ -89,7 +90,7 @@ class Args:
 
 
 PRESETS = {
-    "hopper-replay-demo": dict(steps=20_000, eval_every=2_000),
+    "hopper-replay-demo": dict(steps=20_000, eval_every=2_000),  # shortened
     "antmaze-*": dict(eval_every=100_000, eval_episodes=100),
     "D4RL/antmaze/*": dict(eval_every=100_000, eval_episodes=100),
 }
@@ -107,13 +108,16 @@ class Nets(nn.Module):
 
 
 def keep_best(data, top):
-    """Keep the rows of the best max(1, top x E) episodes, in their order; changes `data`."""
-    best = data.episode_return.argsort(descending=True)[
-        : max(1, int(top * len(data.episode_return)))
-    ]
+    """Keep the best max(1, top x E) episodes, in their order and renumbered; changes `data`."""
+    keep = max(1, int(top * len(data.episode_return)))
+    best = data.episode_return.argsort(descending=True)[:keep].sort().values
     rows = torch.isin(data.episode, best)
     for name in ("obs", "action", "reward", "next_obs", "terminal", "episode"):
         setattr(data, name, getattr(data, name)[rows])
+    data.episode, data.episode_return = (
+        torch.searchsorted(best, data.episode),
+        data.episode_return[best],
+    )
 
 
 def actor_loss(nets, s, a, args):

@@ -138,12 +138,11 @@ class Args:
 
 PRESETS = {
     "*": dict(eval_episodes=20),
-    "hopper-replay-demo": dict(  # shortened; the paper's larger policy rate
+    "hopper-replay-demo": dict(  # shortened; the policy rate of the code's example
         bc_steps=8_000, steps=25_000, warm_start=2_000, actor_lr=3e-4, eval_every=2_500
     ),
     "antmaze-*": dict(eval_every=100_000, eval_episodes=100),
     "D4RL/antmaze/*": dict(eval_every=100_000, eval_episodes=100),
-    "maze2d-*": dict(eval_episodes=100),
 }
 
 MAX_X = math.atanh(1 - 1e-3)  # log b is evaluated at |a| <= 1 - 1e-3 (authors' code)
@@ -290,7 +289,8 @@ def update(nets, opt, data, args, imitate):
     if args.tune_alpha:
         minimize(opt.alpha, multiplier_loss(nets.alpha, d - args.target_divergence))
     with torch.no_grad():
-        nets.alpha.clamp_(0, 500)  # the authors' bounds
+        if args.tune_alpha:
+            nets.alpha.clamp_(0, 500)  # the authors' bounds
         return metrics | {
             "kl": d if args.divergence == "kl" else log_ratio(x, pi, behavior).mean(),
             "log_ratio_data": log_ratio(pre_tanh(a, args), pi, behavior).mean(),

@@ -12,16 +12,16 @@ the bound below eps in every state, and flatten Q in the action where it is exce
 
 First pi takes the least D. alpha and beta maximize what pi minimizes: beta caps the entropy at H0
 (mmd: +beta, a floor). eps_GP is mean + deviation of D over the last epoch; r is put in [0, 1].
-acml: one alpha for all states; a softplus gate, lambda grows with the penalty; the best a'; eps =
-the first pi's D + margin, H0 = the clone's -ELBO - A ln 4 (mmd: -ELBO). So does iclr where eps and
-H0 are unknown: its tables 1-4 are lost, the rows of D4RL v0 are from its authors' code, later.
+acml: one alpha for all states; a softplus gate, lambda grows with the penalty; the largest over a';
+eps = the first pi's D + margin, H0 = the clone's -ELBO - A ln 4 (mmd: -ELBO). iclr takes these two
+where its own are unknown: its tables 1-4 are lost, the rows of D4RL v0 are its authors' code's.
 
-Departures, as the authors' code: the norm in (10) is not squared, D is a mean over members (paper:
-a random one), nets are 256 wide, p is one Gaussian, pi acts by the best of 20 samples by Q_1 (acml:
-within one deviation, by mean Q), no critics before pi moves (Algorithm 1, line 3). Ours: the noise
-of the 20 is drawn once, so acting is deterministic; PyTorch's initial weights and Adam epsilon; the
-clone rests in RL (code: goes on at 1e-5); penalty and policy share samples; mmd is on squashed
-actions; -ELBO and D are running means; both first phases are as long. CPU rows: short, fast rates.
+Departures, as the authors' code: no square of the norm in (10), a root in (5), TD errors halved, a
+slow copy of pi in y, D a mean over members (paper: a random one), nets 256 wide, p one Gaussian, pi
+acts by the best of 20 samples by Q_1 (acml: within one deviation, by mean Q), critics untrained
+when pi first moves. Ours: the 20 noises are drawn once; PyTorch's initial weights, Adam's epsilon;
+the clone rests in RL (code: 1e-5); penalty and policy share samples; -ELBO and D are running means;
+the first phases have equal steps and rates; eps_GP starts at eps; mmd's width is 60 (Gym: 10).
 
     python algorithms/brac_plus.py --env hopper-medium-replay-v0
 """
@@ -100,8 +100,8 @@ class Args:
     """sets those fields below that are None"""
     multiplier: Literal["state", "global"] | None = None
     """a network alpha(s) (Eq. 8, iclr) or one alpha for all states (acml)"""
-    penalty: Literal["hard", "soft"] | None = None
-    """Eq. 10 with fixed lam (iclr); or softplus gate and a lambda that grows from lam (acml)"""
+    penalty: Literal["hard", "soft", "tuned"] | None = None
+    """Eq. 10, lam fixed (hard, iclr) or growing (tuned, acml's Adroit); or soft gate too (acml)"""
     backup: Literal["mean", "max"] | None = None
     """over target actions: mean (Eq. 2, iclr) or max (acml)"""
     eval_policy: Literal["argmax", "clipped", "mode"] | None = None
@@ -112,12 +112,12 @@ class Args:
     """entropy bound H0, nats; None where unknown and with acml: from the clone's -ELBO"""
     divergence: Literal["kl", "mmd"] = "kl"
     """D by Eq. 7 or by Eq. 5"""
-    margin: float = 3.0
-    """room above the first policy's D where eps is None: 0 leaves none; mmd needs less than 0.1"""
+    margin: float | None = None
+    """room above the first policy's D where eps is None: 0 leaves none; None: the task's"""
     lam: float = 0.1
-    """weight lambda of the gradient penalty (Eq. 10), with soft its lowest: 0 is none"""
+    """weight lambda of the gradient penalty (Eq. 10), where it grows its lowest: 0 is none"""
     gp_target: float = 0.01
-    """soft penalty: lambda grows while the gated gradient norm is above this"""
+    """soft and tuned penalty: lambda grows while the gated gradient norm is above this"""
     samples: int = 5
     """actions per state, and z per action: less variance of D, not less bias"""
     members: int = 3
@@ -146,40 +146,53 @@ class Args:
 
 PRESETS = {
     "*": dict(batch_size=100),
-    # "version env" rows, for fields at None
+    # "version divergence env" rows, for fields at None
     "iclr *": dict(multiplier="state", penalty="hard", backup="mean", eval_policy="argmax"),
     "acml *": dict(multiplier="global", penalty="soft", backup="max", eval_policy="clipped"),
-    # eps and H0 of the code weeks after iclr: for v0 data; Adroit's are for mmd
-    "iclr hopper-random-v0": dict(eps=3.0, h0=-3.0),
-    "iclr hopper-medium-v0": dict(eps=2.4, h0=-6.0),
-    "iclr hopper-medium-replay-v0": dict(eps=3.0, h0=-3.0),
-    "iclr hopper-medium-expert-v0": dict(eps=2.6, h0=-6.0),
-    "iclr hopper-expert-v0": dict(eps=2.6, h0=-6.0),
-    "iclr walker2d-random-v0": dict(eps=0.1, h0=6.0),
-    "iclr walker2d-medium-v0": dict(eps=2.2, h0=-9.0),
-    "iclr walker2d-medium-replay-v0": dict(eps=4.0, h0=-6.0),
-    "iclr walker2d-medium-expert-v0": dict(eps=5.0, h0=-12.0),
-    "iclr walker2d-expert-v0": dict(eps=4.8, h0=-12.0),
-    "iclr halfcheetah-random-v0": dict(eps=9.0, h0=-3.0),
-    "iclr halfcheetah-medium-v0": dict(eps=4.0, h0=-12.0),
-    "iclr halfcheetah-medium-replay-v0": dict(eps=6.0, h0=-12.0),
-    "iclr halfcheetah-medium-expert-v0": dict(eps=11.5, h0=-24.0),
-    "iclr pen-human-v*": dict(eps=0.06, h0=-200.0),
-    "iclr hammer-human-v*": dict(eps=0.1, h0=-60.0),
-    "iclr door-human-v*": dict(eps=0.1, h0=-60.0),
-    "iclr relocate-human-v*": dict(eps=0.1, h0=-60.0),
-    # margin and gp_target of acml's text and code, the other tasks' are the defaults
-    "hopper-medium-v*": dict(margin=0.2),
-    "hopper-medium-expert-v*": dict(margin=0.2),
-    "walker2d-medium-v*": dict(margin=1.0),
-    "walker2d-medium-expert-v*": dict(margin=0.2),
-    "halfcheetah-*": dict(gp_target=0.1),
-    "halfcheetah-medium-v*": dict(margin=7.0),
-    "halfcheetah-medium-expert-v*": dict(margin=0.2),
+    # eps and H0 of the code weeks after iclr: for v0 data
+    "iclr kl hopper-random-v0": dict(eps=3.0, h0=-3.0),
+    "iclr kl hopper-medium-v0": dict(eps=2.4, h0=-6.0),
+    "iclr kl hopper-medium-replay-v0": dict(eps=3.0, h0=-3.0),
+    "iclr kl hopper-medium-expert-v0": dict(eps=2.6, h0=-6.0),
+    "iclr kl hopper-expert-v0": dict(eps=2.6, h0=-6.0),
+    "iclr kl walker2d-random-v0": dict(eps=0.1, h0=6.0),
+    "iclr kl walker2d-medium-v0": dict(eps=2.2, h0=-9.0),
+    "iclr kl walker2d-medium-replay-v0": dict(eps=4.0, h0=-6.0),
+    "iclr kl walker2d-medium-expert-v0": dict(eps=5.0, h0=-12.0),
+    "iclr kl walker2d-expert-v0": dict(eps=4.8, h0=-12.0),
+    "iclr kl halfcheetah-random-v0": dict(eps=9.0, h0=-3.0),
+    "iclr kl halfcheetah-medium-v0": dict(eps=4.0, h0=-12.0),
+    "iclr kl halfcheetah-medium-replay-v0": dict(eps=6.0, h0=-12.0),
+    "iclr kl halfcheetah-medium-expert-v0": dict(eps=11.5, h0=-24.0),
+    "iclr mmd pen-human-v*": dict(eps=0.06, h0=-200.0),
+    "iclr mmd hammer-human-v*": dict(eps=0.1, h0=-60.0),
+    "iclr mmd door-human-v*": dict(eps=0.1, h0=-60.0),
+    "iclr mmd relocate-human-v*": dict(eps=0.1, h0=-60.0),
+    # margins of acml's text and code; those of its ablation with mmd times the root of 20 / 60
+    "* kl *": dict(margin=3.0),
+    **{
+        f"* kl *{task}": dict(margin=margin)
+        for task, margin in {
+            "hopper[-/]medium-v*": 0.2,
+            "walker2d[-/]medium-v*": 1.0,
+            "halfcheetah[-/]medium-v*": 7.0,
+            "medium-expert-v*": 0.2,
+        }.items()
+    },
+    "* mmd *": dict(margin=0.03),
+    **dict.fromkeys(("* mmd hopper-medium-v*", "* mmd *medium-expert-v*"), dict(margin=0.01)),
+    **dict.fromkeys(("* mmd halfcheetah-medium-v*", "* mmd hopper-random-v*"), dict(margin=0.06)),
+    # for env alone again: acml's gp_target
+    **dict.fromkeys(("halfcheetah[-/]*", "mujoco/halfcheetah/*"), dict(gp_target=0.1)),
     **{
         name.format(task): dict(
-            divergence="mmd", margin=0.001, actor_lr=5e-8, alpha_lr=1e-7, gp_target=0.005
+            divergence="mmd", margin=0.001, actor_lr=5e-8, alpha_lr=1e-7, gp_target=0.005, steps=n
         )
+        for task, n in dict(pen=250_000, hammer=500_000, door=10**6, relocate=500_000).items()
+        for name in ("{}-*", "D4RL/{}/*", "{}/*")
+    },
+    **{
+        f"acml mmd {name.format(task)}": dict(penalty="tuned")
         for task in ("pen", "hammer", "door", "relocate")
         for name in ("{}-*", "D4RL/{}/*", "{}/*")
     },
@@ -202,8 +215,6 @@ PRESETS = {
         )
         for name in ("hopper/*", "halfcheetah/*")
     },
-    "hopper/medium-*": dict(margin=0.2),
-    "halfcheetah/medium-*": dict(margin=7.0),
     "hopper-replay-demo": dict(  # shorter still, with one clone and fewer samples
         bc_steps=8_000,
         steps=12_000,
@@ -267,7 +278,7 @@ def divergence(nets, s, n, args):
     mean, log_std = gaussian(nets.actor(s).repeat(n, 1, 1), -20)
     a, log_prob, x = sample_tanh_normal(mean, log_std)
     rows, s = x.flatten(0, 1), s.repeat(n, 1)  # (nB, A), (nB, S)
-    if args.divergence == "mmd":  # the width 60 is far above all distances: it only scales D
+    if args.divergence == "mmd":  # the width 60 is above most distances: it mostly scales D
         z = torch.randn_like(rows.repeat(args.members, 1, 2))  # (M, nB, Z)
         b, _ = gaussian(nets.behavior.decoder(z, s.expand(len(z), -1, -1)))
         b = b.detach().tanh().view(-1, *x.shape[1:])  # (Mn, B, A)
@@ -342,7 +353,7 @@ def update(nets, opt, data, args):
         minimize(opt.alpha, -lagrangian(nets, alpha, beta.detach(), q_pi, d, log_prob, args))
         alpha = alpha.detach()
     gain = lagrangian(nets, alpha, beta, q_pi, d, log_prob, args)
-    gain = gain + (args.penalty == "soft") * lam * (penalty.mean() - args.gp_target)
+    gain = gain + (args.penalty != "hard") * lam * (penalty.mean() - args.gp_target)
     minimize(opt.dual, -gain)
     polyak(nets.q_target, nets.q, args.polyak)
     polyak(nets.actor_target, nets.actor, args.polyak)
@@ -370,7 +381,7 @@ def policy(nets, obs, args):
 def train_start(run, nets, opt, data, args):
     """The clones, or those of an earlier run; then the policy nearest to them, and eps."""
     share_at_bounds(data, args.dequantize)
-    rates = (1e-3, 5e-4, 1e-4, 5e-5, 1e-5)  # of either phase, over five equal parts
+    rates = (1e-3, 5e-4, 1e-4, 5e-5, 1e-5)  # of either phase, over five parts
     path, known = run.cached("vae", nets.behavior, args.bc_steps, args.batch_size, args.dequantize)
     step = graphed(update_behavior, nets, opt, data, args, compile=args.compile)
     for t in run.loop(0 if known else args.bc_steps, phase="behavior"):
@@ -388,17 +399,17 @@ def train_start(run, nets, opt, data, args):
             eps = nets.first_d + args.margin if args.eps is None else torch.tensor(args.eps)
             nets.eps.copy_(eps), nets.eps_gp.copy_(eps)
             nets.actor_target.load_state_dict(nets.actor.state_dict())
-            print(f"first policy: D {nets.first_d:.3g}, eps {eps:.3g}, H0 {nets.h0:.3g}")
-            mode = replace(args, eval_policy="mode")
-            run.reference("its first policy", lambda obs: policy(nets, obs, mode))
+            print(f"first policy: D {nets.first_d:.3g} (least), eps {eps:.3g}, H0 {nets.h0:.3g}")
+            act = lambda obs: policy(nets, obs, replace(args, eval_policy="mode"))
+            run.reference("its first policy", act)
 
 
 def train(args):
     """Train, log and save; returns the mean score of the last 10 evaluations."""
-    for pattern, row in reversed(PRESETS.items()):  # the version's values, the last row first
-        for name in row if fnmatch(f"{args.version} {args.env}", pattern) else ():
-            if getattr(args, name) is None:
-                setattr(args, name, row[name])
+    method = f"{args.version} {args.divergence} {args.env}"
+    rows = [row for pattern, row in PRESETS.items() if fnmatch(method, pattern)]
+    chosen = {k: v for row in rows for k, v in row.items() if getattr(args, k) is None}
+    vars(args).update(chosen, preset=getattr(args, "preset", {}) | chosen)
     run = Run(args)
     data, task = load_dataset(args.env, run.device, args.eval_env)
     data.reward.sub_(data.reward.min()).div_(data.reward.max().clamp(min=1e-12))  # in [0, 1]

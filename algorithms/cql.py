@@ -19,11 +19,13 @@ squared error. For (30) the authors' code has m (weight D - threshold): gap = th
 Departures, the authors' code has them too: actions of pi(s') in (4); no -log(3N), so that D of a
 constant Q under a uniform pi is log(3N) + A log 2; a fixed weight, except for mazes. From CORL and
 the code of young-geng before it: --diff-floor; a learned scale and shift of the actor's log-std;
-all draws predate the actor's step; m starts at e; --max-backup is the maximum over actions of the
-minimum over critics (authors: minimum of maxima); initial weights; normalized observations and
-scaled rewards, as PRESETS says. CORL's AntMaze critics have five and three hidden layers: here both
-have three. Ours: kitchen's row is Adroit's and pointmaze's is AntMaze's, no source has either; the
-warm start's likelihood is that of the data's actions (CORL's is of the actor's own); --dequantize.
+its floor (-20, authors: -5); the temperature is read before its step; m starts at e; --max-backup
+is the maximum over actions of the minimum over critics (authors: minimum of maxima); initial
+weights; normalized observations and scaled rewards, as PRESETS says (CORL scales those of
+hopper-medium-v2 too, to a range of returns of 1,000). CORL's AntMaze critics have five and three
+hidden layers: here both have three. Ours: kitchen's row is Adroit's and pointmaze's is AntMaze's,
+no source has either; the warm start's likelihood is that of the data's actions (CORL's is of the
+actor's own); --dequantize.
 
     python algorithms/cql.py --env hopper-medium-v2
 """
@@ -140,13 +142,15 @@ PRESETS = {
     ),
     # the local hopper/* and halfcheetah/* sets, for a CPU: fewer rows per step, a faster actor
     **dict.fromkeys(("hopper/*", "halfcheetah/*"), dict(weight=5.0, n_actions=4, actor_lr=3e-4)),
-    "maze2d-*": dict(lagrange=True, gap=5.0, eval_episodes=100),
-    **dict.fromkeys(
-        ("antmaze-*", "D4RL/antmaze/*", "pointmaze/*", "D4RL/pointmaze/*"),
+    "maze2d-*": dict(lagrange=True, gap=5.0),
+    **dict.fromkeys(  # mazes with sparse rewards of 0 and 1
+        ("antmaze-*", "D4RL/antmaze/*", "pointmaze/*")
+        + tuple(f"D4RL/pointmaze/{size}-v*" for size in ("open", "umaze", "medium", "large")),
         dict(weight=5.0, lagrange=True, gap=0.8, diff_floor=-200.0, max_backup=True, actor_lr=1e-4)
-        | dict(normalize_obs=False, reward_scale=10.0, reward_shift=-5.0)
-        | dict(eval_every=100_000, eval_episodes=100),
+        | dict(normalize_obs=False, reward_scale=10.0, reward_shift=-5.0),
     ),
+    "antmaze-*-v*": dict(eval_every=100_000, eval_episodes=100),
+    "D4RL/antmaze/*-v*": dict(eval_every=100_000, eval_episodes=100),
     **dict.fromkeys(
         [
             pattern.format(task)
@@ -251,7 +255,7 @@ def update(nets, opt, data, args, warm):
     """One step of everything, on draws and losses of the actor before its step; while `warm`, the
     actor does not look at Q."""
     s, a, r, s2, terminal = sample(data, args.batch_size)
-    r, pi = r * args.reward_scale + args.reward_shift, nets.pi(s)
+    pi = nets.pi(s)
     a_pi, log_prob, _ = sample_tanh_normal(*pi)
     with torch.no_grad():
         pi2, temperature = nets.pi(s2), nets.log_temperature.exp()
@@ -294,6 +298,7 @@ def train(args):
         raise InputError(f"--regularizer is {args.regularizer!r}: give h or basic")
     run = Run(args)
     data, task = load_dataset(args.env, run.device, args.eval_env)
+    data.reward.mul_(args.reward_scale).add_(args.reward_shift)
     if args.warm_start:
         share_at_bounds(data, args.dequantize)
     if args.normalize_obs:

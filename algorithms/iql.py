@@ -21,9 +21,9 @@ a time limit are kept where the data has their next observation (the authors' lo
 and actions at a bound stay there (it moves them inward by 1e-5; this density needs no such thing).
 CORL's default recipe, here that of hopper/* and halfcheetah/*, is --normalize-obs
 --no-normalize-reward: the raw rewards of locomotion make beta larger.
-DDPG+BC is not in the paper: loss and alpha_bc are OGBench's, but the mean is a tanh and the
-actor's learning rate falls (OGBench: neither). The paper has no point mazes; ours, sparse rewards
-of 0 and 1 like AntMaze's, take AntMaze's settings.
+Adroit's v1 rows are CORL's too. DDPG+BC is not in the paper: loss and alpha_bc are OGBench's, but
+the mean is a tanh and the actor's learning rate falls (OGBench: neither). The paper has no point
+mazes; ours, sparse rewards of 0 and 1 like AntMaze's, take AntMaze's settings.
 
     python algorithms/iql.py --env hopper-medium-v2
 """
@@ -130,24 +130,28 @@ PRESETS = {
     "mujoco/halfcheetah/*": dict(normalize_reward=True),
     "mujoco/hopper/*": dict(normalize_reward=True),
     "mujoco/walker2d/*": dict(normalize_reward=True),
-    "hopper-replay-demo": dict(steps=30_000, eval_every=3_000),
+    "hopper-replay-demo": dict(steps=30_000, eval_every=3_000),  # shortened
     "antmaze-*": dict(tau=0.9, beta=10.0, reward_shift=-1.0, eval_every=100_000, eval_episodes=100),
     "D4RL/antmaze/*": dict(
         tau=0.9, beta=10.0, reward_shift=-1.0, eval_every=100_000, eval_episodes=100
     ),
-    "pointmaze/*": dict(tau=0.9, beta=10.0, alpha_bc=0.003, reward_shift=-1.0),
-    "D4RL/pointmaze/*": dict(tau=0.9, beta=10.0, alpha_bc=0.003, reward_shift=-1.0),
-    "maze2d-*": dict(eval_episodes=100),
-    "pen[-/]*": dict(beta=0.5, dropout=0.1),
-    "door[-/]*": dict(beta=0.5, dropout=0.1),
-    "hammer[-/]*": dict(beta=0.5, dropout=0.1),
-    "relocate[-/]*": dict(beta=0.5, dropout=0.1),
-    "D4RL/pen/*": dict(beta=0.5, dropout=0.1),
-    "D4RL/door/*": dict(beta=0.5, dropout=0.1),
-    "D4RL/hammer/*": dict(beta=0.5, dropout=0.1),
-    "D4RL/relocate/*": dict(beta=0.5, dropout=0.1),
-    "kitchen-*": dict(beta=0.5, dropout=0.1),
-    "D4RL/kitchen/*": dict(beta=0.5, dropout=0.1),
+    **dict.fromkeys(  # mazes with sparse rewards of 0 and 1
+        ("pointmaze/*",)
+        + tuple(f"D4RL/pointmaze/{size}-v*" for size in ("open", "umaze", "medium", "large")),
+        dict(tau=0.9, beta=10.0, alpha_bc=0.003, reward_shift=-1.0),
+    ),
+    **dict.fromkeys(
+        [
+            pattern.format(task)
+            for pattern in ("{}-*", "{}/*", "D4RL/{}/*")
+            for task in ("pen", "door", "hammer", "relocate", "kitchen")
+        ],
+        dict(beta=0.5, dropout=0.1),
+    ),
+    **dict.fromkeys(  # CORL's for its version of the data
+        [f"{task}-*-v1" for task in ("pen", "door", "hammer", "relocate")],
+        dict(tau=0.8, beta=3.0),
+    ),
 }
 
 
@@ -200,7 +204,7 @@ def value_loss(nets, s, q, args):
 def awr_loss(nets, s, a, u, args):
     """Eq. 7; also returns the weights (B,)."""
     weight = (args.beta * u).exp().clamp(max=args.max_weight)
-    log_std = nets.log_std.clamp(-5, 2)
+    log_std = nets.log_std.clamp(-5, 2)  # the authors' bounds
     log_prob = normal_log_prob(a, nets.pi(s, args.dropout), log_std).sum(-1)  # (B,)
     return -(weight * log_prob).mean(), weight
 

@@ -136,7 +136,7 @@ class Args:
 
 
 PRESETS = {
-    "hopper-replay-demo": dict(
+    "hopper-replay-demo": dict(  # shortened; faster targets
         bc_steps=6_000, steps=8_000, eval_every=1_000, samples=4, polyak=0.01
     ),
     "antmaze-*": dict(reward_shift=-1.0, bonus=0.0, eval_every=50_000, eval_episodes=100),
@@ -267,7 +267,6 @@ def update(nets, opt, data, args):
         a_pi = draw(pi, 1).squeeze(0).tanh() if args.penalty else None
         rho = log_ratio(pre_tanh(a, args), pi, behavior)  # (B,)
         clipped = (rho < args.ratio_min) | (rho > args.ratio_max)
-    r = r + args.reward_shift
     loss, q_data, target = critic_loss(nets, s, a, r, s2, terminal, rho, args)
     metrics = {"td_loss": loss.detach(), "q_data": q_data, "target": target}
     if args.penalty:
@@ -333,6 +332,7 @@ def train(args):
     args = resolve(args)
     run = Run(args)
     data, task = load_dataset(args.env, run.device, args.eval_env)
+    data.reward += args.reward_shift
     nets = Nets(data, args).to(run.device)
     opt = SimpleNamespace(
         behavior=Adam(nets.behavior.parameters(), args.bc_lr),

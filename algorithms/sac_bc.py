@@ -17,7 +17,8 @@ is inverse to TD3+BC's alpha: with the std fixed at 1, TD3+BC is alpha_bc = 2 / 
 The default of alpha_bc is ours. With the std fitted, cloning pulls back over a distance d by
 alpha_bc d / (std^2 + d^2) per dimension (std: the data's), TD3+BC by 2 d / (alpha A). Near the
 data they agree at alpha_bc = 2 std^2 / (alpha A), but a likelihood lets go: its pull is never
-above alpha_bc / (2 std). At std 0.3 and A = 3, 0.1 holds what moves TD3+BC (2.5) by up to 0.6.
+above alpha_bc / (2 std). At std 0.3 and A = 3, alpha_bc = 0.1 resists any pull of Q that moves
+TD3+BC (alpha = 2.5) by less than 0.6.
 
 Departures: the notes have neither entropy nor `weight`, which is TD3+BC's; it scales all of SAC's
 loss, so the temperature stays in units of Q. SAC itself keeps the target's entropy term. The
@@ -115,10 +116,9 @@ class Args:
 
 
 PRESETS = {
-    "hopper-replay-demo": dict(steps=30_000, eval_every=3_000),
+    "hopper-replay-demo": dict(steps=30_000, eval_every=3_000),  # shortened
     "antmaze-*": dict(reward_shift=-1.0, eval_every=100_000, eval_episodes=100),
     "D4RL/antmaze/*": dict(reward_shift=-1.0, eval_every=100_000, eval_episodes=100),
-    "maze2d-*": dict(eval_episodes=100),
 }
 
 
@@ -173,7 +173,7 @@ def temperature_loss(nets, entropy, act_dim):
 def update(nets, opt, data, args):
     """One step of the critics, the actor, the temperature and the targets."""
     s, a, r, s2, terminal = sample(data, args.batch_size)
-    loss, q_mean = critic_loss(nets, s, a, r + args.reward_shift, s2, terminal, args)
+    loss, q_mean = critic_loss(nets, s, a, r, s2, terminal, args)
     metrics = {"q_loss": minimize(opt.q, loss), "q_mean": q_mean}
     loss, bc_loss, weight, pi, entropy = actor_loss(nets, s, a, args)
     metrics |= {"actor_loss": minimize(opt.actor, loss), "bc_loss": bc_loss, "weight": weight}
@@ -193,6 +193,7 @@ def train(args):
     """Train, log and save; returns the mean score of the last 10 evaluations."""
     run = Run(args)
     data, task = load_dataset(args.env, run.device, args.eval_env)
+    data.reward += args.reward_shift
     if args.normalize_obs:
         normalize_obs(data, eps=1e-3)
     nets = Nets(data, args).to(run.device)

@@ -375,7 +375,8 @@ def test_target_by_hand():
         q=lambda s, a: torch.tensor([[1.0, 1.0], [2.0, 5.0]]),
     )
     r, terminal = torch.tensor([1.0, 5.0]), torch.tensor([0.0, 1.0])
-    loss = critic_loss(nets, s, s, r, s, terminal, Args(gamma=0.9))
+    loss, q_mean = critic_loss(nets, s, s, r, s, terminal, Args(gamma=0.9))
+    assert_close(q_mean, nets.q(s, s).detach().mean())
     assert_close(loss, torch.tensor((1.8**2 + 4**2) / 2 + (0.8**2 + 0**2) / 2))
 
 
@@ -412,7 +413,7 @@ def test_which_parameters_each_loss_reaches(data, advantage):
         u, loss = data.advantage, value_loss(nets, s, data.returns)
     else:
         u = q_advantage(nets, s, a, pi)
-        loss = critic_loss(nets, s, a, r, s2, terminal, args)
+        loss, _ = critic_loss(nets, s, a, r, s2, terminal, args)
     actor, weight = awr_loss(pi, a, u, args)
     assert not u.requires_grad and not weight.requires_grad
     online = [(k, p) for k, p in nets.named_parameters() if p.requires_grad]

@@ -68,9 +68,11 @@ def test_best_episodes_are_kept_whole(tiny_data, top, kept):
     before = {k: v.clone() for k, v in vars(data).items() if isinstance(v, torch.Tensor)}
     rows = [i for i in range(55) if int(before["episode"][i]) in kept]
     bc.keep_best(data, top)
-    for name in ("obs", "action", "reward", "next_obs", "terminal", "episode"):
+    for name in ("obs", "action", "reward", "next_obs", "terminal"):
         assert torch.equal(getattr(data, name), before[name][rows])
     assert len(data.obs) == sum(e + 1 for e in kept)
+    assert data.episode.tolist() == [i for i, e in enumerate(kept) for _ in range(e + 1)]
+    assert torch.equal(data.episode_return, before["episode_return"][kept]), "what the run reports"
 
 
 def test_plain_loss_reaches_the_actor_only(tiny_data):

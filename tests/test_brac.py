@@ -352,6 +352,7 @@ def test_tuned_alpha_moves_between_its_bounds(data, alpha, bound, target):
     nets, args = make(data, alpha=alpha, tune_alpha=True, target_divergence=target)
     assert_close(brac.update(nets, optimizers(nets, SGD, 1.0), data, args, False)["alpha"].item(),
                  float(bound))  # fmt: skip
+    alpha *= 3  # a fixed one has no bounds
     nets, args = make(data, alpha=alpha, target_divergence=target)
     metrics = brac.update(nets, optimizers(nets, SGD, 1.0), data, args, False)
     assert torch.equal(nets.alpha, torch.tensor(alpha).double()) and metrics["alpha"] == nets.alpha

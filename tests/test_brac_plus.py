@@ -720,7 +720,7 @@ def test_versions(fake, monkeypatch):
     args = resolved(fake, "--version", "acml", "--backup", "mean", "--eval-policy", "mode")
     assert (args.backup, args.eval_policy, args.penalty) == ("mean", "mode", "soft")
     assert resolved(fake, "--multiplier", "global").multiplier == "global"
-    monkeypatch.setitem(PRESETS, "acml hopper-replay-*", dict(backup="mean"))
+    monkeypatch.setitem(PRESETS, "acml kl hopper-replay-*", dict(backup="mean"))
     assert resolved(fake, "--version", "acml").backup == "mean", "later rows win"
     assert resolved(fake, "--version", "acml", "--env", "log.npz").backup == "max"
 
@@ -737,6 +737,8 @@ def test_versions(fake, monkeypatch):
         ("pen-human-v1", 0.06, -200, 0.001),
         ("D4RL/door/human-v2", None, None, 0.001),
         ("hopper/mixed-v0", None, None, 3.0),
+        ("hopper/medium-v0", None, None, 0.2),
+        ("mujoco/halfcheetah/medium-v0", None, None, 7.0),
     ],
 )
 def test_thresholds_of_tasks(fake, env, eps, h0, margin):
@@ -745,8 +747,26 @@ def test_thresholds_of_tasks(fake, env, eps, h0, margin):
     assert args.divergence == ("mmd" if margin == 0.001 else "kl")
     args = resolved(fake, "--env", env, "--version", "acml")
     assert args.eps is args.h0 is None, "acml measures them"
+    assert args.penalty == ("tuned" if args.divergence == "mmd" else "soft")
     args = resolved(fake, "--env", env, "--version", "acml", "--eps", str(eps or 1), "--h0", "2")
     assert (args.eps, args.h0) == (eps or 1, 2), "what is typed wins, the other version's value too"
+
+
+@pytest.mark.parametrize(
+    ("env", "margin"),
+    [("hopper-medium-v0", 0.01), ("halfcheetah-medium-v0", 0.06), ("walker2d-random-v0", 0.03)],
+)
+def test_mmd_has_thresholds_of_its_own(fake, env, margin):
+    """KL's would never bind: this D is at most sqrt(2 - 2 exp(-2 A / 120))."""
+    args = resolved(fake, "--env", env, "--divergence", "mmd")
+    assert args.eps is args.h0 is None and args.margin == margin
+    assert args.preset["margin"] == margin, "shown at the start and kept in config.json"
+
+
+def test_adroit_by_acml_has_a_hard_gate_and_a_growing_lambda(fake):
+    args = resolved(fake, "--env", "pen-human-v0", "--version", "acml")
+    assert (args.penalty, args.gp_target, args.margin) == ("tuned", 0.005, 0.001)
+    assert parse(Args, PRESETS, ["--env", "pen-human-v0"]).steps == 250_000
 
 
 def test_unknown_version_is_refused(capsys):

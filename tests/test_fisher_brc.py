@@ -15,7 +15,7 @@ from oracles import SGD, assert_same, in_double, stack
 from torch import nn
 from torch.testing import assert_close
 
-from common import Adam, ScalarMLP, orthogonal_
+from common import Adam, ScalarMLP, orthogonal_, parse
 
 EPS = 1e-6  # actions are clipped to +-(1 - EPS) where the density is evaluated
 
@@ -551,3 +551,10 @@ def test_bandit_takes_the_best_action_of_the_data():
     assert ((samples > 0.0) & (samples < 0.6)).float().mean() > 0.95
     action, _ = play({"offset": False, "lam": 0.0})
     assert action > 0.55
+
+
+def test_antmaze_has_no_bonus():
+    """A bonus per step would pay for never reaching the goal, where episodes end."""
+    for env in ("antmaze-umaze-v2", "D4RL/antmaze/umaze-v1"):
+        args = parse(Args, fisher_brc.PRESETS, ["--env", env])
+        assert (args.bonus, args.eval_every, args.eval_episodes) == (0.0, 100_000, 100)

@@ -718,7 +718,10 @@ def test_normalized_observations(data, monkeypatch, normalize):
          0.7, 3.0, 0.0, True, 0.0),
         ("ant-medium-v2 log.npz maze2d-umaze-v1 halfcheetah/medium-v0", 0.7, 3.0, 0.0, False, 0.0),
         ("antmaze-umaze-v2 D4RL/antmaze/umaze-v1 pointmaze/medium-v0", 0.9, 10.0, 0.0, False, -1.0),
-        ("pen-human-v1 door/human-v0 D4RL/relocate/human-v2 kitchen-mixed-v0 D4RL/kitchen/mixed-v2",
+        ("pen-human-v1 door-cloned-v1", 0.8, 3.0, 0.1, False, 0.0),
+        ("D4RL/pointmaze/umaze-v2", 0.9, 10.0, 0.0, False, -1.0),
+        ("D4RL/pointmaze/umaze-dense-v2", 0.7, 3.0, 0.0, False, 0.0),
+        ("pen-human-v0 door/human-v0 D4RL/relocate/human-v2 kitchen-mixed-v0 D4RL/kitchen/mixed-v2",
          0.7, 0.5, 0.1, False, 0.0),
     ],
 )  # fmt: skip

@@ -582,7 +582,7 @@ def test_which_parameters_each_loss_reaches(data):
     "method",
     [
         dict(setting="code"),
-        dict(setting="trust", samples=3, reward_shift=-1.0, ratio_min=-0.1, ratio_max=0.1),
+        dict(setting="trust", samples=3, ratio_min=-0.1, ratio_max=0.1),
         dict(setting="paper", samples=3, shape_coef=0.6, clip=0.2),
         dict(setting="trust", samples=2, control=True),
     ],
@@ -611,7 +611,7 @@ def test_step_by_hand(data, monkeypatch, method):
     }[method["setting"]]
     if args.control:
         alpha, tau, low, high = 0.9 * (1 - 0.9), 0, -1.0, INF
-    m, shift = method.get("samples", 10), method.get("reward_shift", 0)
+    m = method.get("samples", 10)
     bound = 1 - method.get("clip", 1e-6)
     noise = dict(zip(("next", "pi") if not weight else ("penalty", "next", "pi"), draws))
     assert len(noise) == len(draws) and noise["pi"].shape == (m, 16, 2) == noise["next"].shape
@@ -637,7 +637,7 @@ def test_step_by_hand(data, monkeypatch, method):
         rho = ratio(a.clamp(-bound, bound).atanh(), p, b)
         q2, kl2 = evaluated(q_targets, s2, dist(actor, s2), dist(behavior, s2), noise["next"])
         shape = tau * alpha * rho.clamp(low, high)
-        y = r + shift + bonus + shape + 0.99 * (1 - terminal) * (q2 - alpha * kl2)
+        y = r + bonus + shape + 0.99 * (1 - terminal) * (q2 - alpha * kl2)
         assert high == INF or (rho < low).any() and (rho > high).any()
         kl_behavior, kl_step = (
             D.kl_divergence(p, other).sum(-1).mean() for other in (b, dist(last, s))

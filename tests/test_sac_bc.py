@@ -361,7 +361,8 @@ def test_each_optimizer_moves_its_own_network_alone(data, moving):
 @pytest.mark.parametrize(("optimizer", "lr"), [(SGD, 0.03), (Adam, 2**-10)])
 def test_steps_by_hand(data, noises, monkeypatch, optimizer, lr, backup_entropy):
     """Adam's rate is a float32: one that it holds exactly."""
-    values = dict(backup_entropy=backup_entropy, alpha_bc=0.4, reward_shift=-1.0, polyak=0.1)
+    data.reward = data.reward - 1
+    values = dict(backup_entropy=backup_entropy, alpha_bc=0.4, polyak=0.1)
     nets, opt, args = make(data, optimizer=optimizer, lr=lr, **values)
     actor, log_temperature = stack(nets.actor), torch.tensor(0.2, dtype=torch.float64).log()
     q, q_target = ([stack(net, e) for e in range(2)] for net in (nets.q, nets.q_target))
@@ -391,7 +392,7 @@ def test_steps_by_hand(data, noises, monkeypatch, optimizer, lr, backup_entropy)
             v2 = torch.minimum(*value(q_target, s2, a2))
             if backup_entropy:
                 v2 = v2 - log_temperature.exp() * log_prob
-            y = (r - 1) + 0.99 * (1 - terminal) * v2
+            y = r + 0.99 * (1 - terminal) * v2
         q_opt.zero_grad()
         q_data = value(q, s, a)
         q_loss = sum(nn.functional.mse_loss(x, y) for x in q_data)

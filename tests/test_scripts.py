@@ -161,6 +161,29 @@ def test_policy(path, here):
         assert torch.allclose(a[7:8], module.policy(nets, obs[7:8], args), atol=1e-5)
 
 
+SHIFTED = [path for path in SCRIPTS if "    reward_shift: " in path.read_text()]
+
+
+@pytest.mark.parametrize("path", SHIFTED, ids=lambda p: p.stem)
+def test_reward_shift_is_in_the_data_that_is_trained_on(path, here, monkeypatch):
+    """Once, before the run starts: its bound of attainable returns knows it."""
+    module, seen = importlib.import_module(path.stem), []
+
+    class Started(Exception):
+        pass
+
+    class Run(module.Run):
+        def start(self, data, *_):
+            seen.append(data.reward.clone())
+            raise Started
+
+    monkeypatch.setattr(module, "Run", Run)
+    for shift in ("0", "-3"):
+        with pytest.raises(Started):
+            module.train(parse(module.Args, module.PRESETS, flags(path, reward_shift=shift)))
+    torch.testing.assert_close(seen[1], seen[0] - 3)
+
+
 @script
 def test_help_names_every_flag(path, capsys):
     module = importlib.import_module(path.stem)

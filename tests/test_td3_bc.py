@@ -261,7 +261,8 @@ def fixed_batches(monkeypatch, data, count):
 @pytest.mark.parametrize(("optimizer", "lr"), [(SGD, 0.1), (Adam, 1e-3)])
 def test_ddpg_plus_bc_step_by_hand(data, monkeypatch, optimizer, lr):
     ddpg = dict(policy_noise=0.0, noise_clip=0.0, critics=1, policy_freq=1)
-    nets, opt, args = make(data, optimizer=optimizer, lr=lr, reward_shift=-1.0, **ddpg)
+    data.reward = data.reward - 1
+    nets, opt, args = make(data, optimizer=optimizer, lr=lr, **ddpg)
     actor, actor_target = stack(nets.actor), stack(nets.actor_target)
     q, q_target = stack(nets.q, 0), stack(nets.q_target, 0)
     oracle = {SGD: torch.optim.SGD, Adam: torch.optim.Adam}[optimizer]
@@ -273,7 +274,7 @@ def test_ddpg_plus_bc_step_by_hand(data, monkeypatch, optimizer, lr):
         s, a, r, s2, terminal = (x[i] for x in rows(data))
         with torch.no_grad():
             q2 = q_target(torch.cat([s2, actor_target(s2).tanh()], 1)).squeeze(1)
-            y = (r - 1) + 0.99 * (1 - terminal) * q2
+            y = r + 0.99 * (1 - terminal) * q2
         q_opt.zero_grad()
         nn.functional.mse_loss(q(torch.cat([s, a], 1)).squeeze(1), y).backward()
         q_opt.step()
