@@ -171,12 +171,13 @@ PRESETS = {
     # margins of acml's text and code; those of its ablation with mmd times the root of 20 / 60
     "* kl *": dict(margin=3.0),
     **{
-        f"* kl *{task}": dict(margin=margin)
+        f"* kl {task}": dict(margin=margin)
         for task, margin in {
-            "hopper[-/]medium-v*": 0.2,
-            "walker2d[-/]medium-v*": 1.0,
-            "halfcheetah[-/]medium-v*": 7.0,
-            "medium-expert-v*": 0.2,
+            "hopper-medium-v*": 0.2,
+            "walker2d-medium-v*": 1.0,
+            "halfcheetah-medium-v*": 7.0,
+            "*medium-expert-v*": 0.2,
+            "*/medium-v*": 0.2,  # ours: at a CPU's rates 7 lets halfcheetah's policy leave the data
         }.items()
     },
     "* mmd *": dict(margin=0.03),

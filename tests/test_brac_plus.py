@@ -738,7 +738,7 @@ def test_versions(fake, monkeypatch):
         ("D4RL/door/human-v2", None, None, 0.001),
         ("hopper/mixed-v0", None, None, 3.0),
         ("hopper/medium-v0", None, None, 0.2),
-        ("mujoco/halfcheetah/medium-v0", None, None, 7.0),
+        ("halfcheetah/medium-v0", None, None, 0.2),
     ],
 )
 def test_thresholds_of_tasks(fake, env, eps, h0, margin):
