@@ -22,6 +22,13 @@ from datasets import InputError, load_dataset  # noqa: F401 (algorithms import t
 # ---- command line ----------------------------------------------------------------------------
 
 
+RANGES = {
+    "gamma": (0, 1 - 1e-9, "a number from 0 to below 1"),
+    "polyak": (1e-12, 1, "a number above 0, 1 at most"),
+    "lr": (1e-12, 1e12, "a number above 0"),
+}
+
+
 def parse(Args, presets: dict, argv: list[str] | None = None):
     """Command line -> `Args`. Later matching rows of `presets` ({fnmatch pattern of --env: {field:
     value}}) replace the defaults; a flag that is typed always wins. Whole numbers may be typed as
@@ -52,9 +59,13 @@ def parse(Args, presets: dict, argv: list[str] | None = None):
     args.preset = preset
     for field in dataclasses.fields(Args):
         value, least = getattr(args, field.name), min(field.default, 1) if field.type is int else 0
+        flag = field.name.replace("_", "-")
         if field.type is int and value < least:  # 0 where the default is 0, else 1
-            flag = field.name.replace("_", "-")
             raise InputError(f"--{flag} is {value}: give a whole number, {least} or above")
+        name = "lr" if field.name.endswith("lr") else field.name
+        low, high, right = RANGES.get(name, (-math.inf, math.inf, "a number"))
+        if isinstance(value, float) and not low <= value <= high:  # nan is in no range
+            raise InputError(f"--{flag} is {value}: give {right}")
     if args.precision not in ("auto", "highest", "high", "medium"):
         raise InputError(f"--precision is {args.precision!r}: give auto, highest, high or medium")
     return args

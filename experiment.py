@@ -13,6 +13,7 @@
 import csv
 import fcntl
 import hashlib
+import importlib.util
 import io
 import json
 import math
@@ -86,9 +87,10 @@ class Run:
         self.env_name = re.sub(r"[^\w.-]+", "-", env)
         variant = f"-{args.name}" if args.name else ""
         self.folder = Path(args.out) / f"{self.env_name}__{self.algorithm}{variant}__{args.seed}"
+        if args.track and importlib.util.find_spec("wandb") is None:
+            raise InputError("--track needs Weights & Biases: pip install wandb")
         if (self.folder / "summary.json").exists() and args.resume:
-            print(f"{self.folder} is finished: nothing to resume")
-            raise SystemExit(0)
+            self._finished()
         if (self.folder / "config.json").exists() and not (args.resume or args.overwrite):
             raise InputError(f"{self.folder} exists: add --resume, --overwrite, or a new --name")
         self.device = choose_device(args.device, args.precision)
@@ -109,9 +111,10 @@ class Run:
             fcntl.lockf(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # until this process ends
         except BlockingIOError:
             raise InputError(f"{self.folder} is being trained by another process") from None
-        self.references, self.last, self.stopped, self.warned = {}, {}, False, set()
+        self.references, self.last, self.stopped, self.unsaved = {}, {}, False, {}
+        horizon = 1 / (1 - getattr(self.args, "gamma", 1 - 1e-9))
         reward = data.reward.abs().max() + (getattr(self.args, "bonus", 0) or 0)
-        self.largest_return = float(reward) / (1 - getattr(self.args, "gamma", 1 - 1e-9))
+        self.largest_return, self.first_values = float(reward) * horizon, {}
         self.rows = {"train": [], "eval": []}
         self.train_seconds = self.eval_seconds = 0.0
         self.resume_at = None
@@ -133,16 +136,24 @@ class Run:
         self.board = self._tensorboard(self.resume_at[1] if restored else 0)
         score = self.score(data.episode_return.cpu().numpy())
         self.references["data"] = score
+        self.unit = "score" if task and task.ref_min is not None else "return"
         preset = ", ".join(f"{k}={v}" for k, v in getattr(self.args, "preset", {}).items())
-        unit = "score" if task and task.ref_min is not None else "return"
         print(
             f"{self.algorithm} on {data.name}: {len(data.obs):,} transitions, "
-            f"{len(data.episode_return):,} episodes, {unit} {score:.1f}; seed {self.args.seed}, "
-            f"{self.device}, precision {torch.get_float32_matmul_precision()}"
+            f"{len(data.episode_return):,} episodes, {self.unit} {score:.1f}; "
+            f"seed {self.args.seed}, {self.device}, "
+            f"precision {torch.get_float32_matmul_precision()}"
             + (f"; preset {preset}" if preset else "")
             + (f"; resumed after {self.resume_at[0]} step {self.resume_at[1]}" if restored else ""),
             flush=True,
         )
+        size = data.reward.abs().mean().item()
+        if hasattr(self.args, "gamma") and not 1e-3 < size * horizon < 1e5:
+            print(
+                f"note: rewards are {size:.2g} in size, on average, so values near "
+                f"{size * horizon:.2g}; networks and learning rates here are made for values of "
+                "1 to 10,000: multiply the file's rewards by a constant"
+            )
 
     def score(self, returns) -> float:
         """Normalized score x 100 of episode returns; the mean raw return where there is no task."""
@@ -196,7 +207,7 @@ class Run:
             self.rows["eval"].append(row | {f"episode_{i}": x for i, x in enumerate(returns)})
             self._save_rows("eval")
             self._board({f"charts/{name}": value for name, value in result.items()}, t)
-            self._say(t, f"score {result['score']:.1f}")
+            self._say(t, f"{self.unit} {result['score']:.1f}")
 
     def evaluate(self, act) -> np.ndarray:
         """Returns (eval_episodes,) of a policy, on start states fixed by the run's seed."""
@@ -210,7 +221,7 @@ class Run:
         """Score a policy that is not this run's result; the final line and the curve name it."""
         if self.task:
             self.references[label] = self.score(self.evaluate(act))
-            print(f"{label}: score {self.references[label]:.1f}", flush=True)
+            print(f"{label}: {self.unit} {self.references[label]:.1f}", flush=True)
 
     def cached(self, stage: str, module: nn.Module, *settings):
         """The file that holds `module` as trained by an earlier run on the same data, seed and
@@ -247,16 +258,36 @@ class Run:
         if scores:
             self._curve()
         self._board({}, 0)
-        self._save("summary.json", json.dumps(summary, indent=2).encode())
-        if self.warned:
-            names = ", ".join(sorted(self.warned))
-            raise InputError(f"{self.folder}: {names} could not be saved: free some space")
-        unit = "score" if self.task and self.task.ref_min is not None else "return"
-        parts = [f"{self.algorithm} {unit} {final:.1f}"] if scores else [self.algorithm]
+        for name, content in list(self.unsaved.items()):  # what a full disk refused: once more
+            self._save(name, content)
+        if not self.unsaved:  # a summary means that all is saved
+            self._save("summary.json", json.dumps(summary, indent=2).encode())
+        if self.unsaved:
+            names = ", ".join(sorted(self.unsaved))
+            raise InputError(
+                f"{self.folder}: {names} could not be saved: free some space and repeat the "
+                "command with --resume" + (f" (the score was {final:.1f})" if scores else "")
+            )
+        parts = [f"{self.algorithm} {self.unit} {final:.1f}"] if scores else [self.algorithm]
         parts += [f"{label} {value:.1f}" for label, value in self.references.items()]
         seconds = self.train_seconds + self.eval_seconds
         print(" | ".join([*parts, f"{seconds:.0f} s", str(self.folder)]), flush=True)
         return final
+
+    def _finished(self):
+        """Leave: the same run is finished. InputError where it had other settings."""
+        try:
+            then = dict(json.loads((self.folder / "config.json").read_text())["args"])
+        except (OSError, ValueError, KeyError, TypeError):
+            raise InputError(f"{self.folder}/config.json is damaged: add --overwrite") from None
+        for key, value in json.loads(json.dumps(vars(self.args), default=str)).items():
+            if key not in (*CONTROL, "preset") and then.get(key) != value:
+                raise InputError(
+                    f"{self.folder} is finished, with {key}={then.get(key)}, not {value}: "
+                    "add --overwrite or a new --name"
+                )
+        print(f"{self.folder} is finished: nothing to resume")
+        raise SystemExit(0)
 
     def _stop(self, *_):
         if self.stopped:  # a second Ctrl-C does not wait
@@ -309,10 +340,11 @@ class Run:
         self._board(scalars | {"charts/updates_per_second": rate}, t)
         self._values(t)
         for name in {"q_mean", "q_data", "q_pi", "target"} & values.keys():
-            if abs(values[name]) > 2 * self.largest_return:
+            first = self.first_values.setdefault(name, abs(values[name]))
+            if abs(values[name]) > 2 * self.largest_return + 10 * first:
                 print(
-                    f"note: {name} is {values[name]:.0f} at step {t}, but no policy can reach more "
-                    f"than {self.largest_return:.0f} with the data's rewards: Q runs away where "
+                    f"note: {name} is {values[name]:.3g} at step {t}, but no policy can reach more "
+                    f"than {self.largest_return:.3g} with the data's rewards: Q runs away where "
                     "there is no data; strengthen the regularizer (its flags come first in --help)"
                 )
                 self.largest_return = math.inf  # said once
@@ -324,15 +356,15 @@ class Run:
         """Write a file of this run; a full disk is said once and training goes on."""
         try:
             write_atomic(self.folder / name, content)
-            self.warned.discard(name)
+            self.unsaved.pop(name, None)
         except OSError as error:
-            if name not in self.warned:
+            if name not in self.unsaved:
                 print(
                     f"{self.folder / name} not saved ({error.strerror}): free some space; "
                     "training goes on and saving is tried again",
                     file=sys.stderr,
                 )
-            self.warned.add(name)
+            self.unsaved[name] = content
 
     def _save_rows(self, name):
         rows, text = self.rows[name], io.StringIO()
@@ -400,10 +432,8 @@ class Run:
         from torch.utils.tensorboard import SummaryWriter
 
         if self.args.track:
-            try:
-                import wandb
-            except ImportError:
-                raise InputError("--track needs Weights & Biases: pip install wandb") from None
+            import wandb
+
             settings = {"name": self.folder.name, "config": vars(self.args)}
             wandb.init(project="stayclose", sync_tensorboard=True, **settings)
         threading.excepthook = lambda failure: (  # a full disk: said by _board, not by its thread
@@ -433,7 +463,7 @@ class Run:
         axes.plot(steps, [float(r["score"]) for r in self.rows["eval"]], label=self.algorithm, lw=2)
         for i, (label, value) in enumerate(self.references.items()):
             axes.axhline(value, ls="--", c=f"C{i + 1}", label=f"{label} {value:.1f}")
-        unit = "normalized score" if self.task.ref_min is not None else "return"
+        unit = "normalized score" if self.unit == "score" else "return"
         axes.set(xlabel="gradient steps", ylabel=unit, title=f"{self.data.name}, {self.task.id}")
         axes.legend()
         buffer = io.BytesIO()

@@ -417,6 +417,20 @@ def test_every_cpu_thread_flushes_subnormals():
     assert subprocess.check_output([sys.executable, "-c", code], env=env) == b"0\n"
 
 
+@pytest.mark.parametrize(
+    ("flag", "right"),
+    [("--gamma 1", "from 0 to below 1"), ("--gamma 1.5", "from 0"), ("--polyak 2", "1 at most"),
+     ("--lr -1", "above 0"), ("--lr nan", "above 0"), ("--alpha nan", "a number")],
+)  # fmt: skip
+def test_numbers_that_cannot_work_are_one_line(flag, right):
+    import td3_bc
+
+    with pytest.raises(
+        InputError, match=rf"{flag.split()[0]} is .*: give a number.*{right}|{right}"
+    ):
+        parse(td3_bc.Args, td3_bc.PRESETS, flag.split())
+
+
 def test_device_and_precision(precision):
     expected = "cuda" if torch.cuda.is_available() else "cpu"
     for asked in ("medium", "highest"):
