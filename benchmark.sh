@@ -5,7 +5,7 @@
 #   ./benchmark.sh TABLE --print       list its commands, for parallel, xargs or job arrays
 #   JOBS=4 ./benchmark.sh TABLE        four runs at a time, the cores shared among them
 #   ./benchmark.sh TABLE --slurm       one SLURM array job, JOBS runs at a time
-#   python report.py runs --table TABLE
+#   python report.py runs --table TABLE   beside the paper; without --table: ablations, local
 #
 # TABLE: fisher_brc_table1 brac_plus_table1 arq_table2 itrpo_table2 itrpo_table3 ablations local.
 # Variables: SEEDS="0 1 2" (default: as many as the paper's), OUT=runs, FLAGS="--compile" (added to
@@ -118,6 +118,10 @@ list=$(commands "${1:-}") || {
     [[ -z ${1:-} ]] || echo "no table $1: give one of those above" >&2
     exit 2
 }
+refuse() { echo "$1" >&2 && exit 2; }
+[[ ${2:-} =~ ^(--print|--slurm)?$ ]] || refuse "$2 is unknown: --print or --slurm"
+[[ $JOBS =~ ^[1-9][0-9]*$ ]] || refuse "JOBS is '$JOBS': give a whole number, 1 or above"
+[[ ${SEEDS-0} =~ ^\ *[0-9]+(\ +[0-9]+)*\ *$ ]] || refuse "SEEDS is '$SEEDS': give whole numbers"
 if [[ ${2:-} == --print ]]; then echo "$list" && exit; fi
 mkdir -p "$OUT/logs" && rm -f "$OUT/logs/failed"
 export OUT JOBS
@@ -127,9 +131,9 @@ if [[ ${2:-} == --slurm ]]; then
         --output "$OUT/logs/%x_%a.slurm" \
         --wrap "exec bash benchmark.sh --one \"\$(sed -n \${SLURM_ARRAY_TASK_ID}p $OUT/logs/$1.txt)\""
 fi
-[[ -z ${2:-} ]] || { echo "$2 is unknown: --print or --slurm" >&2 && exit 2; }
 cores=$(getconf _NPROCESSORS_ONLN)
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cores > JOBS ? cores / JOBS : 1))}
 trap 'echo "stopped; ./benchmark.sh '"$1"' continues"; exit 130' INT
-echo "$list" | tr '\n' '\0' | xargs -0 -n 1 -P "$JOBS" bash "$0" --one || true
+echo "$list" | tr '\n' '\0' | xargs -0 -n 1 -P "$JOBS" bash "$0" --one || stopped=1
+if [[ ${stopped:-} ]]; then echo "stopped; ./benchmark.sh $1 continues" && exit 130; fi
 if [[ -s $OUT/logs/failed ]]; then echo "failed runs:" && cat "$OUT/logs/failed" && exit 1; fi

@@ -75,6 +75,16 @@ def test_bad_input():
     assert "fisher_brc_table1" in bash().stdout and bash().returncode == 2
 
 
+@pytest.mark.parametrize(
+    "env", [dict(SEEDS=""), dict(SEEDS=" "), dict(SEEDS="a"), dict(JOBS="0"), dict(JOBS="x")]
+)
+def test_bad_variables(env, tmp_path):
+    for flags in ((), ("--print",)):
+        found = bash("local", *flags, OUT=str(tmp_path / "out"), **env)
+        assert found.returncode == 2 and f"{next(iter(env))} is '" in found.stderr
+        assert len(found.stderr.splitlines()) == 1 and not (tmp_path / "out").exists()
+
+
 # ---- runs ------------------------------------------------------------------------------------
 
 
