@@ -5,14 +5,16 @@
 
 Writes to --out: {table}.md and {table}.csv (ours: mean, standard deviation and number of seeds of
 the mean score of each run's last 10 evaluations; the paper's, labeled; the difference in combined
-standard deviations), {table}_steps.png and {table}_seconds.png (mean over seeds and 95% bootstrap
-interval). Per method: average over datasets, interquartile mean with a 95% interval (bootstrap
-stratified by dataset) and the probability of improvement over each other method, as in Agarwal et
-al., NeurIPS 2021 (arXiv:2108.13264). The papers' numbers are data/paper_tables/*.csv.
+standard deviations, where both are known), {table}_steps.png and {table}_seconds.png (mean over
+seeds and 95% bootstrap interval). Per method: average over datasets, interquartile mean with a 95%
+interval (bootstrap stratified by dataset, two seeds or more in each) and the probability of
+improvement over each other method, as in Agarwal et al., NeurIPS 2021 (arXiv:2108.13264). The
+papers' numbers are data/paper_tables/*.csv.
 """
 
 import csv
 import json
+import math
 from collections import defaultdict
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -43,7 +45,7 @@ class Args:
 
 @dataclass
 class Result:
-    """One run's folder as report.py sees it; `score` is None where the run is unfinished."""
+    """One run's folder as report.py sees it; `score` is None without an evaluation."""
 
     folder: Path
     env: str
@@ -51,6 +53,7 @@ class Result:
     seed: int
     settings: dict
     versions: dict
+    finished: bool
     score: float | None
     references: dict
     steps: np.ndarray = field(repr=False)
@@ -63,36 +66,51 @@ class Result:
 
 def read_run(folder: Path) -> Result:
     """Raises InputError where a file of the run is damaged."""
+    finished = (folder / "summary.json").exists()
     path = folder / "config.json"
     try:
         config = json.loads(path.read_text())
         args = dict(config["args"])
-        env, seed, name = args["env"], args["seed"], args["name"]
+        env, seed, name = args["env"], int(args["seed"]), args["name"]
+        env = Path(env).stem if env.endswith((".hdf5", ".h5", ".npz")) else env
+        method = config["algorithm"] + (f"-{name}" if name else "")
+        versions = config["versions"] | {"commit": config["commit"]}
         path = folder / "summary.json"
-        summary = json.loads(path.read_text()) if path.exists() else {}
+        summary = json.loads(path.read_text()) if finished else {}
+        score = summary.get("score")
+        references = {k: float(v) for k, v in summary.get("references", {}).items()}
+        if score is not None and not math.isfinite(score):
+            raise ValueError(f"the score is {score}")
         path = folder / "eval.csv"
-        rows = list(csv.reader(path.open(newline=""))) if path.exists() else []
-        if any(len(row) != len(rows[0]) for row in rows):
-            raise ValueError("a row is cut short")
-        columns = [[float(row[rows[0].index(k)]) for row in rows[1:]] if rows else []
-                   for k in ("step", "seconds", "score")]  # fmt: skip
+        text = path.read_text() if path.exists() else "step,seconds,score\n"
+        rows = list(csv.reader(text.splitlines()))
+        if not text.endswith("\n") or any(len(row) != len(rows[0]) for row in rows):
+            raise ValueError("it is cut short")
+        count = len(rows) - 1
+        if finished and (summary.get("evaluations", count), score is None) != (count, not count):
+            raise ValueError(f"its {count} evaluations are not those of summary.json")
+        columns = [
+            [float(row[rows[0].index(k)]) for row in rows[1:]] for k in ("step", "seconds", "score")
+        ]
         return Result(
             folder=folder,
-            env=Path(env).stem if env.endswith((".hdf5", ".h5", ".npz")) else env,
-            method=config["algorithm"] + (f"-{name}" if name else ""),
+            env=env,
+            method=method,
             seed=seed,
             settings={k: v for k, v in args.items() if k not in NO_SETTING},
-            versions=config["versions"] | {"commit": config["commit"]},
-            score=summary.get("score"),
-            references=summary.get("references", {}),
+            versions=versions,
+            finished=finished,
+            score=score,
+            references=references,
             steps=np.array(columns[0]),
             seconds=np.array(columns[1]),
             scores=np.array(columns[2]),
         )
-    except (ValueError, KeyError, TypeError, OSError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, OSError, csv.Error) as error:
+        fix = "repeat that run with --overwrite" if finished else "finish that run with --resume"
         raise InputError(
             f"{path} cannot be read ({type(error).__name__}: {error}): "
-            "finish that run with --resume, or move its folder away"
+            f"{fix}, or move its folder away"
         ) from None
 
 
@@ -160,7 +178,10 @@ def paper_rows(table: str):
     """Rows (dataset, method, run, mean, std) of a paper's table and its known faults."""
     known = sorted(p.stem for p in PAPERS.glob("*.csv") if p.stem != "faults")
     if table not in known:
-        raise InputError(f"no table {table}: give one of {', '.join(known)}, or none")
+        raise InputError(
+            f"no table {table}: give one of {', '.join(known)}; local, "
+            "ablations and everything else are shown without --table"
+        )
     with open(PAPERS / f"{table}.csv", newline="") as f:
         rows = list(csv.DictReader(f))
     with open(PAPERS / "faults.csv", newline="") as f:
@@ -208,10 +229,11 @@ def build(cells, table: str):
             paper_mean, paper_std = printed.get((env, m), ("", ""))
             row += [paper_mean, paper_std] if table else []
             if table and run:
-                both = np.hypot(std or 0, float(paper_std or 0))
-                known = scores and paper_mean and both > 0
+                both = np.hypot(std, float(paper_std)) if std is not None and paper_std else 0
+                known = paper_mean and both > 0
                 row.append(number((mean - float(paper_mean)) / both) if known else "")
-            if run and not scores and not env.endswith(("total", "average")):
+            absent = env.endswith(("total", "average")) or env.startswith("robomimic-")  # never run
+            if run and not scores and not absent:
                 missing.append(f"{env}: {m}")
         rows.append(row)
     return header, rows, ours, faults, missing
@@ -224,10 +246,11 @@ def aggregate(ours, resamples: int):
     for m, scores in ours.items():
         runs = np.concatenate([*scores.values()])
         average = np.mean([np.mean(s) for s in scores.values()])
-        low, high = bootstrap(scores.values(), iqm, resamples)
+        interval = "none: a dataset has one seed"
+        if min(map(len, scores.values())) > 1:
+            interval = "{:.1f} to {:.1f}".format(*bootstrap(scores.values(), iqm, resamples))
         lines.append(
-            f"| {m} | {len(scores)} | {len(runs)} | {average:.1f} | {iqm(runs):.1f} | "
-            f"{low:.1f} to {high:.1f} |"
+            f"| {m} | {len(scores)} | {len(runs)} | {average:.1f} | {iqm(runs):.1f} | {interval} |"
         )
     if len(ours) < 2:
         return lines
@@ -247,7 +270,7 @@ def aggregate(ours, resamples: int):
     return lines
 
 
-def markdown(title, header, rows, faults, missing, unfinished, notes, summary):
+def markdown(title, header, rows, faults, lists, summary):
     """The page: columns of ours and the paper's joined as mean ± std (seeds)."""
     joined = [x for x in header if not x.endswith((" std", ", seeds")) or x.endswith("/ std")]
     marks = {(f["dataset"], f["method"]): i for i, f in enumerate(faults, 1)}
@@ -266,7 +289,7 @@ def markdown(title, header, rows, faults, missing, unfinished, notes, summary):
     page += ["", "| " + " | ".join(joined) + " |", "|---" * len(joined) + "|", *out, "", *summary]
     page += [""] + [f"[{i}] {f['dataset'] or 'whole table'}, {f['method'] or 'all'}: {f['note']}"
                     for i, f in enumerate(faults, 1)]  # fmt: skip
-    for label, items in (("Missing", missing), ("Unfinished", unfinished), ("Mixed", notes)):
+    for label, items in lists.items():
         page += ["", f"{label}:", "", *(f"- {item}" for item in items)] if items else []
     return "\n".join(page) + "\n"
 
@@ -305,11 +328,6 @@ def curves(cells, envs, methods, axis: str, resamples: int):
 def main(args):
     if args.resamples < 1:
         raise InputError(f"--resamples is {args.resamples}: give a whole number, 1 or above")
-    out = Path(args.out)
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"--out {out}: {error.strerror}; give another folder") from None
     table_name = args.table or "runs"
     paper = paper_rows(args.table)[0] if args.table else []
     wanted = {r["run"].partition(":")[0] for r in paper if r["run"]}
@@ -321,19 +339,30 @@ def main(args):
     if not cells:
         raise InputError(f"none of the runs below {', '.join(args.folders)} is in {args.table}")
     notes = [note for runs in cells.values() for note in check_cell(runs, args.mixed)]
-    unfinished = [f"{r.folder} ({len(r.steps)} evaluations)"
-                  for runs in cells.values() for r in runs if r.score is None]  # fmt: skip
     header, rows, ours, faults, missing = build(cells, args.table)
+    runs = [run for cell in cells.values() for run in cell]
+    lists = {
+        "Missing": missing,
+        "Unfinished": [f"{r.folder} ({len(r.steps)} evaluations)" for r in runs if not r.finished],
+        "Without evaluation": [r.folder for r in runs if r.finished and r.score is None],
+        "Mixed": notes,
+    }
     summary = aggregate(ours, args.resamples)
-    page = markdown(table_name, header, rows, faults, missing, unfinished, notes, summary)
-    (out / f"{table_name}.md").write_text(page)
-    with open(out / f"{table_name}.csv", "w", newline="") as f:
-        csv.writer(f).writerows([header, *rows])
+    page = markdown(table_name, header, rows, faults, lists, summary)
     envs = [env for env in dict.fromkeys(row[0] for row in rows) if any(e == env for e, _ in cells)]
     methods = sorted({method for _, method in cells})
-    for axis in ("steps", "seconds"):
-        figure = curves(cells, envs, methods, axis, min(args.resamples, 500))
-        figure.savefig(out / f"{table_name}_{axis}.png", dpi=130)
+    out = Path(args.out)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        (out / f"{table_name}.md").write_text(page)
+        with open(out / f"{table_name}.csv", "w", newline="") as f:
+            csv.writer(f).writerows([header, *rows])
+        for axis in ("steps", "seconds"):
+            figure = curves(cells, envs, methods, axis, min(args.resamples, 500))
+            figure.savefig(out / f"{table_name}_{axis}.png", dpi=130)
+    except OSError as error:
+        line = error.strerror or error
+        raise InputError(f"--out {out}: {line}; give another folder") from None
     print(page)
     print(f"written to {out}/{table_name}.md, .csv, _steps.png, _seconds.png")
 

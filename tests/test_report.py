@@ -23,12 +23,14 @@ def write_run(root, env="hopper-medium-v0", method="bc", seed=0, scores=(1.0, 2.
     )
     config = {"algorithm": algorithm, "args": args, "versions": VERSIONS, "commit": "a" * 40}
     (folder / "config.json").write_text(json.dumps(config | more.get("config", {})))
-    with open(folder / "eval.csv", "w", newline="") as f:
-        writer = csv.writer(f)
-        writer.writerow(["step", "seconds", "return", "score", "episode_0"])
-        writer.writerows([10 * (i + 1), i + 0.5, 0, s, 0] for i, s in enumerate(scores))
+    if scores:
+        with open(folder / "eval.csv", "w", newline="") as f:
+            writer = csv.writer(f)
+            writer.writerow(["step", "seconds", "return", "score", "episode_0"])
+            writer.writerows([10 * (i + 1), i + 0.5, 0, s, 0] for i, s in enumerate(scores))
     if more.get("finished", True):
-        summary = {"score": float(np.mean(scores[-10:])), "references": more.get("references", {})}
+        summary = {"score": float(np.mean(scores[-10:])) if scores else None}
+        summary |= {"evaluations": len(scores), "references": more.get("references", {})}
         (folder / "summary.json").write_text(json.dumps(summary))
     return folder
 
@@ -125,9 +127,33 @@ def test_beside_the_paper(here):
     assert "hopper-medium-v0: F-BRC" not in page("fisher_brc_table1")
 
 
+@pytest.mark.parametrize("seeds", [1, 2])
+def test_no_certainty_from_one_seed_or_an_unprinted_deviation(here, seeds):
+    for seed in range(seeds):
+        for method in ("fisher_brc", "bc"):  # the paper prints a deviation for F-BRC only
+            write_run(here, method=method, seed=seed, scores=(50.0 + seed,))
+    main(Args(table="fisher_brc_table1"))
+    row = {r["dataset"]: r for r in table("fisher_brc_table1")}["hopper-medium-v0"]
+    assert bool(row["F-BRC, difference / std"]) == (seeds == 2)
+    assert row["BC, paper"] and row["BC, paper std"] == row["BC, difference / std"] == ""
+
+
+def test_no_interval_where_a_dataset_has_one_seed(here):
+    for seed in range(2):
+        write_run(here, "hopper-medium-v0", seed=seed, scores=(50.0,))
+    write_run(here, "walker2d-medium-v0", scores=(50.0,))
+    main(Args())
+    assert "| 50.0 | none: a dataset has one seed |" in page()
+    write_run(here, "walker2d-medium-v0", seed=1, scores=(50.0,))
+    main(Args())
+    assert "| 50.0 | 50.0 to 50.0 |" in page()
+
+
 def test_second_policy_of_a_run(here):
     write_run(here, "antmaze-umaze-v0", "arq", scores=(50.0,), references={"implicit policy": 60.0})
     main(Args(table="arq_table2"))
+    assert "- kitchen-mixed-v0: ARQ+pi_phi" in page("arq_table2")
+    assert "- robomimic" not in page("arq_table2"), "no reader: not missing"
     row = {r["dataset"]: r for r in table("arq_table2")}["antmaze-umaze-v0"]
     assert (row["ARQ+pi_phi, ours"], row["ARQ+s_psi, ours"]) == ("50.0", "60.0")
 
@@ -166,6 +192,16 @@ def test_unfinished_runs_are_listed_and_not_averaged(here):
     assert "hopper-medium-v0__bc__1 (2 evaluations)" in page()
 
 
+def test_runs_without_evaluation_are_finished(here):
+    write_run(here, env="own", scores=())
+    (write_run(here, env="own", seed=1, scores=()) / "summary.json").write_text("{}")
+    write_run(here, env="own", seed=2, scores=(), finished=False)
+    main(Args())
+    unfinished, without = page().partition("Unfinished:")[2].split("Without evaluation:")
+    assert unfinished.count("- ") == 1 and "own__bc__2 (0 evaluations)" in unfinished
+    assert without.count("- ") == 2 and "own__bc__0" in without and "own__bc__1" in without
+
+
 # ---- refusals --------------------------------------------------------------------------------
 
 
@@ -178,7 +214,9 @@ def refused(*words, **args):
 
 def test_unknown_table(here):
     write_run(here)
-    refused("no table nine", "fisher_brc_table1", table="nine")
+    for name in ("nine", "local", "ablations"):
+        hint = "local, ablations and everything else are shown without --table"
+        refused(f"no table {name}", "fisher_brc_table1", hint, table=name)
 
 
 def test_no_runs(here):
@@ -192,17 +230,52 @@ def test_runs_of_another_table(here):
     refused("none of the runs", "fisher_brc_table1", table="fisher_brc_table1")
 
 
-def test_half_written_csv(here):
-    folder = write_run(here)
-    text = (folder / "eval.csv").read_text()
-    (folder / "eval.csv").write_text(text[:-6])
-    refused("eval.csv cannot be read", "--resume")
+@pytest.mark.parametrize("kept", [0, 1, -2, -3, -6])
+@pytest.mark.parametrize("finished", [True, False])
+def test_half_written_csv(here, kept, finished):
+    path = write_run(here, finished=finished) / "eval.csv"
+    path.write_bytes(path.read_bytes()[:kept])
+    refused("eval.csv cannot be read", "--overwrite" if finished else "--resume")
 
 
-@pytest.mark.parametrize("content", ["", "{", "[]", '{"args": 3}'])
+@pytest.mark.parametrize("rows", [0, 1, 2])
+def test_csv_without_its_last_rows(here, rows):
+    """Cut at the end of a line, or lost: an unfinished run may look so, a finished one may not."""
+    path = write_run(here) / "eval.csv"
+    lines = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(b"".join(lines[:rows])) if rows else path.unlink()
+    refused(
+        f"eval.csv cannot be read (ValueError: its {max(rows - 1, 0)} evaluations are not those"
+    )
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"[]", b"3", b'{"score": "x"}', b'{"score": NaN}', b'{"score": [1]}', b"\xff"]
+    + [b'{"score": 1.5, "references": []}', b'{"score": 1.5, "references": {"a": "x"}}'],
+)
+def test_damaged_summary(here, content):
+    (write_run(here) / "summary.json").write_bytes(content)
+    refused("summary.json cannot be read", "--overwrite")
+
+
+def test_summary_without_the_score_of_its_evaluations(here):
+    (write_run(here) / "summary.json").write_text("{}")
+    refused("its 2 evaluations are not those of summary.json")
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"args": 3}', '{"args": []}'])
 def test_damaged_config(here, content):
     (write_run(here) / "config.json").write_text(content)
     refused("config.json cannot be read")
+
+
+@pytest.mark.parametrize(
+    "change", [{"args": {"env": ["x"]}}, {"args": {"seed": None}}, {"config": {"versions": []}}]
+)
+def test_config_of_other_types(here, change):
+    write_run(here, **change)
+    refused("config.json cannot be read", "--overwrite")
 
 
 def test_mixed_settings(here):
@@ -237,3 +310,11 @@ def test_bad_flags(here):
     refused("--resamples is 0", resamples=0)
     (here / "file").write_text("")
     refused("give another folder", out=str(here / "file" / "report"))
+
+
+@pytest.mark.parametrize("name", ["runs.md", "runs.csv", "runs_steps.png"])
+def test_full_disk(here, name):
+    write_run(here)
+    (here.parent / "report").mkdir()
+    (here.parent / "report" / name).symlink_to("/dev/full")
+    refused("--out report: No space left on device; give another folder")
