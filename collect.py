@@ -226,6 +226,7 @@ class Collector:
                 bar.set_postfix_str(f"return {returns.mean():.0f}")
                 bar.disable and print(f"agent {t:,}: return {returns.mean():.0f}", flush=True)
                 if goal_return is not None and returns.mean() >= goal_return:
+                    self.save()
                     return True
             if t % SAVE_EVERY == 0 or t == self.args.train_steps or self.stopped:
                 self.save()
@@ -236,7 +237,8 @@ class Collector:
         while self.rollouts.size < until:
             obs = self.step(self.rollouts, obs, uniform)
             bar.update()
-            if self.rollouts.size % (10 * SAVE_EVERY) == 0 or self.stopped:
+            size = self.rollouts.size
+            if size % (10 * SAVE_EVERY) == 0 or size == until or self.stopped:
                 self.save()
         self.rollouts.close()
 
@@ -251,9 +253,14 @@ class Collector:
             "returns": self.returns,
             "rng": torch.get_rng_state(),
         }
-        save_tensors(self.partial, state)
+        saved = f"saved to {self.partial}; the same command continues"
+        try:
+            save_tensors(self.partial, state)
+        except OSError as error:
+            saved = f"{self.partial} not saved ({error.strerror}): free some space"
+            print(saved, file=sys.stderr)
         if self.stopped:
-            print(f"\nstopped, saved to {self.partial}; the same command continues", flush=True)
+            print(f"\nstopped, {saved}", flush=True)
             raise SystemExit(130)
 
     def restore(self, state):
@@ -279,7 +286,7 @@ def make_env(env_id):
 
     try:
         env = gym.make(env_id)
-    except gym.error.Error as error:
+    except (gym.error.Error, ImportError) as error:
         raise InputError(f"--env {env_id}: {str(error).splitlines()[0]}") from None
     if not isinstance(env.action_space, gym.spaces.Box):
         raise InputError(
@@ -423,10 +430,17 @@ def collect(args):
         "command": shlex.join(["python", *sys.argv]),
         "versions": versions,
     }
-    if args.flat:
-        write_flat(args.flat, recorder, job.to_bounds, metadata)
-    else:
-        write_minari(args.dataset_id, recorder, job.to_bounds, metadata, job.env)
+    try:
+        if args.flat:
+            write_flat(args.flat, recorder, job.to_bounds, metadata)
+        else:
+            write_minari(args.dataset_id, recorder, job.to_bounds, metadata, job.env)
+    except OSError as error:
+        start = job.partial if job.partial.exists() else "the start"
+        raise InputError(
+            f"{args.flat or args.dataset_id} not written ({error.strerror or error}): free some "
+            f"space; the same command continues from {start}"
+        ) from None
     job.partial.unlink(missing_ok=True)
     returns = [float(recorder.reward[e].sum()) for e in episodes(recorder)]
     print(

@@ -66,8 +66,6 @@ def parse(Args, presets: dict, argv: list[str] | None = None):
         low, high, right = RANGES.get(name, (-math.inf, math.inf, "a number"))
         if isinstance(value, float) and not low <= value <= high:  # nan is in no range
             raise InputError(f"--{flag} is {value}: give {right}")
-    if args.precision not in ("auto", "highest", "high", "medium"):
-        raise InputError(f"--precision is {args.precision!r}: give auto, highest, high or medium")
     return args
 
 
@@ -86,6 +84,8 @@ def choose_device(device: str, precision: str) -> torch.device:
     # Dead units' Adam moments decay into subnormals, with which a CPU is ten times as slow. Set
     # before the first parallel product: threads inherit it when they start.
     torch.set_flush_denormal(True)
+    if precision not in ("auto", "highest", "high", "medium"):
+        raise InputError(f"--precision is {precision!r}: give auto, highest, high or medium")
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     try:

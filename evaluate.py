@@ -16,16 +16,21 @@ vary, not how wrong Q may be. Read it together with the TD error on held-out tra
 square, in units of reward) and with the distance of the policy's actions from the data's (root mean
 square, action bounds mapped to [-1, 1]): where the policy leaves the data, FQE extrapolates, mostly
 upwards: for bc.py's policy on the bundled data, 0.38 away from it, FQE says 186, the simulator 108
-(--episodes 50 --fqe-steps 50000). The policy itself was trained on all episodes.
+(--episodes 50 --fqe-steps 50000). The policy itself was trained on all episodes. FQE goes on beyond
+time limits, the data's return ends where the recording does: in logs cut by time limits the two
+differ even for the policy that made them.
 
-Everything is written to evaluation.json in the run's folder.
+Everything is written to evaluation.json in the run's folder, beside what an earlier command with
+the same --seed and --gamma found there for the same checkpoint.
 """
 
 import copy
 import dataclasses
 import importlib
+import io
 import json
 import sys
+import typing
 from pathlib import Path
 
 import gymnasium
@@ -53,7 +58,7 @@ class Args:
     fqe_steps: int = 25_000
     """gradient steps of fitted Q evaluation; 0: none"""
     gamma: float = 0.99
-    """discount of fitted Q evaluation"""
+    """discount of fitted Q evaluation and of the discounted return, from 0 to below 1"""
     seed: int = 1
     """seeds the start states, the split and the bootstrap"""
     video: str = ""
@@ -65,24 +70,39 @@ class Args:
 # ---- a finished run --------------------------------------------------------------------------
 
 
+def fits(kind, value) -> bool:
+    """Whether a value read from JSON is of a field's type: a class, a Literal or a union."""
+    if options := typing.get_args(kind):
+        return any(fits(option, value) for option in options)
+    if not isinstance(kind, type):  # a Literal's value
+        return value == kind
+    return isinstance(value, int | float if kind is float else kind)
+
+
 def load_run(folder, eval_env: str | None = None):
-    """(module, nets, run's args, data, task) of a run's folder, on the CPU. Raises InputError."""
+    """(module, nets, run's args, data, task, checkpoint's step) of a run's folder, on the CPU.
+    Raises InputError."""
     folder = Path(folder)
     try:
         config = json.loads((folder / "config.json").read_text())
         name, values, digest = config["algorithm"], dict(config["args"]), config["dataset_sha256"]
-    except (OSError, ValueError, KeyError, TypeError):
+    except (FileNotFoundError, NotADirectoryError):
         raise InputError(f"{folder} is no run: give a folder with a config.json") from None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        line = f"{folder}/config.json cannot be read ({type(error).__name__}: {error})"
+        raise InputError(f"{line}: repeat the run with --overwrite") from None
     known = sorted(path.stem for path in (ROOT / "algorithms").glob("*.py"))
     if name not in known:
         raise InputError(f"{folder}: no algorithms/{name}.py, there are {', '.join(known)}")
     sys.path.insert(0, str(ROOT / "algorithms"))
     module = importlib.import_module(name)
     values.pop("preset", None)
-    fields = {f.name for f in dataclasses.fields(module.Args)}
-    if set(values) - fields:
-        odd = ", ".join(sorted(set(values) - fields))
-        raise InputError(f"{folder} was made by another version of {name}.py (it has {odd})")
+    kinds = {f.name: f.type for f in dataclasses.fields(module.Args)}
+    odd = [k for k, value in values.items() if k not in kinds or not fits(kinds[k], value)]
+    other = f"{folder} was made by another version of {name}.py or is damaged"
+    if odd:
+        had = ", ".join(f"{k}={values[k]!r}" for k in odd)
+        raise InputError(f"{other} (it has {had}): repeat the run with --overwrite")
     args = module.Args(**values | {"device": "cpu"})
     if not (folder / "checkpoint.pt").exists():
         raise InputError(f"{folder} has no checkpoint.pt: let the run finish, or interrupt it once")
@@ -93,12 +113,21 @@ def load_run(folder, eval_env: str | None = None):
     data, task = load_dataset(args.env, choose_device("cpu", args.precision), eval_env)
     if data.digest != digest:
         raise InputError(f"{args.env} is not the data that {folder} was trained on")
-    nets = module.Nets(data, args)
     try:
+        nets = module.Nets(data, args)
         nets.load_state_dict(saved["nets"])
-    except RuntimeError:
-        raise InputError(f"{folder} was made by another version of {name}.py") from None
-    return module, nets.requires_grad_(False), args, data, task
+    except (RuntimeError, KeyError, TypeError):
+        raise InputError(f"{other} (its networks): repeat the run with --overwrite") from None
+    return module, nets.requires_grad_(False), args, data, task, saved.get("step")
+
+
+def write(path, content) -> None:
+    """Raises InputError where the file cannot be written, on a full disk say."""
+    try:
+        write_atomic(Path(path), content)
+    except OSError as error:
+        line = f"{path} cannot be written ({error.strerror})"
+        raise InputError(f"{line}: free some space or give another place") from None
 
 
 # ---- without a simulator ---------------------------------------------------------------------
@@ -200,13 +229,15 @@ def film(act, task, path: str, seed: int) -> float:
             action = act(torch.as_tensor(obs, dtype=torch.float32)[None])[0].numpy()
             obs, reward, terminal, timeout, _ = env.step(action)
             total, ended = total + float(reward), terminal or timeout
-        options = {"fps": env.metadata.get("render_fps", 30)}
         if path.endswith(".gif"):  # a third of the frames, 60 ms each
-            frames, options = frames[::3], {"duration": 60, "loop": 0}
-        imageio.mimwrite(path, frames, **options)
+            options = {"format": ".gif", "duration": 60, "loop": 0}
+            write(path, imageio.mimwrite("<bytes>", frames[::3], **options))
+        else:
+            imageio.mimwrite(path, frames, fps=env.metadata.get("render_fps", 30))
     except Exception as error:  # no display, no ffmpeg, no such folder: each library has its own
         line = (str(error).splitlines() or [type(error).__name__])[0]
-        raise InputError(f"--video {path}: {line}; on a server set MUJOCO_GL=egl") from None
+        fix = "free some space" if isinstance(error, OSError) else "on a server set MUJOCO_GL=egl"
+        raise InputError(f"--video {path}: {line}; {fix}") from None
     return total
 
 
@@ -254,18 +285,25 @@ def export(module, nets, args, path: str) -> list:
     free = None if noise else {"obs": {0: torch.export.Dim("batch")}}
     with torch.no_grad():
         program = torch.export.export(Deployed(module, nets, args), inputs, dynamic_shapes=free)
-    torch.export.save(program, path)
+    buffer = io.BytesIO()
+    torch.export.save(program, buffer)
+    write(path, buffer.getbuffer())
     return [tuple(x.shape) for x in noise]
 
 
 def main(args):
-    if min(args.episodes, args.fqe_steps) < 0:
-        raise InputError("--episodes and --fqe-steps: give whole numbers, 0 or above")
+    if min(args.episodes, args.fqe_steps, args.seed) < 0:
+        raise InputError("--episodes, --fqe-steps and --seed: give whole numbers, 0 or above")
+    if not 0 <= args.gamma < 1:
+        raise InputError(f"--gamma is {args.gamma}: give a number from 0 to below 1")
     for path in filter(None, (args.export, args.video)):
         if not Path(path).parent.is_dir():
             raise InputError(f"no folder {Path(path).parent} for {path}: make it first")
-    module, nets, run_args, data, task = load_run(args.run, args.eval_env)
-    found = {"run": str(args.run), "seed": args.seed}
+        if Path(path).is_dir():
+            raise InputError(f"{path} is a folder: give a file's name")
+    module, nets, run_args, data, task, step = load_run(args.run, args.eval_env)
+    same = {"step": step, "seed": args.seed, "gamma": args.gamma}
+    found = {"run": str(args.run), **same}
 
     @torch.no_grad()
     def act(obs):
@@ -278,14 +316,16 @@ def main(args):
     if task and args.episodes:
         envs = [Discounted(task.make(), args.gamma) for _ in range(args.episodes)]
         returns = evaluate(act, envs, 10_000 * args.seed, torch.device("cpu"))
-        error = returns.std(ddof=1) / np.sqrt(len(returns)) if len(returns) > 1 else np.nan
+        error = returns.std(ddof=1) / np.sqrt(len(returns)) if len(returns) > 1 else None
         found |= {"return": returns.mean(), "return_standard_error": error}
         discounted = float(np.mean([env.discounted for env in envs]))
         found |= {"score": task.score(returns), "returns": list(returns)}
         found |= {"discounted_return": discounted}
+        score = f"score {found['score']:.1f}, " if task.ref_min is not None else ""
+        spread = "" if error is None else f" ± {error:.1f} (standard error)"
         print(
-            f"{args.episodes} episodes in {task.id}: score {found['score']:.1f}, "
-            f"return {returns.mean():.1f} ± {error:.1f} (standard error), "
+            f"{args.episodes} episode{'s' * (args.episodes > 1)} in {task.id}: "
+            f"{score}return {returns.mean():.1f}{spread}, "
             f"discounted return {discounted:.1f}"
         )
     if args.video:
@@ -297,11 +337,17 @@ def main(args):
         low, high = found["fqe_interval"]
         print(
             f"fitted Q evaluation: discounted return {found['fqe']:.1f} ({low:.1f} to {high:.1f}), "
-            f"the data itself {found['data_discounted_return']:.1f}\n"
+            f"the data itself {found['data_discounted_return']:.1f} (as recorded)\n"
             f"held-out transitions: TD error {found['td_error']:.2f}, "
             f"action distance {found['action_distance']:.2f}"
         )
-    write_atomic(Path(args.run) / "evaluation.json", json.dumps(found, indent=2).encode())
+    path = Path(args.run) / "evaluation.json"
+    try:
+        old = json.loads(path.read_text())
+        found = old | found if same.items() <= old.items() else found
+    except (OSError, ValueError, AttributeError):  # none, or damaged
+        pass
+    write(path, json.dumps(found, indent=2).encode())
 
 
 if __name__ == "__main__":

@@ -7,8 +7,9 @@
 Efficiency is floor time / measured time. The floor is the time that the matrix products of one
 update take at the rate of a 256 x 256 x 256 fp32 product, measured in the same process. Products
 are counted while each file's own `train` runs on synthetic data (200,000 transitions, 17
-observations, 6 actions, batch 256). CPU times are the process's own CPU time; the best of five
-blocks counts. A method with a first phase has a row for each.
+observations, 6 actions, batch 256). Times are seconds: the process's own CPU time with one thread,
+wall-clock time with more and on a GPU; the best of five blocks counts. A method with a first phase
+has a row for each.
 """
 
 import csv
@@ -23,7 +24,7 @@ import tyro
 from torch.utils.flop_counter import FlopCounterMode
 
 from common import choose_device, seed_everything
-from datasets import Data
+from datasets import Data, InputError
 
 ROOT = Path(__file__).parent
 
@@ -41,7 +42,7 @@ class Args:
     precision: str = "auto"
     """fp32 products: highest, high, medium, or auto: the fastest that does not round"""
     seconds: float = 5.0
-    """time to measure each phase for"""
+    """seconds to measure each phase for"""
     obs_dim: int = 17
     """observation numbers"""
     act_dim: int = 6
@@ -119,8 +120,9 @@ class Stopwatch:
     def clock(self):
         if self.device.type == "cuda":
             torch.cuda.synchronize()
-            return time.time()
-        return time.process_time()
+        elif torch.get_num_threads() == 1:
+            return time.process_time()
+        return time.perf_counter()
 
 
 def product_rate(device, clock):
@@ -170,12 +172,24 @@ def measure(name, args):
     ]
 
 
+def check(args, names):
+    """InputError before anything is measured."""
+    for name in args.algorithms:
+        if name not in names:
+            raise InputError(f"no algorithms/{name}.py: give one of {', '.join(names)}")
+    for flag in ("threads", "obs_dim", "act_dim"):
+        if (value := getattr(args, flag)) < 1:
+            flag = flag.replace("_", "-")
+            raise InputError(f"--{flag} is {value}: give a whole number, 1 or above")
+    choose_device(args.device, args.precision)
+    if args.csv and (Path(args.csv).is_dir() or not Path(args.csv).parent.is_dir()):
+        raise InputError(f"--csv {args.csv}: give a file's name in a folder that exists")
+
+
 def main(args):
     sys.path.insert(0, str(ROOT / "algorithms"))
     names = sorted(path.stem for path in (ROOT / "algorithms").glob("*.py"))
-    for name in args.algorithms:
-        if name not in names:
-            raise SystemExit(f"no algorithms/{name}.py: give one of {', '.join(names)}")
+    check(args, names)
     torch.set_num_threads(args.threads)
     rows = []
     print("| algorithm | phase | updates/s | MFLOP | efficiency |\n|---|---|---|---|---|")
@@ -187,15 +201,20 @@ def main(args):
                 f"{row['mflop_per_update']} | {row['efficiency']:.2f} |",
                 flush=True,
             )
+    threads = f"{args.threads} thread{'s' * (args.threads > 1)}"
     print(
-        f"\n{args.device}, {args.threads} thread, torch {torch.__version__}, products at "
+        f"\n{args.device}, {threads}, torch {torch.__version__}, products at "
         f"{rows[-1]['product_gflops']} GFLOP/s, {'compiled' if args.compile else 'eager'}"
     )
-    if args.csv:
+    if not args.csv:
+        return
+    try:
         with open(args.csv, "w", newline="") as file:
             writer = csv.DictWriter(file, list(rows[0]))
             writer.writeheader()
             writer.writerows(rows)
+    except OSError as error:
+        raise InputError(f"--csv {args.csv}: {error.strerror}; the numbers are above") from None
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """collect.py on Pendulum-v1 (200 steps, no terminals) and a small task that does terminate."""
 
 import contextlib
+import errno
 import importlib
 import io
 import json
@@ -275,8 +276,37 @@ def test_dataset_is_not_replaced_unasked():
     assert len(load_dataset("walk/random-v0")[0].obs) == 30
 
 
+def full(*_):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+@pytest.mark.parametrize("level", ["random", "medium-replay", "medium-expert"])
+def test_full_disk_at_the_end_loses_nothing(monkeypatch, level):
+    flags = f"{AGENT} --level {level}"
+    run(f"{flags} --flat whole.npz")
+    with monkeypatch.context() as patch:
+        patch.setattr(collect, "write_atomic", full)
+        with pytest.raises(InputError, match="x.npz not written .No space.* from x.npz.partial"):
+            run(f"{flags} --flat x.npz")
+    calls = stop_at(monkeypatch, 0, 0)
+    run(f"{flags} --flat x.npz")
+    assert not calls, "the same steps again"
+    a, b = arrays("whole.npz"), arrays("x.npz")
+    for key in ("observations", "actions", "rewards", "terminals", "timeouts"):
+        np.testing.assert_array_equal(a[key], b[key], err_msg=key)
+
+
+def test_full_disk_on_the_way(monkeypatch, capsys):
+    """Progress that cannot be saved is said; the work goes on."""
+    monkeypatch.setattr(collect, "save_tensors", full)
+    run("--env Walk-v0 --level random --steps 40 --flat x.npz")
+    assert "x.npz.partial.pt not saved (No space left on device)" in capsys.readouterr().err
+    assert len(arrays("x.npz")["rewards"]) == 40
+
+
 BAD = {
     "discrete": ("--env CartPole-v1 --level random --flat x.npz", "CartPole-v1 has Discrete"),
+    "unknown-module": ("--env foo:bar-v1 --level random --flat x.npz", "No module named 'foo'"),
     "unknown-task": ("--env Hoper-v5 --level random --flat x.npz", "--env Hoper-v5: .*Hoper"),
     "level": ("--env Walk-v0 --level best --flat x.npz", "--level is 'best': give one of random, "),
     "no-target": ("--env Walk-v0 --level random", "give --flat FILE.npz or --dataset-id"),

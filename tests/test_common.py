@@ -401,6 +401,11 @@ def precision():
     torch.set_float32_matmul_precision(before)
 
 
+def test_bad_precision_is_one_line(precision):
+    with pytest.raises(InputError, match="--precision is 'low': give auto, highest, high or medium"):
+        common.choose_device("cpu", "low")
+
+
 @pytest.mark.parametrize("device", ["nonsense", "cuda:99", ""])
 def test_bad_device_is_one_line(device, precision):
     with pytest.raises(InputError, match="--device.*give cpu, cuda or auto") as caught:
@@ -578,7 +583,6 @@ def test_only_whole_numbers_are_rewritten():
         ("--batch-size 0", "--batch-size is 0"),
         ("--steps -5", "--steps is -5"),
         ("--seed -1", "--seed is -1"),
-        ("--precision low", "--precision is 'low'"),
     ],
 )
 def test_bad_values_are_one_line(line, words):

@@ -1,11 +1,17 @@
-"""evaluate.py: fitted Q evaluation against exact values, export into a bare process, refusals."""
+"""evaluate.py: fitted Q evaluation against exact values, export into a bare process, refusals;
+speed.py: its flags and clock."""
 
+import dataclasses
+import errno
 import importlib
 import json
+import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
+import gymnasium
 import numpy as np
 import pytest
 import torch
@@ -13,6 +19,7 @@ from test_scripts import SCRIPTS, flags, write_log
 from torch.testing import assert_close
 
 import evaluate as judge
+import speed
 from common import parse
 from datasets import Data
 
@@ -121,7 +128,7 @@ def test_judge_and_export(path, here):
     judge.main(judge.Args(str(folder), episodes=2, fqe_steps=5, export="policy.pt2"))
     found = json.loads((folder / "evaluation.json").read_text())
     assert len(found["returns"]) == 2 and np.isfinite([found["fqe"], found["td_error"]]).all()
-    module, nets, args, _, _ = judge.load_run(folder)
+    module, nets, args, *_ = judge.load_run(folder)
     torch.manual_seed(0)
     obs = torch.randn(3, 3)
     with judge.Draws() as draws, torch.no_grad():
@@ -172,7 +179,7 @@ def test_simulated_return_and_its_discounted_form(here):
     folder = trained("bc")
     judge.main(judge.Args(str(folder), episodes=1, fqe_steps=0, gamma=0.9))
     found = json.loads((folder / "evaluation.json").read_text())
-    module, nets, args, _, task = judge.load_run(folder)
+    module, nets, args, _, task, _ = judge.load_run(folder)
     env, total, discounted = task.make(), 0.0, 0.0
     obs, _ = env.reset(seed=10_000)
     for t in range(200):
@@ -182,6 +189,28 @@ def test_simulated_return_and_its_discounted_form(here):
         total, discounted = total + reward, discounted + 0.9**t * reward
     assert found["return"] == pytest.approx(total) == pytest.approx(found["returns"][0])
     assert found["discounted_return"] == pytest.approx(discounted)
+
+
+def test_later_commands_add_to_the_file(here, capsys):
+    """Of the same seed, gamma and checkpoint; one episode has no deviation; the file is JSON."""
+    folder = trained("bc")
+
+    def judged(**flags):
+        judge.main(judge.Args(str(folder), **{"episodes": 0, "fqe_steps": 0} | flags))
+        return json.loads((folder / "evaluation.json").read_text(), parse_constant=pytest.fail)
+
+    capsys.readouterr()
+    before = judged(fqe_steps=3)
+    found = judged(export="policy.pt2", episodes=1)
+    assert found["return_standard_error"] is None and len(found["returns"]) == 1
+    assert "fqe" in before and before.items() <= found.items()
+    out = capsys.readouterr().out
+    assert "(as recorded)" in out and "in Pendulum-v1: return -" in out and "nan" not in out
+    assert "fqe" not in judged(seed=2) and "fqe" not in judged(gamma=0.9)
+    judged(fqe_steps=3)
+    saved = torch.load(folder / "checkpoint.pt")
+    torch.save(saved | {"step": 19}, folder / "checkpoint.pt")
+    assert "fqe" not in judged()
 
 
 # ---- refusals --------------------------------------------------------------------------------
@@ -208,7 +237,13 @@ def test_refusals(here):
     refused(folder, "no algorithms/../../evil.py")
     (folder / "config.json").write_text(original)
     edit(folder, lambda c: c["args"].update(momentum=3))
-    refused(folder, "another version of td3_bc.py (it has momentum)")
+    refused(folder, "another version of td3_bc.py or is damaged (it has momentum=3)")
+    for key, value in dict(env=4, eval_env=5, alpha="2.5", seed=None).items():
+        (folder / "config.json").write_text(original)
+        edit(folder, lambda c: c["args"].update({key: value}))
+        refused(folder, f"(it has {key}={value!r})")
+    (folder / "config.json").write_text(original[:-9])
+    refused(folder, "config.json cannot be read (JSONDecodeError")
     (folder / "config.json").write_text(original)
     edit(folder, lambda c: c.update(dataset_sha256="0"))
     refused(folder, "is not the data")
@@ -219,11 +254,48 @@ def test_refusals(here):
     refused(folder, "no checkpoint.pt")
 
 
+def test_full_disk(here, monkeypatch):
+    folder = trained("bc")
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    def frame(self):
+        return np.zeros((8, 8, 3), np.uint8)
+
+    monkeypatch.setattr(gymnasium.envs.classic_control.PendulumEnv, "render", frame)
+    flags = dict(episodes=1, fqe_steps=0)
+    judge.main(judge.Args(str(folder), **flags, video="a.gif"))
+    assert Path("a.gif").read_bytes().startswith(b"GIF89a")
+    monkeypatch.setattr(Path, "write_bytes", full)
+    for path, more in {
+        "runs/log__bc__3/evaluation.json": {},
+        "policy.pt2": {"export": "policy.pt2"},
+        "b.gif": {"video": "b.gif"},
+    }.items():
+        with pytest.raises(judge.InputError, match=f"{path} cannot be written .No space left"):
+            judge.main(judge.Args(str(folder), **flags, **more))
+
+
+def test_types_of_a_config():
+    """Every file's defaults and presets, as JSON holds them, are of its fields' types."""
+    for path in SCRIPTS:
+        module = importlib.import_module(path.stem)
+        kinds = {f.name: f.type for f in dataclasses.fields(module.Args)}
+        for row in ({}, *module.PRESETS.values()):
+            values = json.loads(json.dumps(vars(module.Args(**row))))
+            assert not [k for k, v in values.items() if not judge.fits(kinds[k], v)], path.stem
+
+
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
         (dict(episodes=-1), "0 or above"),
         (dict(fqe_steps=-1), "0 or above"),
+        (dict(seed=-1), "0 or above"),
+        (dict(gamma=1.0), "--gamma is 1.0: give a number from 0 to below 1"),
+        (dict(gamma=float("nan")), "--gamma is nan"),
+        (dict(export="."), "is a folder"),
         (dict(export="no/policy.pt2"), "no folder no"),
         (dict(video="no/film.gif"), "no folder no"),
     ],
@@ -231,3 +303,30 @@ def test_refusals(here):
 def test_bad_flags(here, flags, words):
     with pytest.raises(judge.InputError, match=words):
         judge.main(judge.Args("nowhere", **flags))
+
+
+# ---- speed.py --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (dict(threads=0), "--threads is 0"),
+        (dict(obs_dim=0), "--obs-dim is 0"),
+        (dict(precision="foo"), "--precision is 'foo'"),
+        (dict(csv="no/x.csv"), "--csv no/x.csv: give a file's name in a folder"),
+        (dict(algorithms=("no",)), "no algorithms/no.py"),
+    ],
+)
+def test_bad_flags_of_speed(here, flags, words, monkeypatch):
+    monkeypatch.setattr(speed, "measure", lambda *_: pytest.fail("found out after the work"))
+    with pytest.raises(judge.InputError, match=words):
+        speed.main(speed.Args(**flags))
+
+
+@pytest.mark.parametrize(("threads", "clock"), [(1, time.process_time), (2, time.perf_counter)])
+def test_clock_of_speed(threads, clock, monkeypatch):
+    """CPU time for one thread; with more it would add them up."""
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    watch = speed.Stopwatch(speed.Args(), seconds=1)
+    assert abs(watch.clock() - clock()) < 0.5
