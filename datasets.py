@@ -22,6 +22,7 @@ metadata (JSON text: env_id, ref_min_score, ref_max_score, max_episode_steps, ac
 import fcntl
 import hashlib
 import json
+import math
 import os
 import re
 import urllib.request
@@ -52,7 +53,16 @@ from tasks import (
 )
 
 KEYS = ("observations", "actions", "rewards", "next_observations")
-UNREADABLE = (OSError, EOFError, KeyError, RuntimeError, ValueError, zipfile.BadZipFile, zlib.error)
+UNREADABLE = (OSError, EOFError, KeyError, OverflowError, RuntimeError, ValueError)
+UNREADABLE += (zipfile.BadZipFile, zlib.error)
+METADATA = {
+    "env_id": "a Gymnasium id",
+    "max_episode_steps": "a whole number from 1",
+    "ref_min_score": "a number",
+    "ref_max_score": "a number",
+    "action_low": "a number, or one for each action",
+    "action_high": "a number, or one for each action",
+}
 ROWS = 1 << 16  # rows converted at a time, which bounds the memory used beyond the result
 # {path} is the column of data/d4rl_files.csv, {file} its last part.
 D4RL_MIRRORS = (
@@ -90,19 +100,23 @@ def load_dataset(name: str, device="cpu", eval_env: str | None = None) -> tuple[
     """
     files, local = table("d4rl_files.csv"), _local_minari()
     bundled = {p.stem: p for p in DATA_DIR.glob("*.npz")}
-    if name in bundled or re.search(r"\.(hdf5|h5|npz)$", name, re.IGNORECASE):
-        *arrays, task = _read_file(bundled.get(name) or Path(name).expanduser(), eval_env)
-    elif name in files:
-        *arrays, task = _read_d4rl(name, eval_env)
-    elif name in local or re.fullmatch(r"[\w.-]+(/[\w.-]+)+-v\d+", name):
-        *arrays, task = _read_minari(name, name not in local, eval_env)
-    else:
-        hint = near(name, [*bundled, *files, *local])
-        raise InputError(f"unknown dataset '{name}'{hint}; give a bundled or D4RL name, a Minari "
-                         "id, or the path of a .hdf5, .h5 or .npz file")  # fmt: skip
-    if task and task.ref_min is None:
-        print(f"note: {task.id} has no reference score, raw returns are reported")
-    return _finish(name, *arrays, device), task
+    try:
+        if name in bundled or re.search(r"\.(hdf5|h5|npz)$", name, re.IGNORECASE):
+            *arrays, task = _read_file(bundled.get(name) or Path(name).expanduser(), eval_env)
+        elif name in files:
+            *arrays, task = _read_d4rl(name, eval_env)
+        elif name in local or re.fullmatch(r"[\w.-]+(/[\w.-]+)+-v\d+", name):
+            *arrays, task = _read_minari(name, name not in local, eval_env)
+        else:
+            hint = near(name, [*bundled, *files, *local])
+            raise InputError(f"unknown dataset '{name}'{hint}; give a bundled or D4RL name, a "
+                             "Minari id, or the path of a .hdf5, .h5 or .npz file")  # fmt: skip
+        if task and task.ref_min is None:
+            print(f"note: {task.id} has no reference score, raw returns are reported")
+        return _finish(name, *arrays, device), task
+    except MemoryError as e:
+        raise InputError(f"{name} does not fit into memory ({e}); give a smaller dataset, or write "
+                         "the file again if it should be smaller") from e  # fmt: skip
 
 
 def _link(name, obs, stored, terminal, end, final=None):
@@ -197,12 +211,18 @@ def _read_file(path, eval_env, task=None, d4rl=None):
     if not path.is_file():
         names = os.listdir(path.parent) if path.parent.is_dir() else []
         raise InputError(f"no file {path}; correct the path{near(path.name, names)}")
+    require(os.access(path, os.R_OK), f"{path} may not be read; chmod it or ask its owner")
+    kind = path.suffix[1:].lower()
     try:
         with _open(path) as (columns, raw):
             return _read_columns(path.name, columns, raw, eval_env, task, d4rl)
     except UNREADABLE as e:
-        raise InputError(f"{path} is not a complete {path.suffix[1:].lower()} file ({e}); delete "
-                         "it and download or write it again") from e  # fmt: skip
+        magic = b"PK" if kind == "npz" else b"\x89HDF"
+        with path.open("rb") as file:
+            begun = magic.startswith(file.read(len(magic)))
+        require(begun or d4rl, f"{path} is not an {kind} file; README shows how to make one")
+        raise InputError(f"{path} is not a complete {kind} file ({e!s:.200}); delete it and "
+                         "download or write it again") from e  # fmt: skip
 
 
 @contextmanager
@@ -215,18 +235,20 @@ def _open(path):
         chunk = x.chunks[0] if x.chunks else 1
         step = max(chunk, ROWS // chunk * chunk)
         blocks = (x[i : i + step] for i in range(0, len(x) if x.shape else 0, step))
-        return SimpleNamespace(shape=x.shape, dtype=x.dtype, blocks=blocks)
+        return SimpleNamespace(shape=x.shape or (), dtype=x.dtype, blocks=blocks)
 
     def npz_column(file, key):
         with file.zip.open(f"{key}.npy") as f:
             version, _ = np.lib.format.read_magic(f)
-            shape, _, dtype = getattr(np.lib.format, f"read_array_header_{version}_0")(f)
+            shape, _, dtype = vars(np.lib.format)[f"read_array_header_{version}_0"](f)
         return SimpleNamespace(shape=shape, dtype=dtype, blocks=(file[k] for k in [key]))
 
     if path.suffix.lower() == ".npz":
-        with np.load(path, allow_pickle=False) as file:
-            columns = {k: npz_column(file, k) for k in file.files if k != "metadata"}
-            yield columns, file["metadata"] if "metadata" in file.files else None
+        with np.lib.npyio.NpzFile(path, allow_pickle=False) as file:
+            keys = [x[:-4] for x in file.zip.namelist() if x.endswith(".npy")]
+            columns = {k: npz_column(file, k) for k in keys}
+            meta = columns.pop("metadata", None)  # a pickled one is no text
+            yield columns, "" if meta and meta.dtype.hasobject else meta and file["metadata"]
     else:
         with h5py.File(path, "r") as file:
             require("episode_0" not in file, f"{path} is a Minari file; give its Minari id")
@@ -235,14 +257,30 @@ def _open(path):
             yield columns, file["metadata"][()] if has_text else file.attrs.get("metadata")
 
 
+def _metadata(name, raw, act_dim) -> dict:
+    """Keys of JSON text that are not null; those in METADATA are checked."""
+    try:
+        if isinstance(raw, np.ndarray):  # JSON as text, or as its bytes
+            raw = raw.tobytes() if raw.dtype == np.uint8 else raw.item()
+        meta = dict(json.loads("{}" if raw is None else raw).items())
+    except (ValueError, TypeError, AttributeError, RecursionError) as e:
+        raise InputError(f"{name}: metadata is not a JSON object; write it with json.dumps") from e
+    meta = {k: x for k, x in meta.items() if x is not None}
+    for key in [k for k in METADATA if k in meta]:
+        x, want = meta[key], METADATA[key]
+        many = "action" in key and isinstance(x, list) and len(x) == act_dim
+        numbers = x if many else [x]  # below 1e30: finite in float32 too
+        good = all(type(i) in (int, float) and abs(i) < 1e30 for i in numbers)
+        if key == "env_id":
+            good = isinstance(x, str)
+        elif key == "max_episode_steps":
+            good = good and x >= 1 and x % 1 == 0
+        require(good, f"{name}: metadata {key} is {x!r:.60}, not {want}; correct it")
+    return meta
+
+
 def _read_columns(name, columns, raw, eval_env, task, d4rl):
     """Every check that needs no values comes before the first value is read."""
-    if isinstance(raw, np.ndarray):  # JSON as text, or as its bytes
-        raw = raw.tobytes() if raw.dtype == np.uint8 else raw.item()
-    try:
-        meta = dict(json.loads("{}" if raw is None else raw).items())
-    except (ValueError, TypeError, AttributeError) as e:
-        raise InputError(f"{name}: metadata is not a JSON object; write it with json.dumps") from e
     ogbench = {"qpos", "qvel"} <= columns.keys() and "timeouts" not in columns
     if ogbench and not {"rewards", "masks"} <= columns.keys():
         raise InputError(f"{name}: an OGBench file without rewards and masks states no task; save "
@@ -251,19 +289,26 @@ def _read_columns(name, columns, raw, eval_env, task, d4rl):
     require(not missing, f"{name}: no {', '.join(missing)} (found: {', '.join(sorted(columns))}); "
              "use D4RL's key names")  # fmt: skip
     n, s = (*columns["observations"].shape, 0, 0)[:2]
-    wants = dict.fromkeys(("rewards", "terminals", "timeouts", "masks"), (n,))
-    wants |= dict.fromkeys(("observations", "next_observations"), (n, s))
+    wants = dict.fromkeys(("observations", "next_observations"), (n, s))
+    wants |= dict.fromkeys(("rewards", "terminals", "timeouts", "masks"), (n,))
     wants |= {"actions": (n, None), "final_observations": (None, s)}
-    for key in wants.keys() & columns.keys():
-        shape, dtype, want = columns[key].shape, columns[key].dtype, wants[key]
+    wants = {k: want for k, want in wants.items() if k in columns}
+    for key, want in wants.items():
+        shape, dtype = columns[key].shape, columns[key].dtype
         require(dtype.kind in "fiub", f"{name}: {key} has dtype {dtype}; store floats")
         require(key != "actions" or dtype.kind == "f", f"{name}: actions are discrete ({dtype}); "
                  "only continuous actions (floats) are supported")  # fmt: skip
-        require(len(shape) == len(want) and 0 not in shape[1:], f"{name}: {key} has shape {shape}, "
-                 f"not {len(want)} axes; reshape it")  # fmt: skip
+        require(len(shape) == len(want), f"{name}: {key} has shape {shape}, not {len(want)} axes; "
+                 "reshape it")  # fmt: skip
+        require(0 not in shape[1:], f"{name}: {key} has shape {shape}: no columns; store some")
         require(all(w in (None, x) for w, x in zip(want, shape, strict=True)), f"{name}: {key} has "
                  f"shape {shape}, observations has {(n, s)}; make them agree")  # fmt: skip
     require(n, f"{name}: the dataset is empty; give one with at least one transition")
+    need = 4 * sum(math.prod(columns[k].shape) for k in wants)
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if need > memory:
+        raise MemoryError(f"{n} rows take {need >> 30} of {memory >> 30} GiB")
+    meta = _metadata(name, raw, columns["actions"].shape[1])
 
     own = meta.get("env_id")
     if d4rl is None and eval_env != "none" and (eval_env or own):

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import types
+import zipfile
 from pathlib import Path
 
 import gymnasium
@@ -548,6 +549,7 @@ BROKEN = {
     "overflow": (change("rewards", lambda x: x.astype(float) * 1e300), "rewards row 0 is NaN"),
     "text": (change("rewards", lambda x: x.astype("S8")), "rewards has dtype .S8"),
     "rewards (N, 1)": (change("rewards", lambda x: x[:, None]), "rewards has shape.*reshape"),
+    "no columns": (change("actions", lambda x: x[:, :0]), r"actions has shape \(19, 0\): no col"),
     "images": (change("observations", lambda x: x[..., None]), "observations has shape.*reshape"),
     "discrete": (change("actions", lambda x: x.astype(int)), "actions are discrete.*continuous"),
     "actions (N,)": (change("actions", lambda x: x[:, 0]), "actions has shape.*reshape"),
@@ -582,11 +584,94 @@ def test_unreadable_files(tmp_path, suffix):
     arrays, _ = flat([(4000, "cut")])
     write(path, arrays)
     whole = path.read_bytes()
-    for content in (whole[: len(whole) // 2], b"", b"<html>", whole[:-30]):
+    for content in (whole[: len(whole) // 2], b"", whole[:1], whole[:-30]):
         path.write_bytes(content)
         with pytest.raises(InputError, match="not a complete.*delete it") as error:
             load_dataset(str(path))
         assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("suffix", [".npz", ".hdf5"])
+@pytest.mark.parametrize("content", ["text", "npy", "other"])
+def test_files_of_another_format_are_not_to_be_deleted(tmp_path, suffix, content):
+    path = tmp_path / f"x{suffix}"
+    if content == "text":
+        path.write_text("x,v\n1,2\n")
+    elif content == "npy":
+        with path.open("wb") as f:
+            np.save(f, np.ones(3))
+    else:
+        other = tmp_path / {".npz": "y.hdf5", ".hdf5": "y.npz"}[suffix]
+        write(other, flat(ENDS)[0])
+        other.rename(path)
+    with pytest.raises(InputError, match=f"{path} is not an {suffix[1:]} file; README shows"):
+        load_dataset(str(path))
+
+
+def test_another_format_in_the_cache_is_to_be_deleted(tmp_path):
+    (tmp_path / "d4rl").mkdir()
+    (tmp_path / "d4rl" / "hopper_medium-v2.hdf5").write_text("<html>moved</html>")
+    with pytest.raises(InputError, match="not a complete hdf5 file.*delete it"):
+        load_dataset("hopper-medium-v2", eval_env="none")
+
+
+def test_a_file_that_may_not_be_read_is_not_to_be_deleted(tmp_path, monkeypatch):
+    path = write(tmp_path / "x.npz", flat(ENDS)[0])
+    monkeypatch.setattr(datasets.os, "access", lambda *args: False)
+    with pytest.raises(InputError, match="x.npz may not be read; chmod"):
+        load_dataset(path)
+
+
+def test_a_dataset_larger_than_the_memory_is_refused_before_it_is_read(tmp_path, monkeypatch):
+    path = write(tmp_path / "x.hdf5", flat([(1000, "cut")])[0])
+    monkeypatch.setattr(datasets.os, "sysconf", lambda key: 100)  # 10 kB; obs alone take 12
+    monkeypatch.setattr(datasets.np, "empty", None)
+    with pytest.raises(InputError, match="x.hdf5 does not fit into memory .1000 rows.*smaller"):
+        load_dataset(path)
+
+
+ROWS = 10**12
+FLAT = {"observations": (ROWS, 3), "actions": (ROWS, 2)}
+FLAT |= dict.fromkeys(("rewards", "terminals", "timeouts"), (ROWS,))
+
+
+@pytest.mark.parametrize("shapes, descr, version, match", [
+    (FLAT, "<f4", 1, "x.npz does not fit into memory .1000000000000 rows take"),
+    ({"metadata": (ROWS,)}, "<U9", 1, "x.npz does not fit into memory .Unable to allocate"),
+    ({"metadata": (10**30,)}, "<U9", 1, "not a complete npz file"),
+    ({"metadata": ()}, "|O", 1, "metadata is not a JSON object; write it with json.dumps"),
+    ({"final_observations": (-5, 3)}, "<f4", 1, "not a complete npz file"),
+    ({"rewards": (19,)}, "<f4", 9, "not a complete npz file"),
+])  # fmt: skip
+def test_npz_headers_that_claim_anything(tmp_path, shapes, descr, version, match):
+    """Arrays of the file are replaced by bare headers of any shape, type and version."""
+    path = write(tmp_path / "x.npz", without(flat(ENDS)[0], *shapes))
+    with zipfile.ZipFile(path, "a") as f:
+        for key, shape in shapes.items():
+            header = str({"descr": descr, "fortran_order": False, "shape": shape}).encode()
+            magic = b"\x93NUMPY" + bytes([version, 0]) + len(header).to_bytes(2, "little")
+            f.writestr(f"{key}.npy", magic + header)
+    with pytest.raises(InputError, match=match) as error:
+        load_dataset(path)
+    assert "\n" not in str(error.value)
+
+
+def test_hdf5_headers_that_claim_anything(tmp_path):
+    with h5py.File(tmp_path / "x.hdf5", "w") as f:
+        for key, shape in FLAT.items():
+            f.create_dataset(key, shape, "f4", chunks=(100, *shape[1:]))
+    with pytest.raises(InputError, match="x.hdf5 does not fit into memory .1000000000000 rows"):
+        load_dataset(str(tmp_path / "x.hdf5"))
+    path = write(tmp_path / "y.hdf5", flat(ENDS)[0] | {"observations": h5py.Empty("f4")})
+    with pytest.raises(InputError, match="observations has shape .., not 2 axes"):
+        load_dataset(path)
+
+
+def test_members_that_are_no_arrays_are_ignored(tmp_path):
+    path = write(tmp_path / "x.npz", flat(ENDS)[0])
+    with zipfile.ZipFile(path, "a") as f:
+        f.writestr("README.txt", "how it was recorded")
+    assert len(load_dataset(path)[0].obs) == 16
 
 
 def test_nothing_is_unpickled(tmp_path):
@@ -602,13 +687,44 @@ def test_nothing_is_unpickled(tmp_path):
     assert not (tmp_path / "exploded").exists()
 
 
-@pytest.mark.parametrize("metadata", ['{"env_id": ', "[1]"])
+@pytest.mark.parametrize("metadata", ['{"env_id": ', "[1]", '{"a":' * 9999])
 def test_bad_metadata(tmp_path, metadata):
     np.savez(
         tmp_path / "x.npz", metadata=np.frombuffer(metadata.encode(), np.uint8), **flat(ENDS)[0]
     )
     with pytest.raises(InputError, match="metadata is not a JSON object"):
         load_dataset(str(tmp_path / "x.npz"))
+
+
+@pytest.mark.parametrize("key, value, must", [
+    ("env_id", "3", "a Gymnasium id"), ("env_id", '["Hopper-v5"]', "a Gymnasium id"),
+    ("max_episode_steps", "1e400", "a whole number from 1"),
+    ("max_episode_steps", "-5", "a whole number from 1"),
+    ("max_episode_steps", "0", "a whole number from 1"),
+    ("max_episode_steps", "2.5", "a whole number from 1"),
+    ("max_episode_steps", "true", "a whole number from 1"),
+    ("max_episode_steps", '"abc"', "a whole number from 1"),
+    ("ref_min_score", '"a"', "a number"), ("ref_max_score", "NaN", "a number"),
+    ("ref_max_score", "[1]", "a number"), ("ref_max_score", "1" * 4000, "a number"),
+    ("action_low", '"x"', "a number, or one for each action"),
+    ("action_low", "[-1, -1, -1]", "a number, or one for each action"),
+    ("action_high", "[1, {}]", "a number, or one for each action"),
+    ("action_high", "1e39", "a number, or one for each action"),
+])  # fmt: skip
+@pytest.mark.parametrize("suffix", [".npz", ".hdf5"])
+def test_wrong_metadata_is_named(tmp_path, suffix, key, value, must):
+    arrays = without(flat(ENDS)[0], "timeouts")
+    text = f'{{"{key}": {value}}}'
+    write(tmp_path / f"x{suffix}", arrays | {"metadata": text})
+    with pytest.raises(InputError, match=rf"metadata {key} is .*, not {must}; correct") as error:
+        load_dataset(str(tmp_path / f"x{suffix}"), eval_env="Pendulum-v1")
+    assert "\n" not in str(error.value) and len(str(error.value)) < 200
+
+
+def test_null_in_metadata_is_as_absent(tmp_path):
+    meta = dict.fromkeys(datasets.METADATA)
+    path = write(tmp_path / "x.npz", flat(ENDS)[0], meta)
+    assert load_dataset(path)[0].action_low.tolist() == [-1, -1]
 
 
 @pytest.mark.parametrize("eval_env, match", [
