@@ -286,8 +286,9 @@ def _read_columns(name, columns, raw, eval_env, task, d4rl):
         raise InputError(f"{name}: an OGBench file without rewards and masks states no task; save "
                          "the arrays of a *-singletask-* dataset with both")  # fmt: skip
     missing = [k for k in (*KEYS[:3], "terminals") if k not in columns]
-    require(not missing, f"{name}: no {', '.join(missing)} (found: {', '.join(sorted(columns))}); "
-             "use D4RL's key names")  # fmt: skip
+    found = ", ".join(sorted(map(str, columns)))  # bytes, where HDF5's text is damaged
+    require(not missing, f"{name}: no {', '.join(missing)} (found: {found:.200}); use D4RL's key "
+             "names")  # fmt: skip
     n, s = (*columns["observations"].shape, 0, 0)[:2]
     wants = dict.fromkeys(("observations", "next_observations"), (n, s))
     wants |= dict.fromkeys(("rewards", "terminals", "timeouts", "masks"), (n,))

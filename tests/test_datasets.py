@@ -207,6 +207,8 @@ def hopper_file(tmp_path, **meta):
 
 
 def test_the_file_names_its_task_and_references(tmp_path, capsys):
+    with pytest.raises(InputError, match="both reference scores are 5; correct them"):
+        load_dataset(hopper_file(tmp_path, ref_min_score=5, ref_max_score=5))
     data, task = load_dataset(hopper_file(tmp_path, ref_min_score=1, ref_max_score=5))
     assert (task.id, task.ref_min, task.ref_max, task.success) == ("Hopper-v5", 1, 5, False)
     assert task.score([1, 5]) == 50 and task.score(3) == 50
@@ -665,6 +667,19 @@ def test_hdf5_headers_that_claim_anything(tmp_path):
     path = write(tmp_path / "y.hdf5", flat(ENDS)[0] | {"observations": h5py.Empty("f4")})
     with pytest.raises(InputError, match="observations has shape .., not 2 axes"):
         load_dataset(path)
+    with h5py.File(path, "a") as f:
+        f.move("rewards", b"rewards\xff")
+    with pytest.raises(InputError, match="no rewards .found: .*rewards"):
+        load_dataset(path)
+
+
+def test_what_a_library_says_is_cut_short(tmp_path):
+    """zipfile quotes a file name of any length when the two places that state it disagree."""
+    path = Path(write(tmp_path / "x.npz", {"a" * 9999: np.ones(3)}))
+    path.write_bytes(path.read_bytes().replace(b"aa.npy", b"ab.npy", 1))
+    with pytest.raises(InputError, match="not a complete.*delete it") as error:
+        load_dataset(str(path))
+    assert len(str(error.value)) < 500
 
 
 def test_members_that_are_no_arrays_are_ignored(tmp_path):
