@@ -25,6 +25,8 @@ import json
 import math
 import os
 import re
+import subprocess
+import sys
 import urllib.request
 import zipfile
 import zlib
@@ -63,7 +65,7 @@ METADATA = {
     "action_low": "a number, or one for each action",
     "action_high": "a number, or one for each action",
 }
-ROWS = 1 << 16  # rows converted at a time, which bounds the memory used beyond the result
+ROWS, TEXT_SECONDS = 1 << 16, 30  # rows converted at a time, which bounds memory; for metadata
 # {path} is the column of data/d4rl_files.csv, {file} its last part.
 D4RL_MIRRORS = (
     "http://rail.eecs.berkeley.edu/datasets/offline_rl/{path}",
@@ -254,7 +256,19 @@ def _open(path):
             require("episode_0" not in file, f"{path} is a Minari file; give its Minari id")
             columns = {k: hdf5_column(x) for k, x in file.items() if isinstance(x, h5py.Dataset)}
             has_text = columns.pop("metadata", None)  # in D4RL's own files it is a group
+            if has_text or "metadata" in file.attrs:
+                _try_text(path)
             yield columns, file["metadata"][()] if has_text else file.attrs.get("metadata")
+
+
+def _try_text(path):
+    """libhdf5 can loop for ever on damaged text, deaf to signals: a process of its own reads it."""
+    code = "import h5py, sys; f = h5py.File(sys.argv[1]); f.attrs.get('{0}') or f['{0}'][()]"
+    line = [sys.executable, "-c", code.format("metadata"), path]
+    try:
+        subprocess.run(line, capture_output=True, timeout=TEXT_SECONDS)
+    except subprocess.TimeoutExpired:
+        raise OSError("its metadata cannot be read") from None
 
 
 def _metadata(name, raw, act_dim) -> dict:

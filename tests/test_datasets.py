@@ -673,6 +673,17 @@ def test_hdf5_headers_that_claim_anything(tmp_path):
         load_dataset(path)
 
 
+def test_hdf5_text_that_never_ends(tmp_path, monkeypatch):
+    """libhdf5 reads on for ever where the size of an object in its heap of texts is damaged."""
+    path = write(tmp_path / "x.hdf5", flat(ENDS)[0], {"env_id": "Hopper-v5"})
+    content = bytearray(Path(path).read_bytes())
+    content[content.index(b"GCOL") + 24] = 255
+    Path(path).write_bytes(content)
+    monkeypatch.setattr(datasets, "TEXT_SECONDS", 3)
+    with pytest.raises(InputError, match="metadata cannot be read.*delete it"):
+        load_dataset(path)
+
+
 def test_what_a_library_says_is_cut_short(tmp_path):
     """zipfile quotes a file name of any length when the two places that state it disagree."""
     path = Path(write(tmp_path / "x.npz", {"a" * 9999: np.ones(3)}))
