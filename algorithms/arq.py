@@ -354,7 +354,7 @@ def log_likelihood(raw, x, generator=None):
     ode = solve_ivp(slope, (EPS, 1.0), start, rtol=ODE_TOL, atol=ODE_TOL)
     y = torch.from_numpy(ode.y[:, -1]).to(x).view(len(x), -1)
     log_prob = normal_log_prob(y[:, :-1], 0.0, torch.zeros_like(y[:, :-1])).sum(1) + y[:, -1]
-    return log_prob.nan_to_num(-math.inf).masked_fill(~(finite & ode.success), -math.inf)
+    return log_prob.masked_fill(~(finite & log_prob.isfinite() & ode.success), -math.inf)
 
 
 def draw(nets, obs, args, generator=None, x=None):

@@ -114,10 +114,8 @@ def keep_best(data, top):
     rows = torch.isin(data.episode, best)
     for name in ("obs", "action", "reward", "next_obs", "terminal", "episode"):
         setattr(data, name, getattr(data, name)[rows])
-    data.episode, data.episode_return = (
-        torch.searchsorted(best, data.episode),
-        data.episode_return[best],
-    )
+    data.episode = torch.searchsorted(best, data.episode)
+    data.episode_return = data.episode_return[best]
 
 
 def actor_loss(nets, s, a, args):

@@ -20,8 +20,8 @@ has their next observation (D4RL's loader drops them); AntMaze, which neither ha
 it would pay for never reaching the goal; --dequantize, off by default, for data with many actions
 exactly at a bound, where log mu grows without limit.
 
-On the bundled dataset, two cores, 4 minutes: 45, 22, 40 on seeds 0, 1, 2 (data 11; BC 12, 9, 5).
-The preset was chosen among six on seed 0.
+On the bundled dataset, one thread: 45, 22, 40 on seeds 0, 1, 2 (data 11; BC 12, 9, 5). Two idle
+cores take 4 minutes and round otherwise: 32 on seed 0. The preset was chosen among six on it.
 
     python algorithms/fisher_brc.py
 """

@@ -311,6 +311,7 @@ def test_divergence_is_the_trace_of_the_jacobian(data):
 
 def test_likelihood_takes_the_steps_that_it_needs():
     """Narrower data, more network evaluations; never more than a fixed grid of RK4 would."""
+    torch.manual_seed(0)
     calls = []
     for std in (1.0, 0.3, 0.05):
         exact = gaussian(0.0, std)
@@ -357,10 +358,20 @@ def test_random_probes_in_many_dimensions(monkeypatch):
     assert 1e-3 < error.abs().mean() < 0.3
 
 
-def test_likelihood_of_what_is_not_finite():
+def test_likelihood_of_what_is_not_finite(monkeypatch):
     x = torch.tensor([[0.0, 0.0], [math.nan, 0.0], [INF, 0.0]]).double()
     found = log_likelihood(gaussian(0.0, 1.0), x)
     assert found[0].isfinite() and (found[1:] == -INF).all()
+    endless = lambda x, t: (
+        torch.full_like(x, INF) + 0 * x
+    )  # no solution, no step that is small enough
+    assert (log_likelihood(endless, torch.zeros(2, 2).double()) == -INF).all()
+    y = (
+        torch.tensor([0.0, 0.0, INF, 0.0, 0.0, 1.0]).double().numpy()[:, None]
+    )  # (x, x, log p) twice
+    monkeypatch.setattr(arq, "solve_ivp", lambda *_, **__: SimpleNamespace(y=y, success=True))
+    found = log_likelihood(gaussian(0.0, 1.0), torch.zeros(2, 2).double())
+    assert found[0] == -INF and found[1].isfinite()
 
 
 def test_trained_network(tiny_data, monkeypatch):

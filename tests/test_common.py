@@ -430,9 +430,7 @@ def test_every_cpu_thread_flushes_subnormals():
 def test_numbers_that_cannot_work_are_one_line(flag, right):
     import td3_bc
 
-    with pytest.raises(
-        InputError, match=rf"{flag.split()[0]} is .*: give a number.*{right}|{right}"
-    ):
+    with pytest.raises(InputError, match=rf"{flag.split()[0]} is .*: give .*{right}"):
         parse(td3_bc.Args, td3_bc.PRESETS, flag.split())
 
 
