@@ -137,7 +137,7 @@ class Args:
 
 PRESETS = {
     "hopper-replay-demo": dict(  # shortened; faster targets
-        bc_steps=6_000, steps=8_000, eval_every=1_000, samples=4, polyak=0.01
+        bc_steps=6_000, steps=20_000, eval_every=1_000, samples=4, polyak=0.01
     ),
     "antmaze-*": dict(reward_shift=-1.0, bonus=0.0, eval_every=50_000, eval_episodes=100),
     "D4RL/antmaze/*": dict(reward_shift=-1.0, bonus=0.0, eval_every=50_000, eval_episodes=100),
