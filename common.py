@@ -162,11 +162,12 @@ class MLP(nn.Module):
             for params, shape in ((self.weights, (n_in,)), (self.biases, row)):
                 w = torch.empty(*lead, *shape, n_out).uniform_(-1, 1) / math.sqrt(n_in)
                 params.append(nn.Parameter(w))
+        self.layers = list(zip(self.weights, self.biases))  # a ParameterList is slow to walk
 
     def forward(self, *inputs, member: int | None = None):
         x = torch.cat(inputs, -1) if len(inputs) > 1 else inputs[0]
-        last = len(self.weights) - 1
-        for i, (w, b) in enumerate(zip(self.weights, self.biases)):
+        last = len(self.layers) - 1
+        for i, (w, b) in enumerate(self.layers):
             w, b = (w, b) if member is None else (w[member], b[member, 0])
             if w.ndim == 3:
                 x = torch.baddbmm(b, x.expand(len(w), *x.shape[-2:]), w)
@@ -181,11 +182,11 @@ class MLP(nn.Module):
         rule written out: the numbers of a double backward at two thirds of its products."""
         x, masks = torch.cat(inputs, -1), []
         with torch.no_grad():
-            for w, b in list(zip(self.weights, self.biases))[:-1]:
+            for w, b in self.layers[:-1]:
                 x = torch.baddbmm(b, x.expand(len(w), *x.shape[-2:]), w).relu_()
                 masks.append(x)
-        grad = self.weights[-1].mT.expand(*x.shape)
-        for w, mask in zip(reversed(self.weights[:-1]), reversed(masks)):
+        grad = self.layers[-1][0].mT.expand(*x.shape)
+        for (w, _), mask in zip(reversed(self.layers[:-1]), reversed(masks)):
             grad = torch.ops.aten.threshold_backward(grad, mask, 0) @ w.mT
         return grad
 
