@@ -162,7 +162,13 @@ class MLP(nn.Module):
             for params, shape in ((self.weights, (n_in,)), (self.biases, row)):
                 w = torch.empty(*lead, *shape, n_out).uniform_(-1, 1) / math.sqrt(n_in)
                 params.append(nn.Parameter(w))
-        self.layers = list(zip(self.weights, self.biases))  # a ParameterList is slow to walk
+        self._apply(lambda x: x)  # sets self.layers
+
+    def _apply(self, fn, recurse=True):
+        """What .to() calls. It may make new parameters, and walking a ParameterList is slow."""
+        super()._apply(fn, recurse)
+        self.layers = list(zip(self.weights, self.biases))
+        return self
 
     def forward(self, *inputs, member: int | None = None):
         x = torch.cat(inputs, -1) if len(inputs) > 1 else inputs[0]

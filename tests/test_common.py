@@ -100,6 +100,17 @@ def test_initial_values_are_those_of_linear(members):
         assert not torch.equal(net.weights[0][0], net.weights[0][1])
 
 
+@pytest.mark.parametrize(
+    "move", [copy.deepcopy, lambda net: net.double(), lambda net: net.to("meta")]
+)
+def test_layers_are_the_parameters_wherever_they_move(move):
+    """A move to the meta device makes new parameters, as one to another backend may."""
+    net = move(nn.Sequential(ScalarMLP(3, 4, members=2)))[0]
+    pairs = list(zip(net.weights, net.biases, strict=True))
+    assert len(net.layers) == 2
+    assert all(w is v and b is c for (w, b), (v, c) in zip(net.layers, pairs, strict=True))
+
+
 @pytest.mark.parametrize("lead", [(50,), (2, 50)])
 def test_input_gradient_is_a_double_backward(lead):
     torch.manual_seed(0)
