@@ -1,114 +1,126 @@
-"""The tiny helpers that every algorithm file shares: parsing with presets, rows on the device,
-networks, Adam, densities, CUDA graphs, evaluation.
+"""The helpers that every algorithm file leans on: run flags, rows on the device, networks, Adam,
+densities, CUDA graphs.
 
-Nothing here belongs to a paper: no losses, no targets, no schedules, no hyperparameter defaults.
-Arrows go one way: algorithms/* -> experiment.py -> common.py -> datasets.py.
+This file needs PyTorch and the standard library only, and it imports nothing of the project: an
+algorithm file and this one, copied into an empty folder, train on plain tensors. Nothing here
+belongs to a paper: there are no losses, no targets, no schedules and no hyperparameters.
 """
 
-import ctypes
-import dataclasses
 import math
-import re
 import sys
-from fnmatch import fnmatch
+from dataclasses import dataclass
+from typing import Annotated, Literal
 
-import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
-from datasets import InputError, load_dataset  # noqa: F401 (algorithms import them from here)
-
-# ---- command line ----------------------------------------------------------------------------
+# ---- flags -----------------------------------------------------------------------------------
 
 
-RANGES = {
-    "gamma": (0, 1 - 1e-9, "a number from 0 to below 1"),
-    "polyak": (1e-12, 1, "a number above 0, 1 at most"),
-    "lr": (1e-12, 1e12, "a number above 0"),
-}
+class InputError(SystemExit):
+    """Bad input: one line that names the cause and the fix. Uncaught, it is printed and the process
+    exits with status 1."""
+
+    def __init__(self, message: str):
+        super().__init__(" ".join(message.split()))
 
 
-def parse(Args, presets: dict, argv: list[str] | None = None):
-    """Command line -> `Args`. Later matching rows of `presets` ({fnmatch pattern of --env: {field:
-    value}}) replace the defaults; a flag that is typed always wins. Whole numbers may be typed as
-    1e5. Raises InputError for values that cannot work."""
-    import tyro
+@dataclass(frozen=True)
+class Range:
+    """The values that a flag may take, `low` and `high` included; `text` says so in a message."""
 
-    argv = list(sys.argv[1:] if argv is None else argv)
-    types = {f.name: f.type for f in dataclasses.fields(Args)}
-    argv = [
-        part for arg in argv for part in (arg.split("=", 1) if re.match(r"--\w", arg) else [arg])
-    ]
-    env = Args.env
-    for i in range(len(argv) - 1):
-        flag = argv[i].removeprefix("--").replace("-", "_")
-        if flag == "env":
-            env = argv[i + 1]
-        if types.get(flag) is int and re.fullmatch(r"[\d.]+e\+?\d+", argv[i + 1], re.I):
-            if float(argv[i + 1]).is_integer():  # tyro takes no 1e5 for an int
-                argv[i + 1] = str(int(float(argv[i + 1])))
-    preset = {}
-    for pattern, fields in presets.items():
-        if fnmatch(env, pattern):
-            preset.update(fields)
-    doc = sys.modules[Args.__module__].__doc__
-    if preset:
-        doc += f"\nDefaults below are those of --env {env} (PRESETS in the file)."
-    args = tyro.cli(Args, default=Args(**preset), args=argv, description=doc)
-    args.preset = preset
-    for field in dataclasses.fields(Args):
-        value, least = getattr(args, field.name), min(field.default, 1) if field.type is int else 0
-        flag = field.name.replace("_", "-")
-        if field.type is int and value < least:  # 0 where the default is 0, else 1
-            raise InputError(f"--{flag} is {value}: give a whole number, {least} or above")
-        name = "lr" if field.name.endswith("lr") else field.name
-        low, high, right = RANGES.get(name, (-math.inf, math.inf, "a number"))
-        if isinstance(value, float) and not low <= value <= high:  # nan is in no range
-            raise InputError(f"--{flag} is {value}: give {right}")
-    return args
+    low: float
+    high: float
+    text: str
 
 
-def seed_everything(seed: int) -> None:
-    """Seed torch (CPU and CUDA) and numpy."""
-    torch.manual_seed(seed)
-    np.random.seed(seed % 2**32)
+ABOVE_0, BELOW_1, LARGEST = math.nextafter(0, 1), math.nextafter(1, 0), sys.float_info.max
+
+Number = Annotated[float, Range(-LARGEST, LARGEST, "a finite number")]
+NonNegative = Annotated[float, Range(0, LARGEST, "a finite number of 0 or more")]
+Positive = Annotated[float, Range(ABOVE_0, LARGEST, "a finite number above 0")]
+Share = Annotated[float, Range(0, 1, "a number from 0 to 1")]
+PositiveShare = Annotated[float, Range(ABOVE_0, 1, "a number above 0 and at most 1")]
+ShareBelow1 = Annotated[float, Range(0, BELOW_1, "a number of 0 or more and below 1")]
+InsideUnit = Annotated[float, Range(ABOVE_0, BELOW_1, "a number above 0 and below 1")]
+Count = Annotated[int, Range(1, 10**12, "a whole number from 1 to 1e12")]
+CountOrZero = Annotated[int, Range(0, 10**12, "a whole number from 0 to 1e12")]
+BatchSize = Annotated[int, Range(1, 10**6, "a whole number from 1 to 1e6")]
+Seed = Annotated[int, Range(0, 2**31 - 1, "a whole number from 0 to 2147483647")]
 
 
-def choose_device(device: str, precision: str) -> torch.device:
-    """Resolve "auto" to cuda where there is one, else cpu; choose how fp32 products are computed;
-    set the CPU's floating-point mode and allocator for speed.
+@dataclass
+class RunArgs:
+    """The flags that no paper sets; the `Args` of every algorithm file inherits them."""
 
-    Precision "auto" is oneDNN's route ("medium"; twice as fast on AMD CPUs) where its error on one
-    product is that of fp32, and "highest" where the hardware would round (AMX, TF32)."""
-    # Dead units' Adam moments decay into subnormals, with which a CPU is ten times as slow. Set
-    # before the first parallel product: threads inherit it when they start.
-    torch.set_flush_denormal(True)
-    if precision not in ("auto", "highest", "high", "medium"):
-        raise InputError(f"--precision is {precision!r}: give auto, highest, high or medium")
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(device)
-        torch.zeros(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        line = str(error).splitlines()[0]
-        raise InputError(f"--device {device}: {line}; give cpu, cuda or auto") from None
-    if precision == "auto":
-        torch.set_float32_matmul_precision("medium")
-        a = torch.linspace(-1, 1, 256 * 256, device=device).sin().view(256, 256)
-        exact = a.double() @ a.double()
-        exact_enough = (a @ a - exact).abs().max() < 2e-6 * exact.abs().max()
-        precision = "medium" if exact_enough else "highest"
-    torch.set_float32_matmul_precision(precision)
-    if sys.platform == "linux":  # glibc: keep freed megabyte buffers instead of faulting them anew
-        libc = ctypes.CDLL(None)
-        if hasattr(libc, "mallopt"):
-            libc.mallopt(-1, 1 << 30), libc.mallopt(-3, 1 << 25)  # M_TRIM_, M_MMAP_THRESHOLD
-    return device
+    device: str = "auto"
+    """cpu, cuda, or auto: cuda where there is one"""
+    precision: Literal["auto", "highest", "high", "medium"] = "auto"
+    """how fp32 products are computed; auto takes the fastest way that does not round"""
+    compile: bool = False
+    """compile the whole update: it runs faster, after half a minute of compilation"""
+    eval_episodes: Count = 10
+    """episodes per evaluation"""
+    eval_env: str | None = None
+    """Gymnasium id to evaluate in; None: the dataset's own task; "none": no evaluation"""
+    log_every: Count = 1_000
+    """gradient steps between rows of train.csv"""
+    save_every: Count = 50_000
+    """gradient steps between checkpoints"""
+    out: str = "runs"
+    """folder that holds the folders of all runs"""
+    name: str = ""
+    """suffix of the run's folder; it tells variants of one algorithm apart"""
+    resume: bool = False
+    """continue this run from its checkpoint"""
+    overwrite: bool = False
+    """replace this run's folder"""
+    track: bool = False
+    """mirror the logs to Weights & Biases"""
+
+    def resolve(self) -> None:
+        """Fill in the fields that are None and depend on others. Calling it twice changes nothing.
+        Raises InputError for values that cannot work together."""
 
 
 # ---- data on the device ----------------------------------------------------------------------
+
+
+@dataclass
+class Data:
+    """N transitions of E episodes, all tensors on one device.
+
+    The first five are enough: `Data(obs, action, reward, next_obs, terminal)` takes actions as
+    they are, in [-1, 1], and starts an episode where a row does not continue the one before it."""
+
+    obs: Tensor  # (N, S) float32
+    action: Tensor  # (N, A) float32, the task's bounds mapped to [-1, 1]
+    reward: Tensor  # (N,) float32, raw
+    next_obs: Tensor  # (N, S) float32
+    terminal: Tensor  # (N,) float32, 1 where the MDP ended (never at a time limit)
+    episode: Tensor = None  # (N,) int64, 0..E-1, non-decreasing; rows of an episode in time order
+    episode_return: Tensor = None  # (E,) float32, undiscounted raw return, dropped rows included
+    action_low: Tensor = None  # (A,) the task's bounds, raw
+    action_high: Tensor = None  # (A,)
+    obs_mean: Tensor = None  # (S,) zeros; normalize_obs changes it
+    obs_std: Tensor = None  # (S,) ones
+    name: str = "data"
+    digest: str = ""  # sha256 of the arrays up to action_high, 16 hex digits
+
+    def __post_init__(self):
+        if self.episode is None:
+            follows = (self.obs[1:] == self.next_obs[:-1]).all(1) & (self.terminal[:-1] == 0)
+            self.episode = F.pad((~follows).long().cumsum(0), (1, 0))
+        if self.episode_return is None:
+            zeros = self.reward.new_zeros(int(self.episode[-1]) + 1)
+            self.episode_return = zeros.index_add(0, self.episode, self.reward)
+        if self.action_low is None:
+            self.action_low = -torch.ones_like(self.action[0])
+            self.action_high = torch.ones_like(self.action[0])
+        if self.obs_mean is None:
+            self.obs_mean = torch.zeros_like(self.obs[0])
+            self.obs_std = torch.ones_like(self.obs[0])
 
 
 def sample(data, batch_size: int, fields=("obs", "action", "reward", "next_obs", "terminal")):
@@ -125,6 +137,29 @@ def normalize_obs(data, eps: float) -> None:
     data.obs_std = data.obs.std(0, correction=0) + eps
     for x in (data.obs, data.next_obs):
         x.sub_(data.obs_mean).div_(data.obs_std)
+
+
+def next_action(data) -> tuple[Tensor, Tensor]:
+    """The action of the row after each row, (N, A), and whether there is one, (N,) bool. The next
+    row of another episode is none; where there is none, the action is 0."""
+    known = F.pad(data.episode[1:] == data.episode[:-1], (0, 1))
+    action = data.action.roll(-1, 0).masked_fill(~known.unsqueeze(1), 0.0)
+    return action, known
+
+
+def largest_value(data, gamma: float, bonus: float = 0.0) -> float:
+    """The largest |Q| that any policy can have under the data's rewards (plus `bonus` per step):
+    max |reward| / (1 - gamma). A note says where rewards are so small or so large that networks and
+    learning rates made for values of 1 to 10,000 will not fit."""
+    horizon = 1 / max(1 - gamma, 1e-9)
+    size = data.reward.abs().mean().item()
+    if not 1e-3 < size * horizon < 1e5:
+        print(
+            f"note: rewards are {size:.2g} in size, on average, so values are near "
+            f"{size * horizon:.2g}; networks and learning rates here are made for values of 1 to "
+            "10,000: multiply the file's rewards by a constant"
+        )
+    return (data.reward.abs().max().item() + abs(bonus)) * horizon
 
 
 class Scaling(nn.Module):
@@ -149,25 +184,38 @@ class Scaling(nn.Module):
 
 
 class MLP(nn.Module):
-    """Fully connected layers `sizes` with ReLU between them; inputs are concatenated on the last
-    axis. (B, in) -> (B, out). With `members` E, that many independent networks run as one batched
-    product per layer: (B, in) or (E, B, in) -> (E, B, out); `member` runs one of them alone.
-    Initialized as nn.Linear is."""
+    """Fully connected layers of the widths `sizes`; inputs are concatenated on the last axis.
+    (B, in) -> (B, out). Between two layers stands `activation` ("relu", "gelu" or "silu") and then,
+    with `layer_norm`, a layer normalization. With `members` E, that many independent networks run
+    as one batched product per layer: (B, in) or (E, B, in) -> (E, B, out); `member` runs one of
+    them alone. Every layer starts as nn.Linear does."""
 
-    def __init__(self, *sizes: int, members: int | None = None):
+    def __init__(
+        self,
+        *sizes: int,
+        members: int | None = None,
+        activation: str = "relu",
+        layer_norm: bool = False,
+    ):
         super().__init__()
         lead, row = ((), ()) if members is None else ((members,), (1,))
         self.weights, self.biases = nn.ParameterList(), nn.ParameterList()
+        self.gains, self.shifts = nn.ParameterList(), nn.ParameterList()  # of the normalizations
         for n_in, n_out in zip(sizes[:-1], sizes[1:]):
             for params, shape in ((self.weights, (n_in,)), (self.biases, row)):
                 w = torch.empty(*lead, *shape, n_out).uniform_(-1, 1) / math.sqrt(n_in)
                 params.append(nn.Parameter(w))
-        self._apply(lambda x: x)  # sets self.layers
+        for width in sizes[1:-1] if layer_norm else ():
+            self.gains.append(nn.Parameter(torch.ones(*lead, *row, width)))
+            self.shifts.append(nn.Parameter(torch.zeros(*lead, *row, width)))
+        self.activation = {"relu": torch.relu_, "gelu": gelu, "silu": F.silu}[activation]
+        self._apply(lambda x: x)  # sets self.layers and self.norms
 
     def _apply(self, fn, recurse=True):
         """What .to() calls. It may make new parameters, and walking a ParameterList is slow."""
         super()._apply(fn, recurse)
         self.layers = list(zip(self.weights, self.biases))
+        self.norms = list(zip(self.gains, self.shifts))
         return self
 
     def forward(self, *inputs, member: int | None = None):
@@ -179,13 +227,23 @@ class MLP(nn.Module):
                 x = torch.baddbmm(b, x.expand(len(w), *x.shape[-2:]), w)
             else:
                 x = torch.addmm(b, x, w) if x.ndim == 2 else x @ w + b
-            x = x.relu_() if i < last else x
+            if i < last:
+                x = self.activation(x)
+                if self.norms:
+                    x = self.normalize(x, i, member)
         return x
 
+    def normalize(self, x, i, member):
+        """Layer normalization number i, with PyTorch's epsilon of 1e-5."""
+        gain, shift = self.norms[i]
+        gain, shift = (gain, shift) if member is None else (gain[member, 0], shift[member, 0])
+        return F.layer_norm(x, x.shape[-1:]) * gain + shift
+
     def input_gradient(self, *inputs):
-        """With members: gradient (E, B, in) of each one's output with respect to the concatenated
-        inputs, differentiable in the weights. ReLU's masks are constants, so this is the chain
-        rule written out: the numbers of a double backward at two thirds of its products."""
+        """With members, ReLU and no layer norm: gradient (E, B, in) of each one's output with
+        respect to the concatenated inputs, differentiable in the weights. ReLU's masks are
+        constants, so this is the chain rule written out: the numbers of a double backward at two
+        thirds of its products."""
         x, masks = torch.cat(inputs, -1), []
         with torch.no_grad():
             for w, b in self.layers[:-1]:
@@ -197,11 +255,16 @@ class MLP(nn.Module):
         return grad
 
 
+def gelu(x):
+    """GELU in its tanh form, the default of JAX's libraries."""
+    return F.gelu(x, approximate="tanh")
+
+
 class ScalarMLP(MLP):
     """An MLP with one output and no last axis: (B, in) -> (B,), with members (E, B)."""
 
-    def __init__(self, *sizes: int, members: int | None = None):
-        super().__init__(*sizes, 1, members=members)
+    def __init__(self, *sizes: int, **options):
+        super().__init__(*sizes, 1, **options)
 
     def forward(self, *inputs, member: int | None = None):
         return super().forward(*inputs, member=member).squeeze(-1)
@@ -269,7 +332,15 @@ class Adam:
 
 
 def minimize(opt: Adam, loss):
-    """One step on `loss` with respect to opt.params only; returns the loss, detached."""
+    """One step on `loss` with respect to opt.params only; returns the loss, detached.
+
+    `opt` is anything with `params`, `step(grads)` and `state()`. AdamW, for example, is
+
+        class AdamW(Adam):
+            def step(self, grads):
+                torch._foreach_mul_([p.data for p in self.params], 1 - 0.01 * self.lr)
+                super().step(grads)
+    """
     opt.step(torch.autograd.grad(loss, opt.params))
     return loss.detach()
 
@@ -361,25 +432,3 @@ def graphed(update, *inputs, compile: bool = False):
         return metrics
 
     return step
-
-
-# ---- evaluation ------------------------------------------------------------------------------
-
-
-@torch.no_grad()
-def evaluate(act, envs: list, seed: int, device) -> np.ndarray:
-    """Undiscounted returns (n,) of one episode in each of n environments, stepped side by side.
-
-    `act` maps raw observations (n, S) to actions (n, A) in the task's bounds. Environment i is
-    reset with seed + i; the training random stream is left as it was."""
-    returns, running = np.zeros(len(envs)), np.ones(len(envs), bool)
-    obs = np.stack([env.reset(seed=seed + i)[0] for i, env in enumerate(envs)])
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.manual_seed(seed)
-        while running.any():
-            actions = act(torch.as_tensor(obs, dtype=torch.float32, device=device)).cpu().numpy()
-            for i in np.flatnonzero(running):
-                obs[i], reward, terminal, timeout, _ = envs[i].step(actions[i])
-                returns[i] += reward
-                running[i] = not (terminal or timeout)
-    return returns

@@ -14,12 +14,17 @@ the actor's loss by alpha shows the AC+BC form Q + alpha_bc log pi of other libr
 coefficient is alpha_bc = 2 / (alpha A), inverse to this one. With --policy-noise 0 --noise-clip 0
 --critics 1 --policy-freq 1 this file is DDPG+BC.
 
-Departures: none from the authors' code on locomotion but one: rows cut by a time limit are kept
-where the data has their next observation (the authors' loader drops them). The paper has no
-AntMaze: the reward shift of -1 is CORL's, as is keeping observations normalized; the first author
-advises --no-normalize-obs and a larger --alpha there (an issue of his repository).
+The authors' code, against the paper:
+- nothing that is known.
 
-    python algorithms/td3_bc.py --env hopper-medium-v2  # no flags: 15 ± 2, 3 seeds, 3 min
+This file, against the authors' code:
+- Rows that a time limit cut are kept where the data has their next observation; the authors' loader
+  drops them.
+- The paper has no AntMaze. The reward shift of -1 there is CORL's, and observations stay
+  normalized, as CORL has it. The first author advises --no-normalize-obs and a larger --alpha for
+  AntMaze, in an issue of his repository.
+
+    python algorithms/td3_bc.py
 """
 
 import copy
@@ -32,86 +37,43 @@ import torch
 from torch import nn
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from common import (
-    MLP,
-    Adam,
-    ScalarMLP,
-    Scaling,
-    graphed,
-    load_dataset,
-    minimize,
-    normalize_obs,
-    parse,
-    polyak,
-    sample,
-)
-from experiment import Run
+from common import BatchSize, Count, NonNegative, Number, Positive, PositiveShare, Seed, ShareBelow1
+from common import MLP, Adam, RunArgs, ScalarMLP, Scaling
+from common import graphed, largest_value, minimize, normalize_obs, polyak, sample
 
 
 @dataclass
-class Args:
+class Args(RunArgs):
     env: str = "hopper-replay-demo"
     """dataset: bundled name, D4RL name, Minari id, or path of an .hdf5 or .npz file"""
-    seed: int = 0
+    seed: Seed = 0
     """seeds networks, batches and evaluation"""
-    steps: int = 1_000_000
+    steps: Count = 1_000_000
     """gradient steps"""
-    batch_size: int = 256
+    batch_size: BatchSize = 256
     """transitions per gradient step"""
-    device: str = "auto"
-    """cpu, cuda, or auto: cuda where there is one"""
-    precision: str = "auto"
-    """fp32 products: highest, high, medium, or auto: the fastest that does not round"""
-    compile: bool = False
-    """compile the whole update: faster after half a minute"""
-    eval_every: int = 5_000
+    eval_every: Count = 5_000
     """gradient steps between evaluations"""
-    eval_episodes: int = 10
-    """episodes per evaluation"""
-    eval_env: str | None = None
-    """Gymnasium id to evaluate in; None: the dataset's own task; "none": no evaluation"""
-    log_every: int = 1_000
-    """gradient steps between rows of train.csv"""
-    save_every: int = 50_000
-    """gradient steps between checkpoints"""
-    out: str = "runs"
-    """folder of all runs"""
-    name: str = ""
-    """suffix of the run's folder, tells variants apart"""
-    resume: bool = False
-    """continue this run from its checkpoint"""
-    overwrite: bool = False
-    """replace this run's folder"""
-    track: bool = False
-    """mirror the logs to Weights & Biases"""
-
-    alpha: float = 2.5
+    alpha: NonNegative = 2.5
     """weight of Q against cloning: 0 is behavior cloning, infinity is TD3"""
-    gamma: float = 0.99
+    gamma: ShareBelow1 = 0.99
     """discount"""
-    polyak: float = 0.005
+    polyak: PositiveShare = 0.005
     """share of the online networks that targets take over per policy step"""
-    lr: float = 3e-4
-    """Adam's learning rate, actor and critics"""
-    policy_noise: float = 0.2
-    """standard deviation of the target action's noise; 0 is DDPG's target"""
-    noise_clip: float = 0.5
-    """bound of that noise"""
-    policy_freq: int = 2
+    lr: Positive = 3e-4
+    """Adam's learning rate of the actor and the critics"""
+    policy_noise: NonNegative = 0.2
+    """standard deviation of the noise that smooths the target action; 0 is DDPG's target"""
+    noise_clip: NonNegative = 0.5
+    """bound of the target action's noise"""
+    policy_freq: Count = 2
     """critic steps per step of actor and targets; 1 is no delay"""
-    critics: int = 2
-    """critics whose minimum is the target; 1 is DDPG's"""
+    critics: Count = 2
+    """number of critics whose minimum is the target; 1 is DDPG's"""
     normalize_obs: bool = True
-    """shift and scale observations to mean 0, deviation 1 over the data"""
-    reward_shift: float = 0.0
+    """shift and scale observations to mean 0 and deviation 1 over the data"""
+    reward_shift: Number = 0.0
     """added to every reward"""
-
-
-PRESETS = {
-    "hopper-replay-demo": dict(steps=30_000, eval_every=3_000),  # shortened
-    "antmaze-*": dict(reward_shift=-1.0, eval_every=100_000, eval_episodes=100),
-    "D4RL/antmaze/*": dict(reward_shift=-1.0, eval_every=100_000, eval_episodes=100),
-}
 
 
 class Nets(nn.Module):
@@ -151,13 +113,15 @@ def update(nets, opt, data, args, policy_step):
     """One step of the critics and, when `policy_step` is true, of the actor and all targets."""
     s, a, r, s2, terminal = sample(data, args.batch_size)
     loss, q_mean = critic_loss(nets, s, a, r, s2, terminal, args)
-    metrics = {"q_loss": minimize(opt.q, loss), "q_mean": q_mean}
+    q_loss = minimize(opt.q, loss)
+    metrics = {"q_loss": q_loss, "q_mean": q_mean}
     if policy_step:
         loss, bc_loss, weight, pi = actor_loss(nets, s, a, args)
-        metrics |= {"actor_loss": minimize(opt.actor, loss), "bc_loss": bc_loss, "weight": weight}
-        metrics["saturated_actions"] = (pi.abs() > 0.99).float().mean()
+        pi_loss = minimize(opt.actor, loss)
         polyak(nets.q_target, nets.q, args.polyak)
         polyak(nets.actor_target, nets.actor, args.polyak)
+        metrics |= {"pi_loss": pi_loss, "bc_loss": bc_loss, "weight": weight}
+        metrics |= {"saturated_actions": (pi.abs() > 0.99).float().mean()}
     return metrics
 
 
@@ -166,24 +130,30 @@ def policy(nets, obs, args):
     return nets.scaling.action(nets.actor(nets.scaling.obs(obs)).tanh())
 
 
-def train(args):
-    """Train, log and save; returns the mean score of the last 10 evaluations."""
-    run = Run(args)
-    data, task = load_dataset(args.env, run.device, args.eval_env)
+def train(run, data, args):
+    """Train on `data`; `run` logs, evaluates and saves."""
     data.reward += args.reward_shift
     if args.normalize_obs:
         normalize_obs(data, eps=1e-3)
     nets = Nets(data, args).to(run.device)
     opt = SimpleNamespace(
-        q=Adam(nets.q.parameters(), args.lr), actor=Adam(nets.actor.parameters(), args.lr)
+        q=Adam(nets.q.parameters(), args.lr),
+        actor=Adam(nets.actor.parameters(), args.lr),
     )
-    run.start(data, task, nets, opt)
+    run.start(nets, opt, q_mean=largest_value(data, args.gamma))
     step = graphed(update, nets, opt, data, args, compile=args.compile)
     for t in run.loop(args.steps):
         metrics = step(t % args.policy_freq == 0)
         run.after(t, metrics, lambda obs: policy(nets, obs, args))
-    return run.finish()
 
+
+PRESETS = {
+    "hopper-replay-demo": dict(steps=30_000, eval_every=3_000),  # shortened
+    "antmaze-*": dict(reward_shift=-1.0, eval_every=100_000, eval_episodes=100),
+    "D4RL/antmaze/*": dict(reward_shift=-1.0, eval_every=100_000, eval_episodes=100),
+}
 
 if __name__ == "__main__":
-    train(parse(Args, PRESETS))
+    from harness import main
+
+    main(Args, PRESETS, train)

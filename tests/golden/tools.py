@@ -1,0 +1,100 @@
+"""What every golden comparison needs: drawn networks, injected noise, two numbers for a tensor.
+
+A module `tests/golden/ALGORITHM.py` defines `REFERENCE` (repository and commit), `TOLERANCE`,
+`COMPARED` (what is compared, in a few words) and `values(record)`, which runs our functions in
+float64 and yields (label, ours, recorded). `record` is the content of ALGORITHM.json; `ours` is a
+tensor or a number; `recorded` is a number, a list of numbers, or {"norm": ..., "proj": ...}."""
+
+import contextlib
+import math
+
+import numpy as np
+import torch
+from torch.overrides import TorchFunctionMode
+
+
+def draw_network(rng, sizes, members=None):
+    """Layers [(W, b), ...] drawn as the recipe says; with `members`, a list of such lists."""
+    if members is not None:
+        return [draw_network(rng, sizes) for _ in range(members)]
+    return [
+        (
+            rng.uniform(-1, 1, (n_in, n_out)) / math.sqrt(n_in),
+            rng.uniform(-1, 1, n_out) / math.sqrt(n_in),
+        )
+        for n_in, n_out in zip(sizes[:-1], sizes[1:])
+    ]
+
+
+@torch.no_grad()
+def load_network(net, drawn):
+    """Copy drawn layers (or a list of them, one for each member) into an MLP."""
+    for i, (w, b) in enumerate(zip(net.weights, net.biases, strict=True)):
+        if w.ndim == 3:
+            w.copy_(torch.tensor(np.stack([member[i][0] for member in drawn])))
+            b.copy_(torch.tensor(np.stack([member[i][1] for member in drawn])[:, None]))
+        else:
+            w.copy_(torch.tensor(drawn[i][0])), b.copy_(torch.tensor(drawn[i][1]))
+
+
+@contextlib.contextmanager
+def in_float64():
+    """Networks and optimizers made inside are float64."""
+    torch.set_default_dtype(torch.float64)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+class Inject(TorchFunctionMode):
+    """Random functions of torch return the queued tensors instead, in the order of the calls.
+
+    `queues` maps the name of a function (randn_like, rand_like, randint, ...) to a list of arrays.
+    A call whose queue is absent, empty or of another shape is an error, and so is a leftover."""
+
+    RANDOM = {"randn_like", "rand_like", "randn", "rand", "randint", "normal_", "multinomial"}
+
+    def __init__(self, **queues):
+        super().__init__()
+        self.queues = {name: list(queue) for name, queue in queues.items()}
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        name = getattr(func, "__name__", "")
+        if name not in self.RANDOM:
+            return func(*args, **(kwargs or {}))
+        assert self.queues.get(name), f"{name} was called, but nothing is queued for it"
+        value = torch.as_tensor(self.queues[name].pop(0))
+        if name.endswith("_like"):
+            assert value.shape == args[0].shape, f"{name}: {value.shape}, not {args[0].shape}"
+        if name == "normal_":
+            assert value.shape == args[0].shape
+            return args[0].copy_(value)
+        return value
+
+    def __exit__(self, *error):
+        super().__exit__(*error)
+        if error[0] is None:
+            left = {name: len(queue) for name, queue in self.queues.items() if queue}
+            assert not left, f"not drawn: {left}"
+
+
+def summary(x) -> tuple[float, float]:
+    """norm = sqrt(sum x^2) and proj = sum_i x_i cos(i), i over x in row-major order."""
+    x = torch.as_tensor(x).detach().double().flatten().numpy()
+    return float(np.sqrt(np.sum(x**2))), float(np.sum(x * np.cos(np.arange(x.size))))
+
+
+def relative_difference(ours, recorded) -> float:
+    """The larger of the differences of norm and proj, relative to norm; that of two numbers (or of
+    the worst of a list) relative to the recorded one."""
+    if isinstance(recorded, dict):
+        norm, proj = summary(ours)
+        size = max(abs(recorded["norm"]), 1e-300)
+        return max(abs(norm - recorded["norm"]), abs(proj - recorded["proj"])) / size
+    if isinstance(recorded, list):
+        ours = torch.as_tensor(ours).detach().tolist()
+        assert len(ours) == len(recorded)
+        return max(map(relative_difference, ours, recorded), default=0.0)
+    ours, recorded = float(ours), float(recorded)
+    return abs(ours - recorded) / max(abs(recorded), 1e-300) if ours != recorded else 0.0

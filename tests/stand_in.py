@@ -1,0 +1,36 @@
+"""The one stand-in for a run: what `train(run, data, args)` needs, and nothing of the harness."""
+
+import torch
+
+
+class PlainRun:
+    """Stands where the harness's run does: no files, no evaluation. Keeps what it was told.
+
+    `limit` ends every phase after so many steps."""
+
+    def __init__(self, limit=None):
+        self.device, self.limit = torch.device("cpu"), limit
+        self.phases, self.references, self.act = {}, {}, None
+
+    def start(self, nets, opt, **largest):
+        self.nets, self.opt, self.largest = nets, opt, largest
+
+    def loop(self, steps, phase="train"):
+        self.rows = self.phases.setdefault(phase, [])
+        return range(1, min(steps, self.limit or steps) + 1)
+
+    def after(self, t, metrics, act=None):
+        self.rows.append({name: value.item() for name, value in metrics.items()})
+        self.act = act
+
+    def reference(self, label, act):
+        self.references[label] = act
+
+    def cached(self, stage, module, *settings):
+        return False
+
+    def share(self, stage, module):
+        pass
+
+    def chunks(self, stage, shape, count, *settings):
+        return torch.zeros(shape), torch.zeros(count)
