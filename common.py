@@ -9,7 +9,7 @@ belongs to a paper: there are no losses, no targets, no schedules and no hyperpa
 import math
 import sys
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -53,6 +53,9 @@ Seed = Annotated[int, Range(0, 2**31 - 1, "a whole number from 0 to 2147483647")
 @dataclass
 class RunArgs:
     """The flags that no paper sets; the `Args` of every algorithm file inherits them."""
+
+    phases: ClassVar[dict[str, str]] = {"train": "steps"}
+    """every phase of training, in order, and the field that holds its length"""
 
     device: str = "auto"
     """cpu, cuda, or auto: cuda where there is one"""

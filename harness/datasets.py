@@ -31,17 +31,15 @@ import urllib.request
 import zipfile
 import zlib
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import torch
-from torch import Tensor
 
-from tasks import (
+from common import Data, InputError
+from harness.tasks import (
     DATA_DIR,
-    InputError,
     Task,
     build,
     check_spaces,
@@ -72,25 +70,6 @@ D4RL_MIRRORS = (
     "https://huggingface.co/datasets/imone/D4RL/resolve/main/{file}",
     "https://web.archive.org/web/2025id_/http://rail.eecs.berkeley.edu/datasets/offline_rl/{path}",
 )
-
-
-@dataclass
-class Data:
-    """N transitions of E episodes, all tensors on one device."""
-
-    obs: Tensor  # (N, S) float32
-    action: Tensor  # (N, A) float32, the task's bounds mapped to [-1, 1]
-    reward: Tensor  # (N,) float32, raw
-    next_obs: Tensor  # (N, S) float32
-    terminal: Tensor  # (N,) float32, 1 where the MDP ended (never a time limit)
-    episode: Tensor  # (N,) int64, 0..E-1, non-decreasing; rows of an episode are in time order
-    episode_return: Tensor  # (E,) float32, undiscounted raw return, dropped rows included
-    action_low: Tensor  # (A,) the task's bounds, raw
-    action_high: Tensor  # (A,)
-    obs_mean: Tensor  # (S,) zeros; common.normalize_obs changes it
-    obs_std: Tensor  # (S,) ones
-    name: str
-    digest: str  # sha256 of the arrays up to action_high, 16 hex digits
 
 
 def load_dataset(name: str, device="cpu", eval_env: str | None = None) -> tuple[Data, Task | None]:

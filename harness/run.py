@@ -1,20 +1,21 @@
-"""One run's folder: configuration, logs, evaluation, checkpoints, exact resume, the final line.
+"""One run: its flags and presets, its loop, its evaluations and its last line.
 
-{out}/{env}__{algorithm}[-{name}]__{seed}/
-    config.json      arguments, versions, commit, dataset and its hash
-    train.csv        losses and health scalars (an earlier phase has a file of its own)
-    eval.csv         step, seconds, mean return, score, one column per episode
-    events.out.*     the same for TensorBoard
-    checkpoint.pt    weights, optimizers, random state; written to a temporary name, renamed
-    summary.json     mean score of the last 10 evaluations, last, best, seconds
-    curve.png        the learning curve
+`main(Args, PRESETS, train)` is the guard of every algorithm file. What `train(run, data, args)`
+may use of a run is this, and nothing else:
+
+    run.device
+    run.start(nets, opt, **largest)       bind what is trained, and restore it with --resume;
+                                          largest: metric name -> largest value that rewards allow
+    run.loop(steps, phase="train")        the step numbers 1 to `steps`
+    run.after(t, metrics, act=None)       log, evaluate and remember step t
+    run.reference(label, act)             score a policy that is not the run's result
+    run.cached(stage, module, *settings)  whether an earlier run's module was read
+    run.share(stage, module)              keep a trained module for other runs
+    run.chunks(stage, shape, count, *settings)   a table on disk, filled chunk by chunk
 """
 
-import csv
-import fcntl
-import hashlib
+import dataclasses
 import importlib.util
-import io
 import json
 import math
 import os
@@ -22,138 +23,244 @@ import platform
 import re
 import shlex
 import signal
-import subprocess
 import sys
-import threading
 import time
-import zipfile
+import typing
 import zlib
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 import numpy as np
 import torch
-from torch import nn
 
-from common import choose_device, evaluate, seed_everything
-from datasets import InputError
+from common import InputError, Range
+from harness.datasets import load_dataset
+from harness.device import prepare_device, set_precision
+from harness.folder import (
+    DATA_FILES,
+    Folder,
+    code_hashes,
+    git_state,
+    load_tensors,
+    machine,
+    save_tensors,
+)
 
-
-def write_atomic(path: Path, content: bytes) -> None:
-    """Write to a temporary name, then rename: the file is whole or absent. Raises OSError."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_bytes(content)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def save_tensors(path: Path, tensors) -> None:
-    """torch.save, atomically."""
-    buffer = io.BytesIO()
-    torch.save(tensors, buffer)
-    write_atomic(path, buffer.getbuffer())
-
-
-def load_tensors(path: Path):
-    """What save_tensors wrote, on the CPU; nothing is unpickled. Raises InputError."""
-    try:
-        if damaged := zipfile.ZipFile(path).testzip():  # torch itself compares no checksum
-            raise ValueError(f"wrong checksum of {damaged}")
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # a damaged archive can raise nearly anything
-        line = (str(error).splitlines() or [type(error).__name__])[0][:80]
-        raise InputError(f"{path} cannot be read ({line}): delete it and start again") from None
-
-
+# Flags that may differ between a run and its continuation: none of them changes a number.
 CONTROL = ("device", "compile", "log_every", "save_every", "out", "resume", "overwrite", "track")
+LINE_EVERY = 30  # seconds between progress lines where there is no terminal; the first after 5
+
+# ---- flags -----------------------------------------------------------------------------------
+
+
+def number_type(annotation):
+    """(int, float or None, Range or None) of a field's annotation; None as a choice is ignored."""
+    if typing.get_origin(annotation) is typing.Annotated:
+        kind, *notes = typing.get_args(annotation)
+        return kind, next((note for note in notes if isinstance(note, Range)), None)
+    for option in typing.get_args(annotation):
+        if typing.get_origin(option) is typing.Annotated or option in (int, float):
+            return number_type(option)
+    return (annotation if annotation in (int, float) else None), None
+
+
+def typed_flags(Args, argv: list[str]) -> dict[str, int]:
+    """Field name -> place in argv of the value (or of the flag itself, for a switch)."""
+    kinds = {field.name: field.type for field in dataclasses.fields(Args)}
+    found, i = {}, 0
+    while i < len(argv):
+        name = argv[i].removeprefix("--").replace("-", "_") if argv[i].startswith("--") else ""
+        if name in kinds and kinds[name] is not bool:
+            found[name] = i = i + 1
+        elif name in kinds or name.removeprefix("no_") in kinds:
+            found[name if name in kinds else name.removeprefix("no_")] = i
+        i += 1
+    return found
+
+
+def preset_of(presets: dict, env: str) -> dict:
+    """The fields that the rows matching `env` set, later rows first. A file's path matches none."""
+    if env.lower().endswith(DATA_FILES):
+        return {}
+    preset = {}
+    for pattern, fields in presets.items():
+        if fnmatchcase(env, pattern):
+            preset.update(fields)
+    return preset
+
+
+def parse(Args, presets: dict, argv: list[str] | None = None):
+    """Command line -> (args, preset in force).
+
+    Rows of `presets` ({fnmatch pattern of --env: {field: value}}) that match replace defaults; a
+    flag that is typed wins. Whole numbers may be typed as 1e5. An earlier phase whose length was
+    neither typed nor set by a preset is at most as long as a typed --steps. Raises InputError."""
+    import tyro
+
+    argv = list(sys.argv[1:] if argv is None else argv)
+    argv = [
+        part for arg in argv for part in (arg.split("=", 1) if re.match(r"--\w", arg) else [arg])
+    ]
+    typed = typed_flags(Args, argv)
+    fields = {field.name: field for field in dataclasses.fields(Args)}
+    for name, i in typed.items():
+        whole = i < len(argv) and re.fullmatch(r"[\d.]+e\+?\d+", argv[i], re.I)
+        if whole and number_type(fields[name].type)[0] is int:
+            value = float(argv[i])
+            if value.is_integer():  # tyro takes no 1e5 for an int
+                argv[i] = str(int(value))
+    i = typed.get("env", len(argv))
+    env = argv[i] if i < len(argv) else fields["env"].default
+    preset = preset_of(presets, env)
+    text = sys.modules[Args.__module__].__doc__ or ""
+    if preset:
+        text += f"\nThe defaults below are those of --env {env} (PRESETS in the file)."
+    earlier = {field for field in Args.phases.values() if field != "steps"}
+    if earlier:
+        names = ", ".join(f"--{name.replace('_', '-')}" for name in sorted(earlier))
+        text += f"\nWhere --steps is typed and {names} is not, that phase is at most as long."
+    args = tyro.cli(Args, default=Args(**preset), args=argv, description=text)
+    if "steps" in typed:
+        for name in earlier - typed.keys():
+            setattr(args, name, min(getattr(args, name), args.steps))
+    check_ranges(args)
+    args.resolve()
+    in_force = {name: value for name, value in preset.items() if getattr(args, name) == value}
+    return args, in_force
+
+
+def check_ranges(args) -> None:
+    """Raises InputError for a number out of its field's range."""
+    for field in dataclasses.fields(args):
+        value, (_, allowed) = getattr(args, field.name), number_type(field.type)
+        if allowed and value is not None and not allowed.low <= value <= allowed.high:
+            flag = field.name.replace("_", "-")  # NaN is in no range
+            raise InputError(f"--{flag} is {value}: use {allowed.text}")
+
+
+# ---- randomness and evaluation ---------------------------------------------------------------
+
+
+def seed_everything(seed: int) -> None:
+    """Seed torch (CPU and CUDA) and numpy."""
+    torch.manual_seed(seed)
+    np.random.seed(seed % 2**32)
+
+
+@torch.no_grad()
+def evaluate(act, envs: list, seed: int, device) -> np.ndarray:
+    """Undiscounted returns (n,) of one episode in each of n environments, stepped side by side.
+
+    `act` maps raw observations (n, S) to actions (n, A) in the task's bounds. Environment i is
+    reset with seed + i. A policy that draws noise draws it from a stream of its own, seeded with
+    `seed`; the training random stream is left as it was."""
+    returns, running = np.zeros(len(envs)), np.ones(len(envs), bool)
+    obs = np.stack([env.reset(seed=seed + i)[0] for i, env in enumerate(envs)])
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        while running.any():
+            actions = act(torch.as_tensor(obs, dtype=torch.float32, device=device)).cpu().numpy()
+            for i in np.flatnonzero(running):
+                obs[i], reward, terminal, timeout, _ = envs[i].step(actions[i])
+                returns[i] += reward
+                running[i] = not (terminal or timeout)
+    return returns
+
+
+# ---- the run ---------------------------------------------------------------------------------
 
 
 class Run:
-    """One run: its folder, device, evaluation, logs, checkpoints and the final line.
+    """One run. Construction checks the folder, chooses the device and seeds; `load` reads the data;
+    `train` of an algorithm file uses what the top of this file lists; `finish` writes the summary
+    and the learning curve."""
 
-    Construction checks the folder and seeds; `start` binds data and networks and restores; `loop`
-    yields steps and stops cleanly on Ctrl-C or SIGTERM; `after` logs, evaluates and saves when due;
-    `finish` writes the summary and the learning curve."""
-
-    def __init__(self, args):
-        self.args = args
-        self.algorithm = Path(sys.modules[type(args).__module__].__file__).stem
+    def __init__(self, args, preset: dict | None = None):
+        self.args, self.preset = args, preset or {}
+        self.file = sys.modules[type(args).__module__].__file__
+        self.algorithm = Path(self.file).stem
         if args.resume and args.overwrite:
-            raise InputError("--resume continues a run, --overwrite deletes it: give one of them")
-        if not re.fullmatch(r"[\w.-]*", args.name):
-            raise InputError(f"--name is {args.name!r}: letters, digits, '.', '_' and '-' only")
-        env = Path(args.env).stem if args.env.endswith((".hdf5", ".h5", ".npz")) else args.env
-        self.env_name = re.sub(r"[^\w.-]+", "-", env)
-        variant = f"-{args.name}" if args.name else ""
-        self.folder = Path(args.out) / f"{self.env_name}__{self.algorithm}{variant}__{args.seed}"
+            raise InputError("--resume continues a run and --overwrite deletes it: use one of them")
+        self.folder = Folder(args, self.algorithm)
         if args.track and importlib.util.find_spec("wandb") is None:
             raise InputError("--track needs Weights & Biases: pip install wandb")
-        if (self.folder / "summary.json").exists() and args.resume:
-            self._finished()
-        if (self.folder / "config.json").exists() and not (args.resume or args.overwrite):
-            raise InputError(f"{self.folder} exists: add --resume, --overwrite, or a new --name")
-        self.device = choose_device(args.device, args.precision)
+        if self.folder.exists() and not (args.resume or args.overwrite):
+            raise InputError(
+                f"{self.folder.path} exists: add --resume, --overwrite, or a new --name"
+            )
+        self.settings = {k: v for k, v in vars(args).items() if k not in CONTROL}
+        self.settings |= {"algorithm": self.algorithm, "torch": torch.__version__}
+        self.settings |= {f"code of {k}": v for k, v in code_hashes(self.file).items()}
+        self.device = prepare_device(args.device)
+        precision = args.precision
+        if args.resume and self.folder.exists():  # the way that the run began with
+            precision = str(self.folder.config().get("precision", precision))
+        if precision not in ("auto", "highest", "high", "medium"):
+            precision = args.precision
+        self.precision, self.precision_reason = set_precision(precision, self.device)
         seed_everything(args.seed)
 
-    def start(self, data, task, nets: nn.Module, opt) -> None:
-        """Bind what the run trains; write config.json; restore the checkpoint with --resume."""
-        self.data, self.task, self.nets, self.opt = data, task, nets, opt
-        try:
-            (Path(self.args.out) / "cache").mkdir(parents=True, exist_ok=True)
-            self.folder.mkdir(exist_ok=True)
-        except OSError as error:
-            raise InputError(
-                f"--out {self.args.out}: {error.strerror}; give another folder"
-            ) from None
-        self.lock = open(self.folder / ".lock", "w")
-        try:
-            fcntl.lockf(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # until this process ends
-        except BlockingIOError:
-            raise InputError(f"{self.folder} is being trained by another process") from None
-        self.references, self.last, self.stopped, self.unsaved = {}, {}, False, {}
-        horizon = 1 / (1 - getattr(self.args, "gamma", 1 - 1e-9))
-        reward = data.reward.abs().max() + (getattr(self.args, "bonus", 0) or 0)
-        self.largest_return, self.first_values = float(reward) * horizon, {}
+    def load(self):
+        """Read the dataset and its evaluation task; returns the data. With --resume, a finished
+        run ends here: with status 0, or with InputError where anything differs."""
+        data, task = load_dataset(self.args.env, self.device, self.args.eval_env)
+        return self.bind(data, task)
+
+    def bind(self, data, task):
+        """Take `data` and `task` (or None) as this run's; returns the data."""
+        self.data, self.task = data, task
+        self.settings["data"] = data.digest
+        self.unit = "score" if task and task.ref_min is not None else "return"
+        if self.args.resume and self.folder.finished():
+            self._leave_finished()
+        return data
+
+    def start(self, nets, opt, **largest: float) -> None:
+        """Bind what the run trains; write config.json; restore the checkpoint with --resume.
+
+        `largest` names metrics that estimate Q, with the largest |Q| that the rewards allow
+        (`common.largest_value`): one that grows far beyond is said once."""
+        self.nets, self.opt, self.largest, self.first_values = nets, opt, largest, {}
+        self.folder.open()
+        self.references, self.last, self.stopped = {}, {}, False
         self.rows = {"train": [], "eval": []}
         self.train_seconds = self.eval_seconds = 0.0
-        self.resume_at = None
-        self.envs = [task.make() for _ in range(self.args.eval_episodes)] if task else []
-        self.settings = {k: v for k, v in vars(self.args).items() if k not in (*CONTROL, "preset")}
-        files = sys.modules[type(self.args).__module__].__file__, sys.modules["common"].__file__
-        code = hashlib.sha256(b"".join(Path(file).read_bytes() for file in files)).hexdigest()[:12]
-        self.settings |= {"algorithm": self.algorithm, "data": data.digest}
-        self.settings |= {"code": code, "torch": torch.__version__}
-        self.checkpoint = self.folder / "checkpoint.pt"
-        restored = self.args.resume and self.checkpoint.exists()
+        self.resume_at, self.paths = None, {}
+        task, count = self.task, self.args.eval_episodes
+        self.envs = [task.make() for _ in range(count)] if task else []
+        restored = self.args.resume and self.folder.checkpoint.exists()
         if restored:
-            self._restore(load_tensors(self.checkpoint))
+            self._restore(load_tensors(self.folder.checkpoint))
         else:
-            for pattern in ("*.csv", "*.json", "events.out.*", "checkpoint.pt", "curve.png"):
-                for old in self.folder.glob(pattern):
-                    old.unlink()
-        self._save("config.json", json.dumps(self._config(), indent=2, default=str).encode())
-        self.board = self._tensorboard(self.resume_at[1] if restored else 0)
-        score = self.score(data.episode_return.cpu().numpy())
-        self.references["data"] = score
-        self.unit = "score" if task and task.ref_min is not None else "return"
-        preset = ", ".join(f"{k}={v}" for k, v in getattr(self.args, "preset", {}).items())
-        print(
-            f"{self.algorithm} on {data.name}: {len(data.obs):,} transitions, "
-            f"{len(data.episode_return):,} episodes, {self.unit} {score:.1f}; "
-            f"seed {self.args.seed}, {self.device}, "
-            f"precision {torch.get_float32_matmul_precision()}"
-            + (f"; preset {preset}" if preset else "")
-            + (f"; resumed after {self.resume_at[0]} step {self.resume_at[1]}" if restored else ""),
-            flush=True,
-        )
-        size = data.reward.abs().mean().item()
-        if hasattr(self.args, "gamma") and not 1e-3 < size * horizon < 1e5:
-            print(
-                f"note: rewards are {size:.2g} in size, on average, so values near "
-                f"{size * horizon:.2g}; networks and learning rates here are made for values of "
-                "1 to 10,000: multiply the file's rewards by a constant"
+            self.folder.clear()
+        self.folder.save_json("config.json", self._config())
+        if self.args.track:
+            import wandb
+
+            wandb.init(
+                project="stayclose",
+                name=self.folder.path.name,
+                config=vars(self.args),
+                sync_tensorboard=True,
             )
+        self.folder.open_board(self.resume_at[1] if restored else 0)
+        self.references["data"] = self.score(self.data.episode_return.cpu().numpy())
+        print(self._first_line(restored), flush=True)
+
+    def _first_line(self, restored) -> str:
+        data, phases = self.data, type(self.args).phases
+        lengths = ", ".join(
+            f"{phase} {getattr(self.args, field):,}" for phase, field in phases.items()
+        )
+        preset = ", ".join(f"{name}={value}" for name, value in self.preset.items())
+        return (
+            f"{self.algorithm} on {data.name}: {len(data.obs):,} transitions, "
+            f"{len(data.episode_return):,} episodes, {self.unit} {self.references['data']:.1f}; "
+            f"steps: {lengths}; seed {self.args.seed}, {self.device}, "
+            f"precision {self.precision} ({self.precision_reason})"
+            + (f"; preset {preset}" if preset else "")
+            + (f"; resumed after {self.resume_at[0]} step {self.resume_at[1]}" if restored else "")
+        )
 
     def score(self, returns) -> float:
         """Normalized score x 100 of episode returns; the mean raw return where there is no task."""
@@ -179,10 +286,13 @@ class Run:
         handlers = {s: signal.signal(s, self._stop) for s in (signal.SIGINT, signal.SIGTERM)}
         self.bar = tqdm(total=steps, initial=first - 1, desc=phase, disable=None, unit="up")
         self.clock, self.logged = time.time(), (time.time(), first - 1)
+        self.next_line = time.time() + 5
         try:
             for t in range(first, steps + 1):
                 yield t
                 self.bar.update()
+                if self.bar.disable and time.time() > self.next_line:
+                    self._say(t, "")
                 if self.stopped or t % self.args.save_every == 0 or t == steps:
                     self._values(t)  # a diverged state replaces no checkpoint
                     self._save_checkpoint(t)
@@ -205,8 +315,8 @@ class Run:
             result = {"return": returns.mean(), "score": self.score(returns)}
             row = {"step": t, "seconds": f"{self.train_seconds:.2f}", **result}
             self.rows["eval"].append(row | {f"episode_{i}": x for i, x in enumerate(returns)})
-            self._save_rows("eval")
-            self._board({f"charts/{name}": value for name, value in result.items()}, t)
+            self.folder.save_rows("eval", self.rows["eval"])
+            self.folder.board_add({f"charts/{name}": x for name, x in result.items()}, t)
             self._say(t, f"{self.unit} {result['score']:.1f}")
 
     def evaluate(self, act) -> np.ndarray:
@@ -223,70 +333,89 @@ class Run:
             self.references[label] = self.score(self.evaluate(act))
             print(f"{label}: {self.unit} {self.references[label]:.1f}", flush=True)
 
-    def cached(self, stage: str, module: nn.Module, *settings):
-        """The file that holds `module` as trained by an earlier run on the same data, seed and
-        settings, for runs to share; loads it where it exists. Returns (path, loaded)."""
-        shapes = [tuple(p.shape) for p in module.state_dict().values()]
-        key = repr((self.algorithm, stage, self.data.digest, self.args.seed, settings, shapes))
-        name = f"{self.env_name}__{stage}__{hashlib.sha256(key.encode()).hexdigest()[:12]}.pt"
-        path = Path(self.args.out) / "cache" / name
+    def _key(self, stage, shapes, settings):
+        """Everything that a shared stage depends on: data, code, seed, settings, shapes."""
+        code = sorted(code_hashes(self.file).items())
+        return (self.algorithm, code, self.data.digest, self.args.seed, stage, settings, shapes)
+
+    def cached(self, stage: str, module, *settings) -> bool:
+        """Load `module` as an earlier run on the same data, code, seed and settings trained it;
+        False where there is none."""
+        shapes = [tuple(x.shape) for x in module.state_dict().values()]
+        key = self._key(stage, shapes, settings)
+        self.paths[stage] = path = self.folder.cache_path(stage, ".pt", *key)
         if self.resume_at or not path.exists():
-            return path, False
+            return False
         module.load_state_dict(load_tensors(path))
         print(f"{stage}: read from {path}", flush=True)
-        return path, True
+        return True
 
-    def share(self, path: Path, module: nn.Module) -> None:
-        """Keep a trained stage where `cached` looks for it."""
+    def share(self, stage: str, module) -> None:
+        """Keep a trained module where `cached` of the same stage looks for it."""
+        path = self.paths[stage]
         try:
             save_tensors(path, module.state_dict())
         except OSError as error:
             print(f"{path} not saved ({error.strerror}): training goes on", file=sys.stderr)
 
+    def chunks(self, stage: str, shape: tuple, count: int, *settings):
+        """(table, finished): float32 tensors of `shape` and (count,), on disk, shared by runs of
+        equal data, code, seed and settings. The caller writes the rows of chunk c, then sets
+        finished[c] = 1."""
+        return self.folder.chunks(stage, shape, count, *self._key(stage, shape, settings))
+
     def finish(self) -> float | None:
         """Write summary.json and curve.png, print the final line, return the mean score of the last
         10 evaluations (None without an evaluation task)."""
-        scores = [float(row["score"]) for row in self.rows["eval"]]
+        rows = self.rows["eval"]
+        scores = [float(row["score"]) for row in rows]
         final = float(np.mean(scores[-10:])) if scores else None
         summary = {
             "score": final,
             "evaluations": len(scores),
             "last": scores[-1] if scores else None,
+            "best": max(scores, default=None),
+            "references": self.references,
+            "train_seconds": self.train_seconds,
+            "eval_seconds": self.eval_seconds,
         }
-        summary |= {"best": max(scores, default=None), "references": self.references}
-        summary |= {"train_seconds": self.train_seconds, "eval_seconds": self.eval_seconds}
+        folder = self.folder
         if scores:
-            self._curve()
-        self._board({}, 0)
-        for name, content in list(self.unsaved.items()):  # what a full disk refused: once more
-            self._save(name, content)
-        if not self.unsaved:  # a summary means that all is saved
-            self._save("summary.json", json.dumps(summary, indent=2).encode())
-        if self.unsaved:
-            names = ", ".join(sorted(self.unsaved))
+            unit = "normalized score" if self.unit == "score" else "return"
+            title = f"{self.data.name}, {self.task.id}"
+            folder.save_curve(self.algorithm, rows, self.references, title, unit)
+        folder.board_add({}, 0)
+        folder.save_again()
+        if not folder.unsaved:  # a summary means that all is saved
+            folder.save("summary.json", json.dumps(summary, indent=2).encode())
+        if folder.unsaved:
+            names = ", ".join(sorted(folder.unsaved))
             raise InputError(
-                f"{self.folder}: {names} could not be saved: free some space and repeat the "
+                f"{folder.path}: {names} could not be saved: free some space and repeat the "
                 "command with --resume" + (f" (the score was {final:.1f})" if scores else "")
             )
         parts = [f"{self.algorithm} {self.unit} {final:.1f}"] if scores else [self.algorithm]
         parts += [f"{label} {value:.1f}" for label, value in self.references.items()]
         seconds = self.train_seconds + self.eval_seconds
-        print(" | ".join([*parts, f"{seconds:.0f} s", str(self.folder)]), flush=True)
+        print(" | ".join([*parts, f"{seconds:.0f} s", str(folder.path)]), flush=True)
         return final
 
-    def _finished(self):
-        """Leave: the same run is finished. InputError where it had other settings."""
-        try:
-            then = dict(json.loads((self.folder / "config.json").read_text())["args"])
-        except (OSError, ValueError, KeyError, TypeError):
-            raise InputError(f"{self.folder}/config.json is damaged: add --overwrite") from None
-        for key, value in json.loads(json.dumps(vars(self.args), default=str)).items():
-            if key not in (*CONTROL, "preset") and then.get(key) != value:
-                raise InputError(
-                    f"{self.folder} is finished, with {key}={then.get(key)}, not {value}: "
-                    "add --overwrite or a new --name"
-                )
-        print(f"{self.folder} is finished: nothing to resume")
+    def _leave_finished(self):
+        """Leave: the same run is finished. InputError where its settings, code or data differ."""
+        config = self.folder.config()
+        then = config.get("settings", {})
+        now = json.loads(json.dumps(self.settings, default=str))
+        for key in [k for k in now if then.get(k) != now[k]] if then else ():
+            raise InputError(
+                f"{self.folder.path} is finished, with {key} {then.get(key)}, not {now[key]}: "
+                "add --overwrite or a new --name"
+            )
+        if not then:
+            raise InputError(
+                f"{self.folder.path} is finished, by code that is not known: add --overwrite or a "
+                "new --name"
+            )
+        print(f"{self.folder.path} is finished: there is nothing to resume")
         raise SystemExit(0)
 
     def _stop(self, *_):
@@ -295,21 +424,26 @@ class Run:
         self.stopped = True
 
     def _leave(self, t):
-        command = shlex.join(["python", *sys.argv, *([] if self.args.resume else ["--resume"])])
-        saved = f"saved at {self.phase} step {t}" if self.checkpoint.exists() else "not saved"
+        words = [word for word in sys.argv if word not in ("--overwrite", "--resume")]
+        command = shlex.join(["python", *words, "--resume"])
+        saved = f"saved at {self.phase} step {t}"
+        if not self.folder.checkpoint.exists():
+            saved = "not saved"
         print(f"\nstopped, {saved}; continue with: {command}", flush=True)
         raise SystemExit(130)
 
     def _say(self, t, text):
-        if self.bar.disable:
-            rate = (t - self.logged[1]) / max(time.time() - self.logged[0], 1e-9)
-            left = (self.phase_steps - t) / max(rate, 1e-9)
-            print(
-                f"{self.phase} {t:,}/{self.phase_steps:,} {text} {rate:.0f}/s, {left:.0f} s left",
-                flush=True,
-            )
-        else:
-            self.bar.set_postfix_str(text)
+        """Progress: on the bar of a terminal, else as a line."""
+        if not self.bar.disable:
+            if text:
+                self.bar.set_postfix_str(text)
+            return
+        rate = (t - self.logged[1]) / max(time.time() - self.logged[0], 1e-9)
+        left = (self.phase_steps - t) / max(rate, 1e-9)
+        text = f"{text} " if text else ""
+        line = f"{self.phase} {t:,}/{self.phase_steps:,} {text}{rate:.0f}/s, {left:.0f} s left"
+        print(line, flush=True)
+        self.next_line = time.time() + LINE_EVERY
 
     def _tick(self):
         now = time.time()
@@ -320,8 +454,9 @@ class Run:
         values = {k: v.item() for k, v in self.last.items()}
         bad = [k for k, v in values.items() if not math.isfinite(v)]
         if bad:
-            kept = f"the last good checkpoint is {self.checkpoint}"
-            kept = kept if self.checkpoint.exists() else "no checkpoint was due yet"
+            checkpoint = self.folder.checkpoint
+            kept = f"the last good checkpoint is {checkpoint}"
+            kept = kept if checkpoint.exists() else "no checkpoint was due yet"
             raise InputError(
                 f"{self.phase} step {t}: {bad[0]} is {values[bad[0]]}; training diverged, {kept}: "
                 "lower the learning rates or strengthen the regularizer"
@@ -334,52 +469,33 @@ class Run:
         rate = (t - self.logged[1]) / max(time.time() - self.logged[0], 1e-9)
         table = self.rows.setdefault(self.phase, [])
         table.append({"step": t, "seconds": f"{self.train_seconds:.2f}", **values})
-        self._save_rows(self.phase)
+        self.folder.save_rows(self.phase, table)
         prefix = "losses" if self.phase == "train" else self.phase
         scalars = {f"{prefix}/{k}": v for k, v in values.items()}
-        self._board(scalars | {"charts/updates_per_second": rate}, t)
+        self.folder.board_add(scalars | {"charts/updates_per_second": rate}, t)
         self._values(t)
-        for name in {"q_mean", "q_data", "q_pi", "target"} & values.keys():
-            first = self.first_values.setdefault(name, abs(values[name]))
-            if abs(values[name]) > 2 * self.largest_return + 10 * first:
-                print(
-                    f"note: {name} is {values[name]:.3g} at step {t}, but no policy can reach more "
-                    f"than {self.largest_return:.3g} with the data's rewards: Q runs away where "
-                    "there is no data; strengthen the regularizer (its flags come first in --help)"
-                )
-                self.largest_return = math.inf  # said once
+        self._compare_with_largest(values, t)
         if not self.task or self.phase != "train":
             if t % (10 * self.args.log_every) == 0 or t == self.phase_steps:
                 self._say(t, ", ".join(f"{k} {v:.3g}" for k, v in list(values.items())[:3]))
 
-    def _save(self, name, content: bytes):
-        """Write a file of this run; a full disk is said once and training goes on."""
-        try:
-            write_atomic(self.folder / name, content)
-            self.unsaved.pop(name, None)
-        except OSError as error:
-            if name not in self.unsaved:
+    def _compare_with_largest(self, values, t):
+        for name in self.largest.keys() & values.keys():
+            first = self.first_values.setdefault(name, abs(values[name]))
+            if abs(values[name]) > 2 * self.largest[name] + 10 * first:
                 print(
-                    f"{self.folder / name} not saved ({error.strerror}): free some space; "
-                    "training goes on and saving is tried again",
-                    file=sys.stderr,
+                    f"note: {name} is {values[name]:.3g} at step {t}, but no policy can reach more "
+                    f"than {self.largest[name]:.3g} with the data's rewards: Q runs away where "
+                    "there is no data; strengthen the regularizer"
                 )
-            self.unsaved[name] = content
-
-    def _save_rows(self, name):
-        rows, text = self.rows[name], io.StringIO()
-        writer = csv.DictWriter(text, list(dict.fromkeys(k for row in rows for k in row)))
-        writer.writeheader()
-        writer.writerows(rows)
-        self._save(f"{name}.csv", text.getvalue().encode())
+                self.largest = {}  # said once
 
     def _save_checkpoint(self, t):
         rng = [torch.get_rng_state()]
         rng += [torch.cuda.get_rng_state(self.device)] if self.device.type == "cuda" else []
-        buffer = io.BytesIO()
-        torch.save(
+        self.folder.save_checkpoint(
             {
-                "settings": json.dumps(self.settings),
+                "settings": json.dumps(self.settings, default=str),
                 "phase": self.phase,
                 "step": t,
                 "last": self.last,
@@ -389,21 +505,22 @@ class Run:
                 "rows": json.dumps(self.rows),
                 "references": self.references,
                 "seconds": [self.train_seconds, self.eval_seconds],
-            },
-            buffer,
+            }
         )
-        self._save("checkpoint.pt", buffer.getvalue())
 
     def _restore(self, saved):
+        checkpoint = self.folder.checkpoint
         if not isinstance(saved, dict) or "settings" not in saved:
-            raise InputError(f"{self.checkpoint} is not a checkpoint: add --overwrite or a --name")
-        then = json.loads(saved["settings"])
-        for key in self.settings | then:
-            if then.get(key) != self.settings.get(key):
+            raise InputError(f"{checkpoint} is not a checkpoint: add --overwrite or a new --name")
+        then, now = (
+            json.loads(saved["settings"]),
+            json.loads(json.dumps(self.settings, default=str)),
+        )
+        for key in now | then:
+            if then.get(key) != now.get(key):
                 raise InputError(
-                    f"{self.checkpoint} was made with {key}={then.get(key)}, not "
-                    f"{self.settings.get(key)}: resume with the same settings, versions and files, "
-                    "or add --overwrite or a new --name"
+                    f"{checkpoint} was made with {key} {then.get(key)}, not {now.get(key)}: resume "
+                    "with the same settings, versions and files, or add --overwrite or a new --name"
                 )
         self.nets.load_state_dict(saved["nets"])
         for optimizer, state in zip(vars(self.opt).values(), saved["opt"]):
@@ -415,57 +532,39 @@ class Run:
         self.train_seconds, self.eval_seconds = saved["seconds"]
 
     def _config(self):
-        git = ["git", "-C", Path(__file__).parent, "rev-parse", "HEAD"]
         return {
             "algorithm": self.algorithm,
             "args": vars(self.args),
+            "preset": self.preset,
+            "settings": self.settings,
             "command": shlex.join(sys.argv),
             "dataset": self.data.name,
             "dataset_sha256": self.data.digest,
             "task": self.task.id if self.task else None,
-            "commit": subprocess.run(git, capture_output=True, text=True).stdout.strip() or None,
-            "versions": {"python": platform.python_version(), "torch": torch.__version__},
-            "machine": f"{platform.machine()}, {os.cpu_count()} cores, {self.device}",
+            "code": code_hashes(self.file),
+            **git_state(),
+            "precision": self.precision,
+            "versions": {
+                "python": platform.python_version(),
+                "torch": torch.__version__,
+                "numpy": np.__version__,
+            },
+            "machine": machine(self.device),
+            "threads": torch.get_num_threads(),
         }
 
-    def _tensorboard(self, step):
-        from torch.utils.tensorboard import SummaryWriter
 
-        if self.args.track:
-            import wandb
-
-            settings = {"name": self.folder.name, "config": vars(self.args)}
-            wandb.init(project="stayclose", sync_tensorboard=True, **settings)
-        threading.excepthook = lambda failure: (  # a full disk: said by _board, not by its thread
-            isinstance(failure.exc_value, OSError) or threading.__excepthook__(failure)
-        )
-        try:
-            return SummaryWriter(self.folder, purge_step=step + 1 if step else None)
-        except OSError as error:
-            print(f"no TensorBoard events ({error.strerror})", file=sys.stderr)
-
-    def _board(self, scalars, t):
-        """Add scalars to the TensorBoard events; none given: write them out and close."""
-        try:
-            for tag, value in scalars.items():
-                self.board and self.board.add_scalar(tag, value, t)
-            self.board and (scalars or self.board.close())
-        except OSError as error:
-            print(f"TensorBoard events stop here ({error.strerror})", file=sys.stderr)
-            self.board = None
-
-    def _curve(self):
-        import matplotlib.figure
-
-        figure = matplotlib.figure.Figure((6, 4), layout="constrained")
-        axes = figure.subplots()
-        steps = [int(row["step"]) for row in self.rows["eval"]]
-        axes.plot(steps, [float(r["score"]) for r in self.rows["eval"]], label=self.algorithm, lw=2)
-        for i, (label, value) in enumerate(self.references.items()):
-            axes.axhline(value, ls="--", c=f"C{i + 1}", label=f"{label} {value:.1f}")
-        unit = "normalized score" if self.unit == "score" else "return"
-        axes.set(xlabel="gradient steps", ylabel=unit, title=f"{self.data.name}, {self.task.id}")
-        axes.legend()
-        buffer = io.BytesIO()
-        figure.savefig(buffer, dpi=150)
-        self._save("curve.png", buffer.getvalue())
+def main(Args, presets: dict, train, argv: list[str] | None = None) -> float | None:
+    """Parse the command line, read the data, train; returns the mean score of the last ten
+    evaluations, or None without an evaluation task."""
+    try:
+        args, preset = parse(Args, presets, argv)
+        run = Run(args, preset)
+        train(run, run.load(), args)
+        return run.finish()
+    except KeyboardInterrupt:
+        print("\nstopped before anything was saved", flush=True)
+        raise SystemExit(130) from None
+    except BrokenPipeError:  # the reader of our lines has left: `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(1) from None

@@ -16,16 +16,11 @@ from types import SimpleNamespace
 
 import numpy as np
 
-DATA_DIR = Path(__file__).resolve().parent / "data"
+from common import InputError
+
+DATA_DIR = Path(__file__).resolve().parents[1] / "data"
 LOCOMOTION = ("halfcheetah", "hopper", "walker2d", "ant")
 ROBOTICS = ("AntMaze", "PointMaze", "AdroitHand", "FrankaKitchen", "Fetch", "HandReach")
-
-
-class InputError(SystemExit):
-    """Bad input: one line with the cause and the fix. Uncaught, it is printed and exits 1."""
-
-    def __init__(self, message: str):
-        super().__init__(" ".join(message.split()))
 
 
 @dataclass
