@@ -189,9 +189,10 @@ class Scaling(nn.Module):
 class MLP(nn.Module):
     """Fully connected layers of the widths `sizes`; inputs are concatenated on the last axis.
     (B, in) -> (B, out). Between two layers stands `activation` ("relu", "gelu" or "silu") and then,
-    with `layer_norm`, a layer normalization. With `members` E, that many independent networks run
-    as one batched product per layer: (B, in) or (E, B, in) -> (E, B, out); `member` runs one of
-    them alone. Every layer starts as nn.Linear does."""
+    with `layer_norm`, a layer normalization, whose epsilon is `norm_eps` (JAX's libraries have 1e-6).
+    With `members` E, that many independent networks run as one batched product per layer:
+    (B, in) or (E, B, in) -> (E, B, out); `member` runs one of them alone. Every layer starts as
+    nn.Linear does."""
 
     def __init__(
         self,
@@ -199,8 +200,10 @@ class MLP(nn.Module):
         members: int | None = None,
         activation: str = "relu",
         layer_norm: bool = False,
+        norm_eps: float = 1e-5,
     ):
         super().__init__()
+        self.norm_eps = norm_eps
         lead, row = ((), ()) if members is None else ((members,), (1,))
         self.weights, self.biases = nn.ParameterList(), nn.ParameterList()
         self.gains, self.shifts = nn.ParameterList(), nn.ParameterList()  # of the normalizations
@@ -237,10 +240,10 @@ class MLP(nn.Module):
         return x
 
     def normalize(self, x, i, member):
-        """Layer normalization number i, with PyTorch's epsilon of 1e-5."""
+        """Layer normalization number i."""
         gain, shift = self.norms[i]
         gain, shift = (gain, shift) if member is None else (gain[member, 0], shift[member, 0])
-        return F.layer_norm(x, x.shape[-1:]) * gain + shift
+        return F.layer_norm(x, x.shape[-1:], eps=self.norm_eps) * gain + shift
 
     def input_gradient(self, *inputs):
         """With members, ReLU and no layer norm: gradient (E, B, in) of each one's output with
