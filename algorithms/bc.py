@@ -7,14 +7,25 @@ return.
     L_pi = E[ -log N(a; pi(s), sigma) ], sigma free of s, in [exp(-5), exp(2)] (--gaussian)
 
 The mean is over batch and action dimensions in the first form; the log-density of the second is a
-sum over dimensions. Both act by pi(s). With --top 0.1, 10% BC: whole episodes, ranked by their
-undiscounted return, max(1, 10%) of them kept.
+sum over dimensions. Both act by pi(s), and neither uses rewards, next states or terminals.
 
-Departures: none from CORL's BC, except that episodes are cut where the data ends them. CORL cuts
-after rows have been dropped, which shifts time-limited episodes by one row each, and drops the last
-episode where the data breaks off within it.
+With --top 0.1 this is 10% BC: episodes are ranked by their undiscounted return, and the best
+max(1, 10% of their number) are kept whole.
 
-    python algorithms/bc.py --env hopper-medium-v2 --top 0.1  # no flags: 8 ± 4, 3 seeds, 1 min
+The authors' code, against the paper:
+- There is no paper, so the reference is the BC of CORL, a library of offline RL.
+
+This file, against the authors' code:
+- Episodes are cut where the data ends them. CORL cuts after it has dropped rows: this shifts
+  episodes that a time limit ended by one row each, and it loses the last episode where the data
+  breaks off within it.
+- --gaussian is no part of CORL's BC; it is the policy that IQL clones with.
+- --top does not keep whole recordings of ant mazes, and neither does CORL's ranking. There a
+  recording goes on after the goal is reached, and every row at the goal is a terminal row, which
+  ends an episode. So each further row at the goal is an episode of one row; its return of 1 is the
+  best there is, and the ranking cannot tell it from the path that led to the goal.
+
+    python algorithms/bc.py
 """
 
 import sys
@@ -26,74 +37,31 @@ import torch
 from torch import nn
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from common import (
-    MLP,
-    Adam,
-    InputError,
-    Scaling,
-    graphed,
-    load_dataset,
-    minimize,
-    normal_log_prob,
-    normalize_obs,
-    parse,
-    sample,
-)
-from experiment import Run
+from common import BatchSize, Count, Positive, PositiveShare, Seed
+from common import MLP, Adam, RunArgs, Scaling
+from common import graphed, minimize, normal_log_prob, normalize_obs, sample
 
 
 @dataclass
-class Args:
+class Args(RunArgs):
     env: str = "hopper-replay-demo"
     """dataset: bundled name, D4RL name, Minari id, or path of an .hdf5 or .npz file"""
-    seed: int = 0
+    seed: Seed = 0
     """seeds networks, batches and evaluation"""
-    steps: int = 1_000_000
+    steps: Count = 1_000_000
     """gradient steps"""
-    batch_size: int = 256
+    batch_size: BatchSize = 256
     """transitions per gradient step"""
-    device: str = "auto"
-    """cpu, cuda, or auto: cuda where there is one"""
-    precision: str = "auto"
-    """fp32 products: highest, high, medium, or auto: the fastest that does not round"""
-    compile: bool = False
-    """compile the whole update: faster after half a minute"""
-    eval_every: int = 5_000
+    eval_every: Count = 5_000
     """gradient steps between evaluations"""
-    eval_episodes: int = 10
-    """episodes per evaluation"""
-    eval_env: str | None = None
-    """Gymnasium id to evaluate in; None: the dataset's own task; "none": no evaluation"""
-    log_every: int = 1_000
-    """gradient steps between rows of train.csv"""
-    save_every: int = 50_000
-    """gradient steps between checkpoints"""
-    out: str = "runs"
-    """folder of all runs"""
-    name: str = ""
-    """suffix of the run's folder, tells variants apart"""
-    resume: bool = False
-    """continue this run from its checkpoint"""
-    overwrite: bool = False
-    """replace this run's folder"""
-    track: bool = False
-    """mirror the logs to Weights & Biases"""
-
-    top: float = 1.0
+    top: PositiveShare = 1.0
     """share of the episodes that is cloned, best returns first; 1 is plain BC"""
     gaussian: bool = False
     """maximize a Gaussian's likelihood instead of minimizing the squared error"""
-    lr: float = 3e-4
+    lr: Positive = 3e-4
     """Adam's learning rate"""
     normalize_obs: bool = True
-    """shift and scale observations to mean 0, deviation 1 over the cloned data"""
-
-
-PRESETS = {
-    "hopper-replay-demo": dict(steps=20_000, eval_every=2_000),  # shortened
-    "antmaze-*": dict(eval_every=100_000, eval_episodes=100),
-    "D4RL/antmaze/*": dict(eval_every=100_000, eval_episodes=100),
-}
+    """shift and scale observations to mean 0 and deviation 1 over the cloned data"""
 
 
 class Nets(nn.Module):
@@ -110,10 +78,12 @@ class Nets(nn.Module):
 def keep_best(data, top):
     """Keep the best max(1, top x E) episodes, in their order and renumbered; changes `data`."""
     keep = max(1, int(top * len(data.episode_return)))
-    best = data.episode_return.argsort(descending=True)[:keep].sort().values
+    ranking = data.episode_return.argsort(descending=True)
+    best = ranking[:keep].sort().values
     rows = torch.isin(data.episode, best)
     for name in ("obs", "action", "reward", "next_obs", "terminal", "episode"):
-        setattr(data, name, getattr(data, name)[rows])
+        kept = getattr(data, name)[rows]
+        setattr(data, name, kept)
     data.episode = torch.searchsorted(best, data.episode)
     data.episode_return = data.episode_return[best]
 
@@ -123,39 +93,51 @@ def actor_loss(nets, s, a, args):
     mean = nets.actor(s).tanh()
     if args.gaussian:
         log_std = nets.log_std.clamp(-5, 2)
-        return -normal_log_prob(a, mean, log_std).sum(-1).mean()
+        log_prob = normal_log_prob(a, mean, log_std).sum(-1)  # (B,)
+        return -log_prob.mean()
     return (mean - a).square().mean()
 
 
 def update(nets, opt, data, args):
     """One step of the actor."""
     s, a = sample(data, args.batch_size, ("obs", "action"))
-    return {"actor_loss": minimize(opt.actor, actor_loss(nets, s, a, args))}
+    pi_loss = actor_loss(nets, s, a, args)
+    minimize(opt.actor, pi_loss)
+    return {"pi_loss": pi_loss.detach()}
 
 
 def policy(nets, obs, args):
     """Raw observations (B, S) to deterministic actions (B, A) in the task's bounds."""
-    return nets.scaling.action(nets.actor(nets.scaling.obs(obs)).tanh())
+    a = nets.actor(nets.scaling.obs(obs)).tanh()
+    return nets.scaling.action(a)
 
 
-def train(args):
-    """Train, log and save; returns the mean score of the last 10 evaluations."""
-    if not 0 < args.top <= 1:
-        raise InputError(f"--top is {args.top}: give a share of the episodes, above 0 and up to 1")
-    run = Run(args)
-    data, task = load_dataset(args.env, run.device, args.eval_env)
+def train(run, data, args):
+    """Train on `data`; `run` logs, evaluates and saves."""
     keep_best(data, args.top)
     if args.normalize_obs:
         normalize_obs(data, eps=1e-3)
     nets = Nets(data, args).to(run.device)
-    params = [*nets.actor.parameters(), *([nets.log_std] if args.gaussian else [])]
+    params = list(nets.actor.parameters())
+    if args.gaussian:
+        params.append(nets.log_std)
     opt = SimpleNamespace(actor=Adam(params, args.lr))
-    run.start(data, task, nets, opt)
+    run.start(nets, opt)
     step = graphed(update, nets, opt, data, args, compile=args.compile)
     for t in run.loop(args.steps):
-        run.after(t, step(), lambda obs: policy(nets, obs, args))
-    return run.finish()
+        metrics = step()
+        run.after(t, metrics, lambda obs: policy(nets, obs, args))
 
+
+PRESETS = {
+    "hopper-medium-expert-demo": dict(steps=20_000, eval_every=2_000),  # shortened
+    "hopper-replay-demo": dict(steps=20_000, eval_every=2_000),  # shortened
+    "pointmaze-medium-demo": dict(steps=20_000, eval_every=2_000),  # shortened
+    "antmaze-*": dict(eval_every=100_000, eval_episodes=100),
+    "D4RL/antmaze/*": dict(eval_every=100_000, eval_episodes=100),
+}
 
 if __name__ == "__main__":
-    train(parse(Args, PRESETS))
+    from harness import main
+
+    main(Args, PRESETS, train)

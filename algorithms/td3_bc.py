@@ -3,19 +3,21 @@
 Idea: TD3, with behavior cloning added to the actor's loss and Q scaled to unit size, so that one
 number trades return against staying close to the data.
 
-    y    = r + gamma min_i Q'_i(s', clip(pi'(s') + noise))                   (TD3 target)
+    y    = r + gamma (1 - terminal) min_i Q'_i(s', a'),                      (TD3 target)
+           a' = clip(pi'(s') + clip(noise, -c, c), -1, 1)
     L_Q  = E[ sum_i (Q_i(s,a) - y)^2 ]                                      (TD3 critics)
-    L_pi = E[ -weight Q_1(s, pi(s)) + (pi(s) - a)^2 ],
-           weight = alpha / mean |Q_1(s, pi(s))|, detached                   (TD3+BC actor)
+    L_pi = E[ -weight Q_1(s, pi(s)) + (pi(s) - a)^2 ],                      (TD3+BC actor)
+           weight = alpha / mean |Q_1(s, pi(s))|, detached
 
-alpha -> 0 is behavior cloning, alpha -> infinity is TD3. Actor and all targets move on every
-`policy_freq`-th step only. The cloning term is a mean over batch and action dimensions. Dividing
-the actor's loss by alpha shows the AC+BC form Q + alpha_bc log pi of other libraries: their
-coefficient is alpha_bc = 2 / (alpha A), inverse to this one. With --policy-noise 0 --noise-clip 0
---critics 1 --policy-freq 1 this file is DDPG+BC.
+An alpha of 0 is behavior cloning, a large one is TD3. The actor and all targets move on every
+`policy_freq`-th step only. The cloning term is a mean over batch and action dimensions.
+
+Dividing the actor's loss by alpha shows the form Q + alpha_bc log pi of other libraries (AC+BC).
+Their coefficient is alpha_bc = 2 / (alpha A) for A action dimensions; it is inverse to this one.
+With --policy-noise 0 --noise-clip 0 --critics 1 --policy-freq 1 this file is DDPG+BC.
 
 The authors' code, against the paper:
-- nothing that is known.
+- No difference is known.
 
 This file, against the authors' code:
 - Rows that a time limit cut are kept where the data has their next observation; the authors' loader
@@ -55,7 +57,7 @@ class Args(RunArgs):
     eval_every: Count = 5_000
     """gradient steps between evaluations"""
     alpha: NonNegative = 2.5
-    """weight of Q against cloning: 0 is behavior cloning, infinity is TD3"""
+    """weight of Q against cloning: 0 is behavior cloning, a large number is TD3"""
     gamma: ShareBelow1 = 0.99
     """discount"""
     polyak: PositiveShare = 0.005
@@ -94,10 +96,13 @@ def critic_loss(nets, s, a, r, s2, terminal, args):
     with torch.no_grad():
         noise = torch.randn_like(a) * args.policy_noise
         noise = noise.clamp(-args.noise_clip, args.noise_clip)
-        a2 = (nets.actor_target(s2).tanh() + noise).clamp(-1, 1)
-        y = r + args.gamma * (1 - terminal) * nets.q_target(s2, a2).amin(0)  # (B,)
+        a2 = nets.actor_target(s2).tanh() + noise
+        a2 = a2.clamp(-1, 1)
+        q2 = nets.q_target(s2, a2).amin(0)  # (B,)
+        y = r + args.gamma * (1 - terminal) * q2
     q = nets.q(s, a)  # (E, B)
-    return (q - y).square().mean(1).sum(), q.detach().mean()
+    loss = (q - y).square().mean(1).sum()
+    return loss, q.detach().mean()
 
 
 def actor_loss(nets, s, a, args):
@@ -106,28 +111,34 @@ def actor_loss(nets, s, a, args):
     q = nets.q(s, pi, member=0)  # (B,)
     weight = args.alpha / q.detach().abs().mean()
     bc_loss = (pi - a).square().mean()
-    return -weight * q.mean() + bc_loss, bc_loss.detach(), weight, pi.detach()
+    loss = -weight * q.mean() + bc_loss
+    return loss, bc_loss.detach(), weight, pi.detach()
 
 
 def update(nets, opt, data, args, policy_step):
     """One step of the critics and, when `policy_step` is true, of the actor and all targets."""
     s, a, r, s2, terminal = sample(data, args.batch_size)
-    loss, q_mean = critic_loss(nets, s, a, r, s2, terminal, args)
-    q_loss = minimize(opt.q, loss)
-    metrics = {"q_loss": q_loss, "q_mean": q_mean}
-    if policy_step:
-        loss, bc_loss, weight, pi = actor_loss(nets, s, a, args)
-        pi_loss = minimize(opt.actor, loss)
-        polyak(nets.q_target, nets.q, args.polyak)
-        polyak(nets.actor_target, nets.actor, args.polyak)
-        metrics |= {"pi_loss": pi_loss, "bc_loss": bc_loss, "weight": weight}
-        metrics |= {"saturated_actions": (pi.abs() > 0.99).float().mean()}
-    return metrics
+    q_loss, q_mean = critic_loss(nets, s, a, r, s2, terminal, args)
+    minimize(opt.q, q_loss)
+    metrics = {"q_loss": q_loss.detach(), "q_mean": q_mean}
+    if not policy_step:
+        return metrics
+    pi_loss, bc_loss, weight, pi = actor_loss(nets, s, a, args)
+    minimize(opt.actor, pi_loss)
+    polyak(nets.q_target, nets.q, args.polyak)
+    polyak(nets.actor_target, nets.actor, args.polyak)
+    return metrics | {
+        "pi_loss": pi_loss.detach(),
+        "bc_loss": bc_loss,
+        "weight": weight,
+        "saturated_actions": (pi.abs() > 0.99).float().mean(),
+    }
 
 
 def policy(nets, obs, args):
     """Raw observations (B, S) to deterministic actions (B, A) in the task's bounds."""
-    return nets.scaling.action(nets.actor(nets.scaling.obs(obs)).tanh())
+    a = nets.actor(nets.scaling.obs(obs)).tanh()
+    return nets.scaling.action(a)
 
 
 def train(run, data, args):
@@ -143,12 +154,15 @@ def train(run, data, args):
     run.start(nets, opt, q_mean=largest_value(data, args.gamma))
     step = graphed(update, nets, opt, data, args, compile=args.compile)
     for t in run.loop(args.steps):
-        metrics = step(t % args.policy_freq == 0)
+        policy_step = t % args.policy_freq == 0
+        metrics = step(policy_step)
         run.after(t, metrics, lambda obs: policy(nets, obs, args))
 
 
 PRESETS = {
+    "hopper-medium-expert-demo": dict(steps=30_000, eval_every=3_000),  # shortened
     "hopper-replay-demo": dict(steps=30_000, eval_every=3_000),  # shortened
+    "pointmaze-medium-demo": dict(steps=30_000, eval_every=3_000),  # shortened
     "antmaze-*": dict(reward_shift=-1.0, eval_every=100_000, eval_episodes=100),
     "D4RL/antmaze/*": dict(reward_shift=-1.0, eval_every=100_000, eval_episodes=100),
 }
