@@ -189,10 +189,10 @@ class Scaling(nn.Module):
 class MLP(nn.Module):
     """Fully connected layers of the widths `sizes`; inputs are concatenated on the last axis.
     (B, in) -> (B, out). Between two layers stands `activation` ("relu", "gelu" or "silu") and then,
-    with `layer_norm`, a layer normalization, whose epsilon is `norm_eps` (JAX's libraries have 1e-6).
-    With `members` E, that many independent networks run as one batched product per layer:
-    (B, in) or (E, B, in) -> (E, B, out); `member` runs one of them alone. Every layer starts as
-    nn.Linear does."""
+    with `layer_norm`, a layer normalization of epsilon `norm_eps` (1e-6 in JAX's libraries). With
+    `members` E, that many independent networks run as one batched product per layer: (B, in) or
+    (E, B, in) -> (E, B, out); `member` runs one of them alone. Every layer starts as nn.Linear
+    does."""
 
     def __init__(
         self,
