@@ -31,7 +31,7 @@ def pytest_collection_modifyitems(config, items):
 @pytest.fixture
 def tiny_data():
     """Factory of a Data made by hand: a terminal episode, then one that a time limit cut."""
-    from datasets import Data
+    from common import Data
 
     def make(obs_dim=3, act_dim=2, n=12, seed=0):
         draw = torch.Generator().manual_seed(seed)
