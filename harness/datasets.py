@@ -16,7 +16,7 @@ over the bounds by less than 1e-5 of their range (rounding; noted). Nothing is e
 
 File keys: observations (N, S), actions (N, A), rewards (N,), terminals (N,); optional timeouts,
 next_observations, final_observations (E, S: the true last observation of each episode, in order),
-metadata (JSON text: env_id, ref_min_score, ref_max_score, max_episode_steps, action_low, ..._high).
+metadata (JSON text: env_id, env_kwargs, ref_min_score, ref_max_score, max_episode_steps, action_low, ..._high).
 """
 
 import fcntl
@@ -57,6 +57,7 @@ UNREADABLE = (OSError, EOFError, KeyError, OverflowError, RuntimeError, ValueErr
 UNREADABLE += (zipfile.BadZipFile, zlib.error)
 METADATA = {
     "env_id": "a Gymnasium id",
+    "env_kwargs": "an object of plain values for gymnasium.make",
     "max_episode_steps": "a whole number from 1",
     "ref_min_score": "a number",
     "ref_max_score": "a number",
@@ -266,6 +267,8 @@ def _metadata(name, raw, act_dim) -> dict:
         good = all(type(i) in (int, float) and abs(i) < 1e30 for i in numbers)
         if key == "env_id":
             good = isinstance(x, str)
+        elif key == "env_kwargs":
+            good = isinstance(x, dict)
         elif key == "max_episode_steps":
             good = good and x >= 1 and x % 1 == 0
         require(good, f"{name}: metadata {key} is {x!r:.60}, not {want}; correct it")
@@ -307,7 +310,8 @@ def _read_columns(name, columns, raw, eval_env, task, d4rl):
     own = meta.get("env_id")
     if d4rl is None and eval_env != "none" and (eval_env or own):
         refs = (meta.get("ref_min_score"), meta.get("ref_max_score"))
-        task = build(Task(eval_env or own), own or eval_env, refs)
+        kwargs = {} if eval_env else meta.get("env_kwargs", {})
+        task = build(Task(eval_env or own, kwargs=kwargs), own or eval_env, refs)
     low, high = (np.full(columns["actions"].shape[1], x, np.float32) for x in (-1, 1))
     if task and len(task.spaces.low) == len(low):
         low, high = task.spaces.low.copy(), task.spaces.high.copy()

@@ -1,20 +1,29 @@
 """Make a D4RL-style offline dataset for any Gymnasium task with continuous actions.
 
-An online agent, SAC (Haarnoja et al., arXiv:1812.05905), is trained as far as the level needs:
-
-    random         actions drawn uniformly from the bounds; no agent
-    medium-replay  every transition the agent saw until its mean return first reached "medium"
-    medium         --steps transitions of the medium agent, actions sampled
-    expert         --steps transitions of the agent after --train-steps, actions sampled
-    medium-expert  --steps transitions of each of the two
-
-"Medium" is the first policy whose deterministic return (mean of 10 episodes, every 5,000 steps)
-reaches a third of the way between D4RL's reference scores, or --medium-return.
-
-    python collect.py --env Hopper-v5 --level medium-replay --flat hopper-medium-replay.npz
+    python tools/collect.py --env Hopper-v5 --level medium-replay --flat hopper-medium-replay.npz
     python algorithms/td3_bc.py --env hopper-medium-replay.npz
 
-Ctrl-C saves everything; the same command continues. An interrupted episode is stored as a cut one.
+Most levels need an online agent, SAC (Haarnoja et al., arXiv:1812.05905), which is trained as far
+as the level asks:
+
+    random         actions drawn uniformly from the bounds; no agent
+    medium-replay  every transition that the agent saw until it first was "medium"
+    full-replay    every transition of the agent's first --train-steps
+    medium         --steps transitions of the medium agent, actions sampled
+    expert         --steps transitions of the expert agent, actions sampled
+    medium-expert  --steps transitions of each of the two
+    controller     --steps transitions of a noisy controller in a point maze; no agent
+
+"Medium" is the first policy whose deterministic return (mean of 10 episodes, every 5,000 steps)
+reaches a third of the way between D4RL's reference scores, or --medium-return; or the policy of
+--medium-step. "Expert" is the agent after --train-steps, or the policy of --expert-step.
+
+The controller walks towards the goal on the shortest path of cells and overshoots a little, with
+noise. In half of the episodes it stops at a random place on its way and stays there until the
+recording is cut, so that many good paths must be put together from pieces.
+
+Ctrl-C saves the agent; the same command continues. With --agent FILE the agent is kept, and other
+levels can be cut from it without training again.
 """
 
 import copy
@@ -24,63 +33,88 @@ import re
 import shlex
 import signal
 import sys
+from collections import deque
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
+from typing import ClassVar, Literal
 
 import numpy as np
 import torch
 from torch import nn
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from common import (
     MLP,
     Adam,
+    Count,
+    CountOrZero,
     InputError,
+    Number,
     ScalarMLP,
-    choose_device,
-    evaluate,
+    Seed,
+    graphed,
     minimize,
-    parse,
     polyak,
     sample_tanh_normal,
-    seed_everything,
 )
-from datasets import reference_scores
-from experiment import load_tensors, save_tensors, write_atomic
+from harness.device import prepare_device, set_precision
+from harness.folder import load_tensors, save_tensors, write_atomic
+from harness.run import evaluate, parse, seed_everything
+from harness.tasks import near, reference_scores
 
-LEVELS = ("random", "medium-replay", "medium", "expert", "medium-expert")
+AGENT_LEVELS = ("medium-replay", "full-replay", "medium", "expert", "medium-expert")
 GAMMA, POLYAK, LR, BATCH = 0.99, 0.005, 3e-4, 256  # SAC's own settings
-EVAL_EVERY, EVAL_EPISODES, SAVE_EVERY = 5_000, 10, 10_000
+EVAL_EVERY, EVAL_EPISODES, SAVE_EVERY = 5_000, 10, 20_000
 
 
 @dataclass
 class Args:
+    phases: ClassVar[dict] = {}
+
     env: str = "Hopper-v5"
     """Gymnasium id of the task"""
-    level: str = "medium-replay"
-    """random, medium-replay, medium, expert or medium-expert"""
-    steps: int = 1_000_000
-    """transitions to write (of each half for medium-expert; no effect on medium-replay)"""
-    train_steps: int = 1_000_000
-    """online steps the agent may take: "expert" is the agent after them"""
-    random_steps: int = 5_000
+    level: Literal[
+        "random",
+        "medium-replay",
+        "full-replay",
+        "medium",
+        "expert",
+        "medium-expert",
+        "controller",
+    ] = "medium-replay"
+    """which policy acts (see above)"""
+    steps: Count = 1_000_000
+    """transitions to write (of each half for medium-expert; no effect on the replay levels)"""
+    train_steps: Count = 1_000_000
+    """online steps that the agent may take"""
+    random_steps: CountOrZero = 5_000
     """first online steps with uniform actions and no updates"""
-    medium_return: float | None = None
+    medium_return: Number | None = None
     """mean return that makes a policy "medium"; None: a third of the D4RL reference"""
-    seed: int = 0
+    medium_step: Count | None = None
+    """online step, a multiple of 5,000, after which the agent is "medium"; None: by its return"""
+    expert_step: Count | None = None
+    """online step, a multiple of 5,000, after which the agent is "expert"; None: --train-steps"""
+    seed: Seed = 0
     """seeds networks, environment and sampling"""
     flat: str = ""
     """write one compressed .npz file (algorithms read it with --env FILE)"""
     dataset_id: str = ""
     """write a local Minari dataset of this id, for example hopper/medium-replay-v0"""
+    agent: str = ""
+    """file that keeps the agent for other levels; empty: beside the dataset, removed at the end"""
     overwrite: bool = False
     """replace an existing dataset"""
     device: str = "auto"
     """cpu, cuda or auto"""
-    resume: bool = True
-    """continue what an interrupted run of the same command left"""
-    precision: str = "auto"
-    """how fp32 products are computed: auto, highest, high or medium"""
+    precision: Literal["auto", "highest", "high", "medium"] = "auto"
+    """how fp32 products are computed; auto takes the fastest way that does not round"""
+    compile: bool = False
+    """compile the agent's update: it runs faster on a CPU, after half a minute of compilation"""
+
+    def resolve(self):
+        pass
 
 
 class Nets(nn.Module):
@@ -91,20 +125,16 @@ class Nets(nn.Module):
         self.q_target = copy.deepcopy(self.q).requires_grad_(False)
         self.log_alpha = nn.Parameter(torch.zeros(()))
 
-    def pi(self, s):
-        mean, log_std = self.actor(s).chunk(2, -1)
-        return mean, log_std.clamp(-20, 2)
-
 
 def update(nets, opt, s, a, r, s2, terminal):
     """One SAC step: critics, actor, temperature (target entropy -A), targets."""
     alpha = nets.log_alpha.exp().detach()
     with torch.no_grad():
-        a2, log_prob2, _ = sample_tanh_normal(*nets.pi(s2))
+        a2, log_prob2, _ = sample_tanh_normal(*squashed(nets.actor, s2))
         v2 = nets.q_target(s2, a2).amin(0) - alpha * log_prob2
         y = r + GAMMA * (1 - terminal) * v2
     minimize(opt.q, (nets.q(s, a) - y).square().mean(1).sum())
-    a_pi, log_prob, _ = sample_tanh_normal(*nets.pi(s))
+    a_pi, log_prob, _ = sample_tanh_normal(*squashed(nets.actor, s))
     minimize(opt.actor, (alpha * log_prob - nets.q(s, a_pi).amin(0)).mean())
     surplus = -log_prob.detach().mean() + a.shape[1]
     minimize(opt.alpha, nets.log_alpha.exp() * surplus)
@@ -144,11 +174,6 @@ class Recorder:
 
     def restore(self, state):
         self.size = len(state["obs"])
-        if self.size > len(self.obs):
-            raise InputError(
-                f"{self.size:,} steps are collected already: raise --train-steps or "
-                f"--steps, now {len(self.obs):,}"
-            )
         for name, value in state.items():
             getattr(self, name)[: self.size] = value
         if self.size:
@@ -160,137 +185,241 @@ class Collector:
 
     def __init__(self, args):
         self.args, self.stopped = args, False
-        self.device = choose_device(args.device, args.precision)
+        self.device = prepare_device(args.device)
+        set_precision(args.precision, self.device)
         seed_everything(args.seed)
-        self.env = make_env(args.env)
+        self.kwargs = {"continuing_task": False} if args.level == "controller" else {}
+        self.env = make_env(args.env, **self.kwargs)
         space, act_space = self.env.observation_space, self.env.action_space
         self.low, self.high = torch.tensor(act_space.low), torch.tensor(act_space.high)
-        dims = space.shape[0], act_space.shape[0]
-        self.nets = Nets(*dims).to(self.device)
+        self.dims = space.shape[0], act_space.shape[0]
+        self.nets = Nets(*self.dims).to(self.device)
         self.opt = SimpleNamespace(
             q=Adam(self.nets.q.parameters(), LR),
             actor=Adam(self.nets.actor.parameters(), LR),
             alpha=Adam([self.nets.log_alpha], LR),
         )
-        self.replay = Recorder(*dims, args.train_steps if args.level != "random" else 0)
-        halves = {"medium-replay": 0, "medium-expert": 2}.get(args.level, 1)
-        self.rollouts = Recorder(*dims, halves * args.steps)
-        self.returns, self.medium = [], None
-        self.partial = Path((args.flat or args.dataset_id.replace("/", "-")) + ".partial.pt")
-        names = ("env", "level", "seed", "random_steps")  # the others may change on the way
+        on_cpu = self.device.type == "cpu"
+        compile = args.compile and on_cpu
+        self.update = graphed(update, self.nets, self.opt, compile=compile) if on_cpu else (
+            lambda *rows: update(self.nets, self.opt, *rows)
+        )  # fmt: skip
+        self.replay = Recorder(*self.dims, args.train_steps if args.level in AGENT_LEVELS else 0)
+        self.returns, self.snapshots = [], {}  # of the agent every EVAL_EVERY steps
+        beside = (args.flat or args.dataset_id.replace("/", "-")) + ".agent.pt"
+        self.path = Path(args.agent or beside)
+        names = ("env", "seed", "random_steps")  # the others may change on the way
         self.settings = json.dumps({name: getattr(args, name) for name in names})
-        if args.resume and self.partial.exists():
-            self.restore(load_tensors(self.partial))
-        self.eval_envs = [make_env(args.env) for _ in range(EVAL_EPISODES)]
+        if args.level in AGENT_LEVELS:
+            if self.path.exists():
+                self.restore(load_tensors(self.path))
+            self.eval_envs = [make_env(args.env) for _ in range(EVAL_EPISODES)]
 
-    def act(self, obs, deterministic=False):
+    def act(self, actor, obs, deterministic=False):
         """Observations (n, S) -> actions (n, A) in [-1, 1]."""
-        mean, log_std = self.nets.pi(obs)
+        mean, log_std = squashed(actor, obs)
         return mean.tanh() if deterministic else sample_tanh_normal(mean, log_std)[0]
 
     def to_bounds(self, action):
         return self.low + (action.cpu() + 1) / 2 * (self.high - self.low)
 
     @torch.no_grad()
-    def step(self, recorder, obs, uniform):
-        """One environment step into `recorder`; returns the next observation."""
+    def step(self, recorder, obs, actor):
+        """One environment step into `recorder`; returns the next observation, None at an end.
+        Without an actor, actions are uniform."""
         if obs is None:
             obs = self.env.reset(seed=self.args.seed if not recorder.size else None)[0]
         row = torch.as_tensor(obs, dtype=torch.float32)[None]
-        if uniform:
+        if actor is None:
             action = 2 * torch.rand(len(self.low)) - 1
         else:
-            action = self.act(row.to(self.device))[0].cpu()
+            action = self.act(actor, row.to(self.device))[0].cpu()
         next_obs, reward, terminal, timeout, _ = self.env.step(self.to_bounds(action).numpy())
         recorder.add(row[0], action, reward, next_obs, terminal, timeout)
         return None if terminal or timeout else next_obs
 
-    def train(self, bar, goal_return):
-        """Train until the deterministic return reaches `goal_return` (None: to --train-steps)."""
-        if goal_return is not None and any(r >= goal_return for _, r in self.returns):
-            return True
-        obs = None
-        for t in range(self.replay.size + 1, self.args.train_steps + 1):
-            obs = self.step(self.replay, obs, uniform=t <= self.args.random_steps)
-            if t > self.args.random_steps:
-                update(self.nets, self.opt, *self.replay.sample(BATCH, self.device))
+    def train(self, goal_return=None, last_step=None):
+        """Train until the deterministic return reaches `goal_return`, or to `last_step`; returns
+        the step that is reached, None where the goal is not."""
+        reached = [t for t, mean in self.returns if goal_return is not None and mean >= goal_return]
+        if reached:
+            return reached[0]
+        if goal_return is not None:
+            last_step = self.args.train_steps
+        obs, bar = None, self.bar(last_step, self.replay.size)
+        for t in range(self.replay.size + 1, last_step + 1):
+            warm = t <= self.args.random_steps
+            obs = self.step(self.replay, obs, None if warm else self.nets.actor)
+            if not warm:
+                self.update(*self.replay.sample(BATCH, self.device))
             bar.update()
             if t % EVAL_EVERY == 0:
                 returns = evaluate(
-                    lambda s: self.to_bounds(self.act(s, deterministic=True)),
+                    lambda s: self.to_bounds(self.act(self.nets.actor, s, deterministic=True)),
                     self.eval_envs,
                     10_000 + self.args.seed,
                     self.device,
                 )
                 self.returns.append((t, float(returns.mean())))
+                state = self.nets.actor.state_dict()
+                self.snapshots[t] = {name: x.clone() for name, x in state.items()}
                 bar.set_postfix_str(f"return {returns.mean():.0f}")
                 bar.disable and print(f"agent {t:,}: return {returns.mean():.0f}", flush=True)
                 if goal_return is not None and returns.mean() >= goal_return:
                     self.save()
-                    return True
-            if t % SAVE_EVERY == 0 or t == self.args.train_steps or self.stopped:
+                    return t
+            if t % SAVE_EVERY == 0 or t == last_step or self.stopped:
                 self.save()
-        return goal_return is None
+        return last_step if goal_return is None else None
 
-    def roll_out(self, bar, until, uniform=False):
-        obs = None
-        while self.rollouts.size < until:
-            obs = self.step(self.rollouts, obs, uniform)
+    def roll_out(self, step: int | None, steps: int):
+        """`steps` transitions of the agent as it was after online step `step` (None: of uniform
+        actions), in a Recorder."""
+        actor = None
+        if step is not None:
+            actor = copy.deepcopy(self.nets.actor)
+            actor.load_state_dict(self.snapshots[step])
+        seed_everything(self.args.seed + (step or 0))
+        recorder, obs, bar = Recorder(*self.dims, steps), None, self.bar(steps, 0)
+        while recorder.size < steps:
+            obs = self.step(recorder, obs, actor)
             bar.update()
-            size = self.rollouts.size
-            if size % (10 * SAVE_EVERY) == 0 or size == until or self.stopped:
-                self.save()
-        self.rollouts.close()
+            self.leave_if_stopped()
+        recorder.close()
+        return recorder
+
+    def bar(self, total, initial):
+        from tqdm import tqdm
+
+        return tqdm(total=total, initial=initial, disable=None, unit="step")
+
+    def leave_if_stopped(self, saved="nothing was lost but the recording of this policy"):
+        if self.stopped:
+            print(f"\nstopped; {saved}; the same command continues", flush=True)
+            raise SystemExit(130)
 
     def save(self):
         state = {
             "settings": self.settings,
             "nets": self.nets.state_dict(),
             "opt": [o.state() for o in vars(self.opt).values()],
-            "medium": self.medium,
             "replay": self.replay.state(),
-            "rollouts": self.rollouts.state(),
             "returns": self.returns,
+            "snapshots": self.snapshots,
             "rng": torch.get_rng_state(),
         }
-        saved = f"saved to {self.partial}; the same command continues"
+        saved = f"saved to {self.path}"
         try:
-            save_tensors(self.partial, state)
+            save_tensors(self.path, state)
         except OSError as error:
-            saved = f"{self.partial} not saved ({error.strerror}): free some space"
+            saved = f"{self.path} not saved ({error.strerror}): free some space"
             print(saved, file=sys.stderr)
-        if self.stopped:
-            print(f"\nstopped, {saved}", flush=True)
-            raise SystemExit(130)
+        self.leave_if_stopped(saved)
 
     def restore(self, state):
         if state["settings"] != self.settings:
             raise InputError(
-                f"{self.partial} holds another command's progress "
-                f"({state['settings']}): repeat that command, or delete the file"
+                f"{self.path} holds another agent ({state['settings']}): repeat its command, use "
+                "another --agent, or delete the file"
             )
         self.nets.load_state_dict(state["nets"])
         for optimizer, saved in zip(vars(self.opt).values(), state["opt"]):
             for tensor, value in zip(optimizer.state(), saved):
                 tensor.copy_(value)
+        if len(state["replay"]["obs"]) > len(self.replay.obs):  # trained further than asked for
+            self.replay = Recorder(*self.dims, len(state["replay"]["obs"]))
         self.replay.restore(state["replay"])
-        self.rollouts.restore(state["rollouts"])
-        self.returns, self.medium = state["returns"], state["medium"]
+        self.returns, self.snapshots = state["returns"], state["snapshots"]
         torch.set_rng_state(state["rng"])
-        print(f"continuing after {self.replay.size + self.rollouts.size:,} steps", flush=True)
+        print(f"continuing after {self.replay.size:,} online steps", flush=True)
 
 
-def make_env(env_id):
+def squashed(actor, s):
+    """Mean and log-std (B, A) of the agent's tanh-Gaussian."""
+    mean, log_std = actor(s).chunk(2, -1)
+    return mean, log_std.clamp(-20, 2)
+
+
+# ---- the maze's controller -------------------------------------------------------------------
+
+
+def shortest_path(maze, start, goal):
+    """Centers (K, 2) of the cells from `start` to `goal`, both (row, column), the start left out;
+    `maze` is rows of 0 (free) and 1 (wall)."""
+    before, queue = {start: None}, deque([start])
+    while queue:
+        cell = queue.popleft()
+        if cell == goal:
+            break
+        for row, column in ((0, 1), (1, 0), (0, -1), (-1, 0)):
+            neighbor = cell[0] + row, cell[1] + column
+            if neighbor not in before and maze[neighbor[0]][neighbor[1]] != 1:
+                before[neighbor] = cell
+                queue.append(neighbor)
+    path = [goal]
+    while before[path[-1]] is not None:
+        path.append(before[path[-1]])
+    return path[-2::-1]
+
+
+def drive_maze(env, steps: int, seed: int) -> Recorder:
+    """`steps` transitions of the noisy controller in a gymnasium-robotics point maze."""
+    from tqdm import tqdm
+
+    point, rng = env.unwrapped, np.random.default_rng(seed)
+    recorder = Recorder(env.observation_space.shape[0], 2, steps)
+    bar = tqdm(total=steps, disable=None, unit="step")
+    while recorder.size < steps:
+        obs = env.reset(seed=seed if not recorder.size else None)[0]
+        cells = [tuple(point.maze.cell_xy_to_rowcol(x)) for x in (maze_position(point), point.goal)]
+        path = shortest_path(point.maze.maze_map, *cells)
+        stop = rng.integers(len(path) + 1) if rng.random() < 0.5 else None
+        targets = [point.maze.cell_rowcol_to_xy(np.array(cell)) for cell in path]
+        targets = (targets[:stop] if stop is not None else [*targets, point.goal]) or [
+            maze_position(point)
+        ]
+        reached, rest = 0, rng.integers(20, 60)  # steps spent at the place where it stops
+        while recorder.size < steps:
+            position, velocity = point.point_env.data.qpos[:2], point.point_env.data.qvel[:2]
+            error = targets[reached] - position
+            if np.linalg.norm(error) < 0.4 and reached + 1 < len(targets):
+                reached += 1
+            wanted = 2.5 * error - 0.6 * velocity + rng.normal(0, 0.5, 2)
+            action = torch.tensor(0.98 * np.tanh(wanted), dtype=torch.float32)
+            next_obs, reward, terminal, timeout, _ = env.step(action.numpy())
+            arrived = stop is not None and reached + 1 == len(targets)
+            rest -= arrived and np.linalg.norm(error) < 0.4
+            cut = bool(timeout or (rest <= 0 and not terminal))
+            recorder.add(obs, action, reward, next_obs, terminal, cut)
+            bar.update()
+            obs = next_obs
+            if terminal or cut:
+                break
+    recorder.close()
+    return recorder
+
+
+def maze_position(point):
+    return point.point_env.data.qpos[:2].copy()
+
+
+def make_env(env_id, **kwargs):
     """The task with flat float32 observations; InputError for what SAC cannot act in."""
     import gymnasium as gym
 
+    if env_id.startswith(("PointMaze", "AntMaze", "AdroitHand", "FrankaKitchen")):
+        import gymnasium_robotics
+
+        gym.register_envs(gymnasium_robotics)
+    if ":" not in env_id and env_id not in gym.registry:
+        raise InputError(f"--env {env_id}: there is no such task{near(env_id, gym.registry)}")
     try:
-        env = gym.make(env_id)
+        env = gym.make(env_id, **kwargs)
     except (gym.error.Error, ImportError) as error:
         raise InputError(f"--env {env_id}: {str(error).splitlines()[0]}") from None
     if not isinstance(env.action_space, gym.spaces.Box):
         raise InputError(
-            f"--env {env_id} has {env.action_space} actions: give a task whose actions "
+            f"--env {env_id} has {env.action_space} actions: use a task whose actions "
             "are continuous (a Box)"
         )
     if not np.isfinite([env.action_space.low, env.action_space.high]).all():
@@ -306,6 +435,18 @@ def episodes(recorder):
     n = recorder.size
     ends = torch.nonzero((recorder.terminal[:n] > 0) | recorder.cut[:n]).flatten() + 1
     return [slice(a, b) for a, b in zip([0, *ends[:-1].tolist()], ends.tolist())]
+
+
+def join(recorders):
+    """The transitions of several recorders, one after the other."""
+    if len(recorders) == 1:
+        return recorders[0]
+    first = recorders[0]
+    dims = first.obs.shape[1], first.action.shape[1]
+    joined = Recorder(*dims, sum(part.size for part in recorders))
+    states = [part.state() for part in recorders]
+    joined.restore({name: torch.cat([state[name] for state in states]) for name in states[0]})
+    return joined
 
 
 def write_flat(path, recorder, to_bounds, metadata):
@@ -358,77 +499,100 @@ def check_target(args):
     """InputError where the dataset could not be written in the end."""
     if args.flat:
         if Path(args.flat).exists() and not args.overwrite:
-            raise InputError(f"{args.flat} exists: add --overwrite or give another name")
+            raise InputError(f"{args.flat} exists: add --overwrite or use another name")
         if Path(args.flat).suffix != ".npz" or not Path(args.flat).absolute().parent.is_dir():
             raise InputError(
-                f"--flat {args.flat}: give a name ending in .npz in a folder that exists"
+                f"--flat {args.flat}: use a name ending in .npz in a folder that exists"
             )
         return
     import minari
 
     if not re.fullmatch(r"([\w-]+/)*[\w-]+-v\d+", args.dataset_id):
-        raise InputError(f"--dataset-id {args.dataset_id}: give one like hopper/medium-replay-v0")
+        raise InputError(f"--dataset-id {args.dataset_id}: use one like hopper/medium-replay-v0")
     if args.dataset_id in minari.list_local_datasets() and not args.overwrite:
-        raise InputError(f"{args.dataset_id} exists: add --overwrite or give another id")
+        raise InputError(f"{args.dataset_id} exists: add --overwrite or use another id")
+
+
+def step_of_medium(job, args, goal):
+    """Online step after which the agent is medium, trained as far as that needs."""
+    if args.medium_step:
+        job.train(last_step=args.medium_step)
+        return args.medium_step
+    step = job.train(goal_return=goal)
+    if step is None:
+        raise InputError(
+            f"no policy reached a return of {goal:.0f} in {args.train_steps:,} steps (the agent is "
+            f"in {job.path}): raise --train-steps or lower --medium-return"
+        )
+    return step
+
+
+def record(job, args, goal):
+    """The transitions that the level asks for."""
+    if args.level == "controller":
+        if not args.env.startswith("PointMaze"):
+            raise InputError(f"--level controller drives PointMaze tasks, not {args.env}")
+        return drive_maze(job.env, args.steps, args.seed)
+    if args.level == "random":
+        return job.roll_out(None, args.steps)
+    if args.level in ("medium-replay", "full-replay"):
+        medium = args.level == "medium-replay"
+        size = step_of_medium(job, args, goal) if medium else job.train(last_step=args.train_steps)
+        job.replay.size = size
+        job.replay.close()
+        return job.replay
+    parts = []
+    if args.level.startswith("medium"):
+        parts.append(job.roll_out(step_of_medium(job, args, goal), args.steps))
+    if args.level.endswith("expert"):
+        step = args.expert_step or args.train_steps
+        job.train(last_step=step)
+        parts.append(job.roll_out(step, args.steps))
+    return join(parts)
+
+
+def check(args):
+    """InputError for flags that do not work together; returns the return that is "medium"."""
+    if bool(args.flat) == bool(args.dataset_id):
+        raise InputError("use --flat FILE.npz or --dataset-id NAMESPACE/NAME-v0, one of the two")
+    for flag in ("train_steps", "medium_step", "expert_step"):
+        value = getattr(args, flag)
+        if args.level in AGENT_LEVELS and value and value % EVAL_EVERY:
+            flag = flag.replace("_", "-")
+            raise InputError(f"--{flag} is {value}: use a multiple of {EVAL_EVERY:,}")
+    check_target(args)
+    ref_min, ref_max = reference_scores(args.env)
+    goal = args.medium_return
+    if goal is None and args.level.startswith("medium") and not args.medium_step:
+        if ref_min is None:
+            raise InputError(f"{args.env} has no reference score: use --medium-return")
+        goal = ref_min + (ref_max - ref_min) / 3
+    return goal
 
 
 def collect(args):
     """Train and roll out as the level asks, then write the dataset."""
-    from tqdm import tqdm
-
-    if args.level not in LEVELS:
-        raise InputError(f"--level is {args.level!r}: give one of {', '.join(LEVELS)}")
-    if bool(args.flat) == bool(args.dataset_id):
-        raise InputError("give --flat FILE.npz or --dataset-id NAMESPACE/NAME-v0, one of the two")
-    check_target(args)
-    ref_min, ref_max = reference_scores(args.env)
-    goal = args.medium_return
-    if goal is None and args.level.startswith("medium"):
-        if ref_min is None:
-            raise InputError(f"{args.env} has no reference score: give --medium-return")
-        goal = ref_min + (ref_max - ref_min) / 3
-    job = Collector(args)
-    signal.signal(signal.SIGINT, lambda *_: setattr(job, "stopped", True))
-    signal.signal(signal.SIGTERM, lambda *_: setattr(job, "stopped", True))
-    total = job.replay.action.shape[0] + job.rollouts.action.shape[0]
-    bar = tqdm(total=total, initial=job.replay.size + job.rollouts.size, disable=None, unit="step")
-    recorder = job.rollouts
-    if args.level == "random":
-        job.roll_out(bar, args.steps, uniform=True)
-    if args.level.startswith("medium") and job.medium is None:
-        if not job.train(bar, goal):
-            raise InputError(
-                f"no policy reached a return of {goal:.0f} in {args.train_steps:,} "
-                f"steps (saved in {job.partial}): raise --train-steps or lower "
-                "--medium-return"
-            )
-        job.medium = job.replay.size
-    if args.level == "medium-replay":
-        recorder = job.replay
-        recorder.size = next(t for t, mean_return in job.returns if mean_return >= goal)
-        recorder.close()
-    elif args.level.startswith("medium"):
-        job.roll_out(bar, args.steps)
-    if args.level.endswith("expert"):
-        job.train(bar, None)
-        job.roll_out(bar, len(job.rollouts.obs))
-    bar.close()
     import gymnasium
 
-    versions = {"torch": torch.__version__, "gymnasium": gymnasium.__version__}
+    goal = check(args)
+    job = Collector(args)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: setattr(job, "stopped", True))
+    recorder = record(job, args, goal)
+    ref_min, ref_max = reference_scores(args.env)
     metadata = {
         "env_id": args.env,
+        "env_kwargs": job.kwargs,
         "action_low": job.low.tolist(),
         "action_high": job.high.tolist(),
         "level": args.level,
-        "algorithm": "SAC",
+        "algorithm": "controller" if args.level == "controller" else "SAC",
         "seed": args.seed,
         "ref_min_score": ref_min,
         "ref_max_score": ref_max,
-        "medium_return": goal,
         "agent_returns": job.returns,
-        "command": shlex.join(["python", *sys.argv]),
-        "versions": versions,
+        "command": shlex.join(["python", "tools/collect.py", *sys.argv[1:]]),
+        "versions": {"torch": torch.__version__, "gymnasium": gymnasium.__version__},
     }
     try:
         if args.flat:
@@ -436,12 +600,12 @@ def collect(args):
         else:
             write_minari(args.dataset_id, recorder, job.to_bounds, metadata, job.env)
     except OSError as error:
-        start = job.partial if job.partial.exists() else "the start"
         raise InputError(
             f"{args.flat or args.dataset_id} not written ({error.strerror or error}): free some "
-            f"space; the same command continues from {start}"
+            "space and repeat the command, which continues from the saved agent"
         ) from None
-    job.partial.unlink(missing_ok=True)
+    if not args.agent:
+        job.path.unlink(missing_ok=True)
     returns = [float(recorder.reward[e].sum()) for e in episodes(recorder)]
     print(
         f"{args.flat or args.dataset_id}: {recorder.size:,} transitions, {len(returns):,} "
@@ -450,4 +614,4 @@ def collect(args):
 
 
 if __name__ == "__main__":
-    collect(parse(Args, {}))
+    collect(parse(Args, {})[0])
