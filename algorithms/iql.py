@@ -1,31 +1,48 @@
 """Implicit Q-Learning, IQL (Kostrikov, Nair & Levine, ICLR 2022; arXiv:2110.06169).
 
 Idea: back up through an upper expectile of Q over the data's actions, so that no action outside
-the data is ever evaluated; then clone the actions that beat it.
+the data is ever evaluated; then clone the data's actions, the better ones with more weight.
 
     L_V  = E[ |tau - 1(u < 0)| u^2 ],  u = min_i Q'_i(s,a) - V(s)            (5)
-    L_Q  = E[ sum_i (r + gamma V(s') - Q_i(s,a))^2 ]                         (6)
-    L_pi = -E[ exp(beta u) log pi(a|s) ]                                     (7)
+    L_Q  = E[ sum_i (r + gamma (1 - terminal) V(s') - Q_i(s,a))^2 ]          (6)
+    L_pi = -E[ min(exp(beta u), max_weight) log pi(a|s) ]                    (7)
 
-Each iteration steps V, actor, Q, targets; u of (7) and V(s') of (6) are those of V after its step.
-pi is a Gaussian, not squashed: its mean is a tanh network, its deviation free of s. It acts by its
-mean. (7) is advantage-weighted regression, AWR; any other extraction leaves V and Q as they are.
---extraction ddpg_bc takes the AC+BC form instead, for a deterministic actor:
+One iteration steps V, the actor, Q and the targets, in this order; V after its step gives the u of
+(7) and the V(s') of (6). The policy pi is a Gaussian that tanh does not squash: its mean is a
+network that ends in tanh, and its deviation is learned but the same in every state. It acts by its
+mean.
+
+(7) is advantage-weighted regression, AWR. V and Q do not depend on the actor, so any other way to
+extract a policy leaves them as they are. --extraction ddpg_bc trains a deterministic actor to
+maximize Q and to stay close to the data:
 
     L_pi = -E[Q] / mean |Q| - alpha_bc E[ log N(a; pi(s), 1) ],
            Q = min_i Q_i(s, pi(s)), the divisor detached                     (DDPG+BC actor)
 
-Departures: exp(beta u) is capped at 100, and locomotion's rewards, divided by the gap between the
-best and the worst episode's return, are multiplied by 1,000 (authors' code for both). Rows cut by
-a time limit are kept where the data has their next observation (the authors' loader drops them),
-and actions at a bound stay there (it moves them inward by 1e-5; this density needs no such thing).
-CORL's default recipe, here that of hopper/* and halfcheetah/*, is --normalize-obs
---no-normalize-reward: the raw rewards of locomotion make beta larger.
-Adroit's v1 rows are CORL's too. DDPG+BC is not in the paper: loss and alpha_bc are OGBench's, but
-the mean is a tanh and the actor's learning rate falls (OGBench: neither). The paper has no point
-mazes; ours, sparse rewards of 0 and 1 like AntMaze's, take AntMaze's settings.
+The authors' code, against the paper:
+- The weight exp(beta u) is at most 100.
+- The paper divides locomotion's rewards by the gap between the best and the worst episode's return.
+  The code also multiplies them by 1,000.
 
-    python algorithms/iql.py --env hopper-medium-v2  # no flags: 19 ± 1, 3 seeds, 4 min
+This file, against the authors' code:
+- Rows that a time limit cut are kept where the data has their next observation; the authors' loader
+  drops them.
+- The gap between the best and the worst return is taken over whole episodes, with every row of the
+  data. The authors add up only what their loader leaves, so their returns lack the row at a time
+  limit and the last row of the file.
+- Actions at a bound stay there. The authors move them inward by 1e-5, but this density is finite at
+  the bounds.
+- The authors have no settings for Adroit's v1 data, so there they are those of CORL, a library of
+  offline RL: a larger tau and beta, normalized observations, and no dropout (CORL's configuration
+  names a dropout, but its Gaussian actor ignores it). The update is the authors' everywhere. CORL
+  steps V, Q, the targets and then the actor, takes u and V(s') from V before its step, averages
+  over the critics, lets the log-deviation fall to -20, and starts from PyTorch's default weights.
+- The paper has no point mazes. Their rewards are sparse like AntMaze's, so they use the settings of
+  AntMaze.
+- The paper has no DDPG+BC. The loss and alpha_bc are OGBench's, whose actor has no tanh at its end
+  and whose learning rate does not fall.
+
+    python algorithms/iql.py
 """
 
 import copy
@@ -34,125 +51,54 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Literal
 
 import torch
 from torch import nn
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from common import (
-    MLP,
-    Adam,
-    InputError,
-    ScalarMLP,
-    Scaling,
-    graphed,
-    load_dataset,
-    minimize,
-    normal_log_prob,
-    normalize_obs,
-    orthogonal_,
-    parse,
-    polyak,
-    sample,
-)
-from experiment import Run
+from common import BatchSize, Count, InsideUnit, NonNegative, Number, Positive, PositiveShare, Seed
+from common import ShareBelow1
+from common import MLP, Adam, InputError, RunArgs, ScalarMLP, Scaling, orthogonal_
+from common import graphed, largest_value, minimize, normal_log_prob, normalize_obs, polyak, sample
 
 
 @dataclass
-class Args:
+class Args(RunArgs):
     env: str = "hopper-replay-demo"
     """dataset: bundled name, D4RL name, Minari id, or path of an .hdf5 or .npz file"""
-    seed: int = 0
+    seed: Seed = 0
     """seeds networks, batches and evaluation"""
-    steps: int = 1_000_000
+    steps: Count = 1_000_000
     """gradient steps"""
-    batch_size: int = 256
+    batch_size: BatchSize = 256
     """transitions per gradient step"""
-    device: str = "auto"
-    """cpu, cuda, or auto: cuda where there is one"""
-    precision: str = "auto"
-    """fp32 products: highest, high, medium, or auto: the fastest that does not round"""
-    compile: bool = False
-    """compile the whole update: faster after half a minute"""
-    eval_every: int = 5_000
+    eval_every: Count = 5_000
     """gradient steps between evaluations"""
-    eval_episodes: int = 10
-    """episodes per evaluation"""
-    eval_env: str | None = None
-    """Gymnasium id to evaluate in; None: the dataset's own task; "none": no evaluation"""
-    log_every: int = 1_000
-    """gradient steps between rows of train.csv"""
-    save_every: int = 50_000
-    """gradient steps between checkpoints"""
-    out: str = "runs"
-    """folder of all runs"""
-    name: str = ""
-    """suffix of the run's folder, tells variants apart"""
-    resume: bool = False
-    """continue this run from its checkpoint"""
-    overwrite: bool = False
-    """replace this run's folder"""
-    track: bool = False
-    """mirror the logs to Weights & Biases"""
-
-    tau: float = 0.7
-    """expectile (Eq. 5): 0.5 is the mean, 1 the maximum over the data's actions"""
-    extraction: str = "awr"
-    """how the actor follows Q: awr (Eq. 7) or ddpg_bc"""
-    beta: float = 3.0
-    """inverse temperature of awr (Eq. 7): 0 is behavior cloning"""
-    max_weight: float = 100.0
-    """cap of awr's exp(beta u)"""
-    alpha_bc: float = 0.3
+    tau: InsideUnit = 0.7
+    """expectile tau (Eq. 5): 0.5 is the mean, near 1 the maximum over the data's actions"""
+    extraction: Literal["awr", "ddpg_bc"] = "awr"
+    """how the actor follows Q: weighted cloning (Eq. 7), or gradients of Q with cloning"""
+    beta: NonNegative = 3.0
+    """inverse temperature beta of the weights (Eq. 7): 0 is behavior cloning"""
+    max_weight: Positive = 100.0
+    """largest weight of a row in awr (Eq. 7)"""
+    alpha_bc: NonNegative = 0.3
     """weight of cloning in ddpg_bc: 0 is DDPG, infinity is behavior cloning"""
-    gamma: float = 0.99
+    gamma: ShareBelow1 = 0.99
     """discount"""
-    polyak: float = 0.005
+    polyak: PositiveShare = 0.005
     """share of the online critics that targets take over per step"""
-    lr: float = 3e-4
-    """Adam's learning rate; the actor's falls to 0 along a cosine over all steps"""
-    dropout: float = 0.0
+    lr: Positive = 3e-4
+    """Adam's learning rate; that of the actor falls to 0 along a cosine over all steps"""
+    dropout: ShareBelow1 = 0.0
     """share of the actor's hidden units dropped in its loss, never when it acts"""
     normalize_obs: bool = False
-    """shift and scale observations to mean 0, deviation 1 over the data"""
+    """shift and scale observations to mean 0 and deviation 1 over the data"""
     normalize_reward: bool = False
     """divide rewards by (best - worst episode return) / 1000"""
-    reward_shift: float = 0.0
-    """added to every reward"""
-
-
-PRESETS = {
-    "halfcheetah-*": dict(normalize_reward=True),
-    "hopper-*": dict(normalize_reward=True),
-    "walker2d-*": dict(normalize_reward=True),
-    "hopper/*": dict(normalize_obs=True),
-    "halfcheetah/*": dict(normalize_obs=True),
-    "mujoco/halfcheetah/*": dict(normalize_reward=True),
-    "mujoco/hopper/*": dict(normalize_reward=True),
-    "mujoco/walker2d/*": dict(normalize_reward=True),
-    "hopper-replay-demo": dict(steps=30_000, eval_every=3_000),  # shortened
-    "antmaze-*": dict(tau=0.9, beta=10.0, reward_shift=-1.0, eval_every=100_000, eval_episodes=100),
-    "D4RL/antmaze/*": dict(
-        tau=0.9, beta=10.0, reward_shift=-1.0, eval_every=100_000, eval_episodes=100
-    ),
-    **dict.fromkeys(  # mazes with sparse rewards of 0 and 1
-        ("pointmaze/*",)
-        + tuple(f"D4RL/pointmaze/{size}-v*" for size in ("open", "umaze", "medium", "large")),
-        dict(tau=0.9, beta=10.0, alpha_bc=0.003, reward_shift=-1.0),
-    ),
-    **dict.fromkeys(
-        [
-            pattern.format(task)
-            for pattern in ("{}-*", "{}/*", "D4RL/{}/*")
-            for task in ("pen", "door", "hammer", "relocate", "kitchen")
-        ],
-        dict(beta=0.5, dropout=0.1),
-    ),
-    **dict.fromkeys(  # CORL's for its version of the data
-        [f"{task}-*-v1" for task in ("pen", "door", "hammer", "relocate")],
-        dict(tau=0.8, beta=3.0),
-    ),
-}
+    reward_shift: Number = 0.0
+    """added to every reward, after --normalize-reward"""
 
 
 class Nets(nn.Module):
@@ -172,7 +118,7 @@ class Nets(nn.Module):
 
     def pi(self, s, dropout=0.0):
         """The actor's mean (B, A); `dropout` is the share of hidden units that is zeroed."""
-        *hidden, (w_last, b_last) = zip(self.actor.weights, self.actor.biases)
+        *hidden, (w_last, b_last) = self.actor.layers
         x = s
         for w, b in hidden:
             x = torch.addmm(b, x, w).relu_()
@@ -188,24 +134,26 @@ def scale_rewards(data, args):
         gap = data.episode_return.max() - data.episode_return.min()
         if gap == 0:
             raise InputError(
-                f"{data.name}: all episodes have the same return, which --normalize-reward "
-                "divides by the gaps of: add --no-normalize-reward"
+                f"{data.name}: --normalize-reward would divide by zero, because all episodes have "
+                "the same return; use --no-normalize-reward"
             )
         scale = 1000 / gap
     data.reward = data.reward * scale + args.reward_shift
 
 
 def value_loss(nets, s, q, args):
-    """Eq. 5, for q = min_i Q'_i(s,a)."""
+    """Eq. 5, for q = min_i Q'_i(s,a) (B,)."""
     u = q - nets.v(s)  # (B,)
-    return ((args.tau - (u < 0).to(u.dtype)).abs() * u.square()).mean()
+    weight = (args.tau - (u < 0).to(u.dtype)).abs()
+    return (weight * u.square()).mean()
 
 
 def awr_loss(nets, s, a, u, args):
     """Eq. 7; also returns the weights (B,)."""
     weight = (args.beta * u).exp().clamp(max=args.max_weight)
+    pi = nets.pi(s, args.dropout)
     log_std = nets.log_std.clamp(-5, 2)  # the authors' bounds
-    log_prob = normal_log_prob(a, nets.pi(s, args.dropout), log_std).sum(-1)  # (B,)
+    log_prob = normal_log_prob(a, pi, log_std).sum(-1)  # (B,)
     return -(weight * log_prob).mean(), weight
 
 
@@ -214,37 +162,53 @@ def ddpg_bc_loss(nets, s, a, args):
     pi = nets.pi(s, args.dropout)
     q = nets.q(s, pi).amin(0)  # (B,)
     bc_loss = 0.5 * (a - pi).square().sum(-1).mean()
-    return -q.mean() / (q.detach().abs().mean() + 1e-6) + args.alpha_bc * bc_loss, bc_loss.detach()
+    size = q.detach().abs().mean() + 1e-6
+    return -q.mean() / size + args.alpha_bc * bc_loss, bc_loss.detach()
 
 
 def critic_loss(nets, s, a, r, v2, terminal, args):
-    """Eq. 6, for v2 = V(s'); sum over critics of the mean over the batch."""
-    y = r + args.gamma * (1 - terminal) * v2
-    return (nets.q(s, a) - y).square().mean(1).sum()
+    """Eq. 6, for v2 = V(s') (B,); sum over critics of the mean over the batch."""
+    y = r + args.gamma * (1 - terminal) * v2  # (B,)
+    q = nets.q(s, a)  # (2, B)
+    return (q - y).square().mean(1).sum()
 
 
 def update(nets, opt, data, args):
-    """One iteration of Algorithm 1, in the authors' order."""
+    """One iteration of Algorithm 1, in the authors' order: V, actor, Q, targets."""
     s, a, r, s2, terminal = sample(data, args.batch_size)
     with torch.no_grad():
         q = nets.q_target(s, a).amin(0)  # (B,)
-    metrics = {"v_loss": minimize(opt.v, value_loss(nets, s, q, args))}
+    loss = value_loss(nets, s, q, args)
+    v_loss = minimize(opt.v, loss)
     with torch.no_grad():
         v, v2 = nets.v(torch.cat([s, s2])).chunk(2)  # after its step, for Eqs. 7 and 6
     u = q - v
     if args.extraction == "awr":
         loss, weight = awr_loss(nets, s, a, u, args)
-        metrics["capped_weights"] = (weight >= args.max_weight).float().mean()
         square = weight.square().mean().clamp(min=1e-30)  # all weights may underflow
-        metrics["effective_share"] = weight.mean().square() / square
-        metrics["log_std"] = nets.log_std.detach().mean()
+        actor_metrics = {
+            "capped_weights": (weight >= args.max_weight).float().mean(),
+            "effective_share": weight.mean().square() / square,
+            "log_std": nets.log_std.detach().mean(),
+        }
     else:
-        loss, metrics["bc_loss"] = ddpg_bc_loss(nets, s, a, args)
-    metrics["actor_loss"] = minimize(opt.actor, loss)
-    metrics["q_loss"] = minimize(opt.q, critic_loss(nets, s, a, r, v2, terminal, args))
+        loss, bc_loss = ddpg_bc_loss(nets, s, a, args)
+        actor_metrics = {"bc_loss": bc_loss}
+    pi_loss = minimize(opt.actor, loss)
+    loss = critic_loss(nets, s, a, r, v2, terminal, args)
+    q_loss = minimize(opt.q, loss)
     polyak(nets.q_target, nets.q, args.polyak)
-    metrics |= {"v_mean": v.mean(), "v_min": v.amin(), "v_max": v.amax()}
-    return metrics | {"q_mean": q.mean(), "advantage": u.mean()}
+    metrics = {
+        "v_loss": v_loss,
+        "pi_loss": pi_loss,
+        "q_loss": q_loss,
+        "q_mean": q.mean(),
+        "v_mean": v.mean(),
+        "v_min": v.amin(),
+        "v_max": v.amax(),
+        "advantage": u.mean(),
+    }
+    return metrics | actor_metrics
 
 
 def policy(nets, obs, args):
@@ -252,16 +216,8 @@ def policy(nets, obs, args):
     return nets.scaling.action(nets.pi(nets.scaling.obs(obs)))
 
 
-def train(args):
-    """Train, log and save; returns the mean score of the last 10 evaluations."""
-    if args.extraction not in ("awr", "ddpg_bc"):
-        raise InputError(f"--extraction is {args.extraction!r}: give awr or ddpg_bc")
-    if not 0 < args.tau < 1:
-        raise InputError(f"--tau is {args.tau}: give a number between 0 and 1, 0.5 for the mean")
-    if not 0 <= args.dropout < 1:
-        raise InputError(f"--dropout is {args.dropout}: give a share, 0 or above and below 1")
-    run = Run(args)
-    data, task = load_dataset(args.env, run.device, args.eval_env)
+def train(run, data, args):
+    """Train on `data`; `run` logs, evaluates and saves."""
     scale_rewards(data, args)
     if args.normalize_obs:
         normalize_obs(data, eps=1e-3)
@@ -272,13 +228,50 @@ def train(args):
         actor=Adam([*nets.actor.parameters(), *free_std], args.lr),
         q=Adam(nets.q.parameters(), args.lr),
     )
-    run.start(data, task, nets, opt)
+    run.start(nets, opt, q_mean=largest_value(data, args.gamma))
     step = graphed(update, nets, opt, data, args, compile=args.compile)
     for t in run.loop(args.steps):
-        opt.actor.lr.fill_(args.lr * (1 + math.cos(math.pi * (t - 1) / args.steps)) / 2)
-        run.after(t, step(), lambda obs: policy(nets, obs, args))
-    return run.finish()
+        cosine = math.cos(math.pi * (t - 1) / args.steps)
+        opt.actor.lr.fill_(args.lr * (1 + cosine) / 2)
+        metrics = step()
+        run.after(t, metrics, lambda obs: policy(nets, obs, args))
 
+
+PRESETS = {
+    "halfcheetah-*": dict(normalize_reward=True),
+    "hopper-*": dict(normalize_reward=True),
+    "walker2d-*": dict(normalize_reward=True),
+    "mujoco/halfcheetah/*": dict(normalize_reward=True),
+    "mujoco/hopper/*": dict(normalize_reward=True),
+    "mujoco/walker2d/*": dict(normalize_reward=True),
+    "hopper-replay-demo": dict(steps=30_000, eval_every=3_000),  # shortened
+    "hopper-medium-expert-demo": dict(steps=30_000, eval_every=3_000),  # shortened
+    **dict.fromkeys(
+        ("antmaze-*", "D4RL/antmaze/*"),
+        dict(tau=0.9, beta=10.0, reward_shift=-1.0, eval_every=100_000, eval_episodes=100),
+    ),
+    **dict.fromkeys(  # mazes with sparse rewards of 0 and 1
+        [f"D4RL/pointmaze/{size}-v*" for size in ("open", "umaze", "medium", "large")],
+        dict(tau=0.9, beta=10.0, alpha_bc=0.003, reward_shift=-1.0),
+    ),
+    "pointmaze-medium-demo": dict(  # shortened
+        tau=0.9, beta=10.0, alpha_bc=0.003, reward_shift=-1.0, steps=30_000, eval_every=3_000
+    ),
+    **dict.fromkeys(
+        [
+            pattern.format(task)
+            for pattern in ("{}-*", "D4RL/{}/*")
+            for task in ("pen", "door", "hammer", "relocate", "kitchen")
+        ],
+        dict(beta=0.5, dropout=0.1),
+    ),
+    **dict.fromkeys(  # CORL's for its version of the data
+        [f"{task}-*-v1" for task in ("pen", "door", "hammer", "relocate")],
+        dict(tau=0.8, beta=3.0, dropout=0.0, normalize_obs=True),
+    ),
+}
 
 if __name__ == "__main__":
-    train(parse(Args, PRESETS))
+    from harness import main
+
+    main(Args, PRESETS, train)

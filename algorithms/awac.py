@@ -1,0 +1,194 @@
+"""Advantage-weighted actor-critic, AWAC (Nair, Gupta, Dalal & Levine, 2020; arXiv:2006.09359).
+
+Idea: learn the Q of the trained policy off-policy, and clone the data's actions, each weighted by
+the exponential of how much better it is than an action of the policy. The numbers are those of
+Section 2.2 of S. Park's lecture notes "Offline RL", whose lambda is `temperature` here; pi_beta is
+the policy that made the data.
+
+    pi*(a|s) = exp(Q(s,a) / temperature) pi_beta(a|s) / Z(s)                (11)
+    L_pi = -E[ min(exp(A / temperature), max_weight) log pi(a|s) ]          (16)
+    y    = r + gamma (1 - terminal) min_i Q'_i(s', a'), a' ~ pi(s')         (AWAC target)
+    L_Q  = E[ sum_i (Q_i(s,a) - y)^2 ]                                      (AWAC critics)
+    A    = min_i Q_i(s,a) - min_i Q_i(s, a_pi), a_pi ~ pi(s)                (AWAC advantage)
+
+One iteration steps the critics, the actor (A is by the critics after their step) and the targets.
+The policy pi is a Gaussian that tanh does not squash, and its actions are clipped to the bounds. It
+acts by its mean. The actor's loss is that of awr.py, but its advantages are not standardized, so
+that the temperature is in units of reward.
+
+The authors' code, against the paper:
+- The weights are divided by their mean over the batch (a softmax over the batch, times the batch
+  size); in the paper they are exp(A / lambda) alone.
+
+This file, against the authors' code:
+- The form of the update is CORL's: the weights are bounded and not divided by their mean, and A is
+  by the critics after their step (before it, in the authors' code). Training is offline throughout;
+  the authors' goes on online.
+- A temperature of 1 is the default of the authors' code, whose MuJoCo example uses 2. The bound of
+  20 on the weights is AWR's. CORL's settings are --max-weight 100, and --temperature 0.333 for
+  locomotion or 0.1 for all other data.
+- The actor has two layers of 256 units (the authors' four, CORL's three), and so have the critics
+  (CORL's three). The mean goes through tanh (CORL's does not).
+- The log-deviation, the same in every state, is bounded by -5 and 2 (the authors' by -6 and 0,
+  CORL's by -20 and 2).
+- Batches have 256 rows and Adam has no weight decay, as in CORL (the authors: 1,024 rows, and 1e-4
+  on the actor).
+- Observations are normalized, as in CORL.
+- Rows that a time limit cut are kept where the data has their next observation; CORL's loader drops
+  them.
+- The paper has no AntMaze. The reward shift of -1 there is CORL's.
+
+    python algorithms/awac.py
+"""
+
+import copy
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+from torch import nn
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from common import BatchSize, Count, Number, Positive, PositiveShare, Seed, ShareBelow1
+from common import MLP, Adam, RunArgs, ScalarMLP, Scaling
+from common import graphed, largest_value, minimize, normal_log_prob, normalize_obs, polyak, sample
+
+
+@dataclass
+class Args(RunArgs):
+    env: str = "hopper-replay-demo"
+    """dataset: bundled name, D4RL name, Minari id, or path of an .hdf5 or .npz file"""
+    seed: Seed = 0
+    """seeds networks, batches and evaluation"""
+    steps: Count = 1_000_000
+    """gradient steps"""
+    batch_size: BatchSize = 256
+    """transitions per gradient step"""
+    eval_every: Count = 5_000
+    """gradient steps between evaluations"""
+    temperature: Positive = 1.0
+    """lambda of Eq. 16: very large is cloning; near 0, only actions that beat the policy's count"""
+    max_weight: Positive = 20.0
+    """largest weight of a row (Eq. 16); 1 drops bad actions and favors no good ones"""
+    gamma: ShareBelow1 = 0.99
+    """discount"""
+    polyak: PositiveShare = 0.005
+    """share of the online critics that targets take over per step"""
+    lr: Positive = 3e-4
+    """Adam's learning rate of the actor and the critics"""
+    normalize_obs: bool = True
+    """shift and scale observations to mean 0 and deviation 1 over the data"""
+    reward_shift: Number = 0.0
+    """added to every reward"""
+
+
+class Nets(nn.Module):
+    """Every network and its target; losses and optimizers live outside."""
+
+    def __init__(self, data, args):
+        super().__init__()
+        obs_dim, act_dim = data.obs.shape[1], data.action.shape[1]
+        self.scaling = Scaling(data)
+        self.actor = MLP(obs_dim, 256, 256, act_dim)
+        self.log_std = nn.Parameter(torch.zeros(act_dim))
+        self.q = ScalarMLP(obs_dim + act_dim, 256, 256, members=2)
+        self.q_target = copy.deepcopy(self.q).requires_grad_(False)
+
+    def pi(self, s):
+        """Mean (B, A) and log-std (A,) of the actor's Gaussian, which tanh does not squash."""
+        mean = self.actor(s).tanh()
+        return mean, self.log_std.clamp(-5, 2)
+
+
+def sample_action(mean, log_std):
+    """Actions (B, A) of the Gaussian, clipped to the bounds."""
+    noise = torch.randn_like(mean)
+    return (mean + log_std.exp() * noise).clamp(-1, 1)
+
+
+def critic_loss(nets, s, a, r, s2, terminal, args):
+    """AWAC target and critics, sum over critics of the mean over the batch; also the mean of Q."""
+    with torch.no_grad():
+        a2 = sample_action(*nets.pi(s2))
+        q2 = nets.q_target(s2, a2).amin(0)  # (B,)
+        y = r + args.gamma * (1 - terminal) * q2
+    q = nets.q(s, a)  # (2, B)
+    return (q - y).square().mean(1).sum(), q.detach().mean()
+
+
+@torch.no_grad()
+def q_advantage(nets, s, a, pi):
+    """AWAC advantage (B,), by the online critics; the baseline is that of one action of pi."""
+    states = torch.cat([s, s])
+    actions = torch.cat([a, sample_action(*pi)])
+    q, v = nets.q(states, actions).amin(0).chunk(2)
+    return q - v
+
+
+def awr_loss(pi, a, advantage, args):
+    """Eq. 16, whose optimum is Eq. 11, for A (B,) a constant; also returns the weights (B,)."""
+    weight = (advantage / args.temperature).exp().clamp(max=args.max_weight)
+    mean, log_std = pi
+    log_prob = normal_log_prob(a, mean, log_std).sum(-1)  # (B,)
+    return -(weight * log_prob).mean(), weight
+
+
+def update(nets, opt, data, args):
+    """One step of the critics, the actor and the targets."""
+    s, a, r, s2, terminal = sample(data, args.batch_size)
+    loss, q_mean = critic_loss(nets, s, a, r, s2, terminal, args)
+    q_loss = minimize(opt.q, loss)
+    pi = nets.pi(s)  # shared by the baseline's action and the actor's loss
+    advantage = q_advantage(nets, s, a, pi)
+    loss, weight = awr_loss(pi, a, advantage, args)
+    pi_loss = minimize(opt.actor, loss)
+    polyak(nets.q_target, nets.q, args.polyak)
+    square = weight.square().mean().clamp(min=1e-30)  # all weights may underflow
+    return {
+        "q_loss": q_loss,
+        "pi_loss": pi_loss,
+        "q_mean": q_mean,
+        "advantage": advantage.mean(),
+        "capped_weights": (weight >= args.max_weight).float().mean(),
+        "effective_share": weight.mean().square() / square,
+        "log_std": nets.log_std.detach().mean(),
+    }
+
+
+def policy(nets, obs, args):
+    """Raw observations (B, S) to deterministic actions (B, A) in the task's bounds."""
+    mean, _ = nets.pi(nets.scaling.obs(obs))
+    return nets.scaling.action(mean)
+
+
+def train(run, data, args):
+    """Train on `data`; `run` logs, evaluates and saves."""
+    data.reward += args.reward_shift
+    if args.normalize_obs:
+        normalize_obs(data, eps=1e-3)
+    nets = Nets(data, args).to(run.device)
+    opt = SimpleNamespace(
+        q=Adam(nets.q.parameters(), args.lr),
+        actor=Adam([*nets.actor.parameters(), nets.log_std], args.lr),
+    )
+    run.start(nets, opt, q_mean=largest_value(data, args.gamma))
+    step = graphed(update, nets, opt, data, args, compile=args.compile)
+    for t in run.loop(args.steps):
+        metrics = step()
+        run.after(t, metrics, lambda obs: policy(nets, obs, args))
+
+
+PRESETS = {
+    "hopper-replay-demo": dict(steps=60_000, eval_every=3_000),  # shortened
+    "hopper-medium-expert-demo": dict(steps=60_000, eval_every=3_000),  # shortened
+    "antmaze-*": dict(reward_shift=-1.0, eval_every=100_000, eval_episodes=100),
+    "D4RL/antmaze/*": dict(reward_shift=-1.0, eval_every=100_000, eval_episodes=100),
+    "pointmaze-medium-demo": dict(reward_shift=-1.0, steps=60_000, eval_every=3_000),  # shortened
+}
+
+if __name__ == "__main__":
+    from harness import main
+
+    main(Args, PRESETS, train)
