@@ -3,31 +3,58 @@
 Idea: SAC whose critics, besides fitting their targets, are pushed down where Q is high and up at
 the data's actions, so that no action outside the data looks better than it is.
 
-    y    = r + gamma min_i Q'_i(s',a'), a' ~ pi(s')                          (SAC target)
-    L_Q  = sum_i ( E[ (Q_i(s,a) - y)^2 ] + weight D_i )
+    y    = r + gamma (1 - terminal) min_i Q'_i(s',a'),  a' ~ pi(s')          (SAC target)
+    L_Q  = sum_i ( E[ (Q_i(s,a) - y)^2 ] + weight D_i )                      (critics)
     D_i  = E_s[ E_{a~U} Q_i(s,a) ] - E[ Q_i(s,a) ]                           (2)
     D_i  = E_s[ log sum_a exp Q_i(s,a) ] - E[ Q_i(s,a) ]                     (4)
     L_m  = -m weight mean_i (D_i - gap), and m weight in place of weight     (30)
-    L_pi = E[ temperature log pi(a|s) - min_i Q_i(s,a) ], a ~ pi(s)          (SAC)
+    L_pi = E[ temperature log pi(a|s) - min_i Q_i(s,a) ],  a ~ pi(s)         (SAC actor)
+    L_T  = log(temperature) (E[ -log pi(a|s) ] + A),  a ~ pi(s)              (SAC temperature)
 
-(4) is CQL(H), the method; (2) with a uniform mu is --regularizer basic; (30), with multiplier m,
-is --lagrange. The sum in (4) is the sum of exp(Q_i(s,a) - log density(a)) over 3N actions: N
-uniform, N of pi(s'), N of pi(s). For tabular Q and one critic, (2) rests where
-Q = y - weight/2 (mu / pi_beta - 1): `weight` is twice the paper's alpha, as the paper halves the
-squared error. For (30) the authors' code has m (weight D - threshold): gap = threshold / weight.
+(4) is CQL(H), the form that the paper's results use. (2), with a uniform distribution U of actions,
+is --regularizer basic. (30), with a multiplier m that is learned, is --lagrange. The sum in (4) is
+estimated from 3 N actions in every state, N uniform ones, N of pi(s') and N of pi(s): it is the sum
+of exp(Q_i(s,a) - log density(a)) over them.
 
-Departures, the authors' code has them too: actions of pi(s') in (4); no -log(3N), so that D of a
-constant Q under a uniform pi is log(3N) + A log 2; a fixed weight, except for mazes. From CORL and
-the code of young-geng before it: --diff-floor; a learned scale and shift of the actor's log-std;
-its floor (-20, authors: -5); the temperature is read before its step; m starts at e; --max-backup
-is the maximum over actions of the minimum over critics (authors: minimum of maxima); initial
-weights; normalized observations and scaled rewards, as PRESETS says (CORL scales those of
-hopper-medium-v2 too, to a range of returns of 1,000). CORL's AntMaze critics have five and three
-hidden layers: here both have three. Ours: kitchen's row is Adroit's and pointmaze's is AntMaze's,
-no source has either; the warm start's likelihood is that of the data's actions (CORL's is of the
-actor's own); --dequantize.
+For one critic that is a table, (2) comes to rest at Q = y - weight/2 (U / pi_beta - 1). The paper
+halves the squared error and this file does not, so `weight` is twice the paper's alpha.
 
-    python algorithms/cql.py --env hopper-medium-v2  # no flags: 13 ± 1, 3 seeds, 5 min
+The authors' code, against the paper:
+- The N actions of pi(s') in (4), valued at s, are the code's. The paper draws from the uniform
+  distribution and from pi(s) alone.
+- The terms of (4) are added and not averaged: nothing subtracts log(3 N). No gradient sees this,
+  but the gap of (30) does: if Q is constant and pi is uniform, D is log(3 N) + A log 2.
+- On locomotion the weight is fixed. The paper learns the multiplier there, with a gap of 10.
+- L_T multiplies the logarithm of the temperature; the formula of SAC's paper, in sac_bc.py and
+  fisher_brc.py, multiplies the temperature itself. Both raise the temperature while the entropy is
+  below -A and lower it above. Their gradients with respect to the logarithm differ by the factor
+  `temperature`, most of which Adam divides out again.
+
+This file, against the authors' code:
+- Settings and details are those of CORL, a later library that works from a code by young-geng. What
+  follows is CORL's, too, until a line says otherwise.
+- Observations are normalized, but not in mazes; the authors take them as they are.
+- The log-deviation of the actor is scaled and shifted by two learned numbers and lies in [-20, 2];
+  the authors' lies in [-5, 2].
+- Hidden layers of the critics start orthogonal, with a gain of sqrt(2); the last layers of all
+  networks start near 0.
+- The actor's loss uses the temperature before its step; the authors use it after its step.
+- The multiplier m starts at e; the authors start it at 1. The authors subtract a threshold from
+  weight D, so --gap is their threshold divided by the weight.
+- --max-backup takes the largest, over N actions, of the least of two critics. The authors take the
+  least, over two critics, of the largest of N actions.
+- --diff-floor is not in the authors' code. It holds the difference of every state, not D.
+- The rows of PRESETS for AntMaze are CORL's. The authors' own are --gap 1 --diff-floor None
+  --reward-scale 4 --reward-shift -2 --warm-start 40000. CORL gives its first critic five hidden
+  layers there and its second one three; here both have three.
+- CORL also scales the rewards of hopper-medium-v2 until returns span 1,000; this file does not.
+- The likelihood in --warm-start is that of the data's actions, as in the authors' code; CORL takes
+  that of the actor's own actions. The authors begin every training with such a phase.
+- No source has settings for kitchen or for point mazes with sparse rewards. Kitchen's are Adroit's
+  here, and the point mazes' are AntMaze's.
+- --dequantize is ours.
+
+    python algorithms/cql.py
 """
 
 import copy
@@ -36,130 +63,65 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Literal
 
 import torch
 from torch import nn
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from common import (
-    MLP,
-    Adam,
-    InputError,
-    ScalarMLP,
-    Scaling,
-    dequantize,
-    graphed,
-    load_dataset,
-    minimize,
-    normalize_obs,
-    orthogonal_,
-    parse,
-    polyak,
-    sample,
-    sample_tanh_normal,
-    share_at_bounds,
-    tanh_normal_log_prob,
-)
-from experiment import Run
+from common import BatchSize, Count, CountOrZero, NonNegative, Number, Positive, PositiveShare, Seed
+from common import Share, ShareBelow1
+from common import MLP, Adam, RunArgs, ScalarMLP, Scaling, dequantize, graphed, largest_value
+from common import minimize, normalize_obs, orthogonal_, polyak, sample, sample_tanh_normal
+from common import share_at_bounds, tanh_normal_log_prob
 
 
 @dataclass
-class Args:
+class Args(RunArgs):
     env: str = "hopper-replay-demo"
     """dataset: bundled name, D4RL name, Minari id, or path of an .hdf5 or .npz file"""
-    seed: int = 0
+    seed: Seed = 0
     """seeds networks, batches and evaluation"""
-    steps: int = 1_000_000
+    steps: Count = 1_000_000
     """gradient steps"""
-    batch_size: int = 256
+    batch_size: BatchSize = 256
     """transitions per gradient step"""
-    device: str = "auto"
-    """cpu, cuda, or auto: cuda where there is one"""
-    precision: str = "auto"
-    """fp32 products: highest, high, medium, or auto: the fastest that does not round"""
-    compile: bool = False
-    """compile the whole update: faster after half a minute"""
-    eval_every: int = 5_000
+    eval_every: Count = 5_000
     """gradient steps between evaluations"""
-    eval_episodes: int = 10
-    """episodes per evaluation"""
-    eval_env: str | None = None
-    """Gymnasium id to evaluate in; None: the dataset's own task; "none": no evaluation"""
-    log_every: int = 1_000
-    """gradient steps between rows of train.csv"""
-    save_every: int = 50_000
-    """gradient steps between checkpoints"""
-    out: str = "runs"
-    """folder of all runs"""
-    name: str = ""
-    """suffix of the run's folder, tells variants apart"""
-    resume: bool = False
-    """continue this run from its checkpoint"""
-    overwrite: bool = False
-    """replace this run's folder"""
-    track: bool = False
-    """mirror the logs to Weights & Biases"""
-
-    regularizer: str = "h"
-    """what is pushed down: h, the log-sum-exp of Q (Eq. 4), or basic, its uniform mean (Eq. 2)"""
-    weight: float = 10.0
+    regularizer: Literal["h", "basic"] = "h"
+    """what is pushed down: the log-sum-exp of Q (h, Eq. 4) or its uniform mean (basic, Eq. 2)"""
+    weight: NonNegative = 10.0
     """weight of D against the squared error, twice the paper's alpha: 0 is SAC"""
-    n_actions: int = 10
-    """actions N per state and sampler in Eq. 2 and 4, and in --max-backup"""
+    n_actions: Count = 10
+    """actions N per state and sampler in Eq. 2 and 4, and per state in --max-backup"""
     lagrange: bool = False
     """learn a multiplier of the weight that holds D at the gap (Eq. 30)"""
-    gap: float = 10.0
-    """D that --lagrange aims at, tau in Eq. 30: lower is more conservative"""
-    diff_floor: float | None = None
-    """each state's difference in D counts no less than this; None: no floor"""
+    gap: Number = 10.0
+    """value of D that --lagrange aims at, tau in Eq. 30: lower is more conservative"""
+    diff_floor: Number | None = None
+    """the difference of a state counts as no less than this in D; None: there is no floor"""
     max_backup: bool = False
     """take the best of N next actions in the target, instead of one"""
     backup_entropy: bool = False
-    """SAC's entropy term in the target"""
-    warm_start: int = 0
-    """steps at first in which the actor climbs the data's likelihood instead of Q"""
-    dequantize: float = 0.0
-    """band inside the bounds over which --warm-start spreads actions exactly at a bound"""
-    gamma: float = 0.99
+    """keep SAC's entropy term in the target"""
+    warm_start: CountOrZero = 0
+    """steps at the start in which the actor climbs the data's likelihood instead of Q"""
+    dequantize: Share = 0.0
+    """band inside the bounds over which --warm-start spreads actions that are at a bound"""
+    gamma: ShareBelow1 = 0.99
     """discount"""
-    polyak: float = 0.005
+    polyak: PositiveShare = 0.005
     """share of the online critics that targets take over per step"""
-    lr: float = 3e-4
-    """Adam's learning rate: critics and multiplier"""
-    actor_lr: float = 3e-5
-    """Adam's learning rate: actor and temperature"""
+    lr: Positive = 3e-4
+    """Adam's learning rate of the critics and the multiplier"""
+    actor_lr: Positive = 3e-5
+    """Adam's learning rate of the actor and the temperature"""
     normalize_obs: bool = True
-    """shift and scale observations to mean 0, deviation 1 over the data"""
-    reward_scale: float = 1.0
+    """shift and scale observations to mean 0 and deviation 1 over the data"""
+    reward_scale: Number = 1.0
     """factor of every reward"""
-    reward_shift: float = 0.0
-    """added to every reward after that"""
-
-
-PRESETS = {
-    "hopper-replay-demo": dict(  # shortened: fewer rows per step, a faster actor
-        steps=10_000, batch_size=128, n_actions=3, actor_lr=3e-4, eval_every=1_000
-    ),
-    # the local hopper/* and halfcheetah/* sets, for a CPU: fewer rows per step, a faster actor
-    **dict.fromkeys(("hopper/*", "halfcheetah/*"), dict(weight=5.0, n_actions=4, actor_lr=3e-4)),
-    "maze2d-*": dict(lagrange=True, gap=5.0),
-    **dict.fromkeys(  # mazes with sparse rewards of 0 and 1
-        ("antmaze-*", "D4RL/antmaze/*", "pointmaze/*")
-        + tuple(f"D4RL/pointmaze/{size}-v*" for size in ("open", "umaze", "medium", "large")),
-        dict(weight=5.0, lagrange=True, gap=0.8, diff_floor=-200.0, max_backup=True, actor_lr=1e-4)
-        | dict(normalize_obs=False, reward_scale=10.0, reward_shift=-5.0),
-    ),
-    "antmaze-*-v*": dict(eval_every=100_000, eval_episodes=100),
-    "D4RL/antmaze/*-v*": dict(eval_every=100_000, eval_episodes=100),
-    **dict.fromkeys(
-        [
-            pattern.format(task)
-            for pattern in ("{}-*", "{}/*", "D4RL/{}/*")
-            for task in ("pen", "door", "hammer", "relocate", "kitchen")
-        ],
-        dict(weight=1.0, actor_lr=1e-4),
-    ),
-}
+    reward_shift: Number = 0.0
+    """added to every reward after it was scaled"""
 
 
 class Nets(nn.Module):
@@ -182,47 +144,55 @@ class Nets(nn.Module):
 
     def pi(self, s):
         """Mean and log-std (B, A) of the actor's tanh-Gaussian."""
-        mean, log_std = self.actor(s).chunk(2, -1)
-        return mean, (self.log_std_scale * log_std + self.log_std_shift).clamp(-20, 2)
+        mean, out = self.actor(s).chunk(2, -1)
+        log_std = self.log_std_scale * out + self.log_std_shift
+        return mean, log_std.clamp(-20, 2)
 
     def pi_parameters(self):
         return [*self.actor.parameters(), self.log_std_scale, self.log_std_shift]
 
     def multiplier(self):
-        """m of Eq. 30; an unreachable gap would let it grow without end."""
+        """m of Eq. 30; a gap that D cannot reach would let it grow without end."""
         return self.log_multiplier.exp().clamp(max=1e6)
 
 
 def draw(pi, n):
-    """n actions (B, n, A) of the policy at every state, and their log-densities (B, n)."""
-    mean, log_std = (x.unsqueeze(1).expand(-1, n, -1) for x in pi)
-    return sample_tanh_normal(mean, log_std)[:2]
+    """n actions (B, n, A) of the policy in every state, and their log-densities (B, n)."""
+    mean, log_std = pi
+    mean = mean.unsqueeze(1).expand(-1, n, -1)
+    log_std = log_std.unsqueeze(1).expand(-1, n, -1)
+    a, log_prob, _ = sample_tanh_normal(mean, log_std)
+    return a, log_prob
 
 
 def proposals(pi, pi2, a, args):
     """Actions (B, M, A) that stand for all others at s, and their samplers' log-densities (B, M):
     N uniform ones (Eq. 2), then N of pi(s') and N of pi(s) (Eq. 4)."""
-    uniform = 2 * torch.rand_like(a.unsqueeze(1).expand(-1, args.n_actions, -1)) - 1
+    like = a.unsqueeze(1).expand(-1, args.n_actions, -1)
+    uniform = 2 * torch.rand_like(like) - 1
     log_uniform = torch.full_like(uniform[..., 0], -a.shape[1] * math.log(2))
     if args.regularizer == "basic":
         return uniform, log_uniform
-    actions, log_density = zip(
-        (uniform, log_uniform), *(draw(p, args.n_actions) for p in (pi2, pi))
-    )
-    return torch.cat(actions, 1), torch.cat(log_density, 1)
+    a_next, log_next = draw(pi2, args.n_actions)
+    a_pi, log_pi = draw(pi, args.n_actions)
+    actions = torch.cat([uniform, a_next, a_pi], 1)
+    return actions, torch.cat([log_uniform, log_next, log_pi], 1)
 
 
 def q_values(q, s, actions):
     """Q_i(s, a) of every state's own actions (B, M, A): (2, B, M)."""
     s = s.unsqueeze(1).expand(-1, actions.shape[1], -1)
-    return q(torch.cat([s, actions], -1).flatten(0, 1)).unflatten(1, actions.shape[:2])
+    rows = torch.cat([s, actions], -1).flatten(0, 1)
+    return q(rows).unflatten(1, actions.shape[:2])
 
 
-def target_value(nets, s2, r, terminal, a2, log_prob2, temperature, args):
+def target_value(nets, r, s2, terminal, a2, log_prob2, temperature, args):
     """SAC target, of the best of the next actions a2 (B, M, A); their log-densities (B, M)."""
-    q2, best = q_values(nets.q_target, s2, a2).amin(0).max(1)  # (B,)
+    least = q_values(nets.q_target, s2, a2).amin(0)  # (B, M)
+    q2, best = least.max(1)  # (B,)
     if args.backup_entropy:
-        q2 = q2 - temperature * log_prob2.gather(1, best.unsqueeze(1)).squeeze(1)
+        log_prob2 = log_prob2.gather(1, best.unsqueeze(1)).squeeze(1)
+        q2 = q2 - temperature * log_prob2
     return r + args.gamma * (1 - terminal) * q2  # (B,)
 
 
@@ -232,13 +202,29 @@ def conservative_diff(q_data, q_other, log_density, args):
         high = q_other.mean(2)
     else:
         high = (q_other - log_density).logsumexp(2)
-    diff = high - q_data
-    return (diff if args.diff_floor is None else diff.clamp(min=args.diff_floor)).mean(1)
+    diff = high - q_data  # (2, B)
+    if args.diff_floor is not None:
+        diff = diff.clamp(min=args.diff_floor)
+    return diff.mean(1)
 
 
-def multiplier_loss(multiplier, diff, args):
+def critic_loss(nets, s, a, y, others, log_density, m, args):
+    """Squared errors and weighted D of both critics, whose data and proposals are one batch. Also
+    returns the errors, D_i (2,), and the mean of Q at the data and at each proposal (1 + M,).
+
+    Everything is a mean over states, so it may be computed for a part of the batch at a time."""
+    actions = torch.cat([a.unsqueeze(1), others], 1)  # (B, 1 + M, A)
+    q = q_values(nets.q, s, actions)  # (2, B, 1 + M)
+    q_data, q_other = q[..., 0], q[..., 1:]
+    td_loss = (q_data - y).square().mean(1).sum()
+    diff = conservative_diff(q_data, q_other, log_density, args)
+    loss = td_loss + m * args.weight * diff.sum()
+    return loss, td_loss.detach(), diff.detach(), q.detach().mean((0, 1))
+
+
+def multiplier_loss(m, diff, args):
     """Eq. 30: the multiplier grows while D, a mean over critics, is above the gap."""
-    return -multiplier * args.weight * (diff.detach() - args.gap).mean()
+    return -m * args.weight * (diff - args.gap).mean()
 
 
 def actor_loss(log_prob, value, temperature):
@@ -247,57 +233,63 @@ def actor_loss(log_prob, value, temperature):
 
 
 def temperature_loss(log_temperature, entropy, act_dim):
-    """SAC's temperature: grows while the entropy is below its target -A."""
+    """SAC's temperature, through its logarithm: it grows while the entropy is below -A."""
     return log_temperature * (entropy + act_dim)
 
 
 def update(nets, opt, data, args, warm):
-    """One step of everything, on draws and losses of the actor before its step; while `warm`, the
+    """One step of everything, all on draws of the actor before its step. While `warm` is true, the
     actor does not look at Q."""
     s, a, r, s2, terminal = sample(data, args.batch_size)
     pi = nets.pi(s)
     a_pi, log_prob, _ = sample_tanh_normal(*pi)
     with torch.no_grad():
-        pi2, temperature = nets.pi(s2), nets.log_temperature.exp()
+        pi2 = nets.pi(s2)
+        temperature = nets.log_temperature.exp()
         others, log_density = proposals(pi, pi2, a, args)
         a2, log_prob2 = draw(pi2, args.n_actions if args.max_backup else 1)
-        y = target_value(nets, s2, r, terminal, a2, log_prob2, temperature, args)
+        y = target_value(nets, r, s2, terminal, a2, log_prob2, temperature, args)
+
     if warm:
-        value = tanh_normal_log_prob(dequantize(a, args.dequantize), *pi, clip=1e-3)
+        a_data = dequantize(a, args.dequantize)
+        value = tanh_normal_log_prob(a_data, *pi, clip=1e-3)
     else:
         value = nets.q(s, a_pi).amin(0)  # (B,)
-    loss = minimize(opt.actor, actor_loss(log_prob, value, temperature))
+    pi_loss = actor_loss(log_prob, value, temperature)
+    minimize(opt.actor, pi_loss)
     entropy = -log_prob.detach().mean()
     minimize(opt.temperature, temperature_loss(nets.log_temperature, entropy, a.shape[1]))
 
-    q = q_values(nets.q, s, torch.cat([a.unsqueeze(1), others], 1))  # (2, B, 1 + M)
-    td_loss = (q[..., 0] - y).square().mean(1).sum()
-    diff = conservative_diff(q[..., 0], q[..., 1:], log_density, args)  # (2,)
-    multiplier = nets.multiplier().detach() if args.lagrange else 1.0
-    minimize(opt.q, td_loss + multiplier * args.weight * diff.sum())
+    m = nets.multiplier().detach() if args.lagrange else 1.0
+    q_loss, td_loss, diff, q_mean = critic_loss(nets, s, a, y, others, log_density, m, args)
+    minimize(opt.q, q_loss)
     polyak(nets.q_target, nets.q, args.polyak)
-    metrics = {"td_loss": td_loss.detach(), "diff": diff.detach().mean(), "actor_loss": loss}
-    if args.lagrange:
-        minimize(opt.multiplier, multiplier_loss(nets.multiplier(), diff, args))
-        metrics["multiplier"] = multiplier
-    q_mean = q.detach().mean((0, 1))  # (1 + M,)
-    metrics |= {"q_data": q_mean[0], "target": y.mean()}
+    metrics = {
+        "q_loss": q_loss.detach(),
+        "td_loss": td_loss,
+        "diff": diff.mean(),
+        "pi_loss": pi_loss.detach(),
+        "q_data": q_mean[0],
+        "target": y.mean(),
+        "entropy": entropy,
+        "temperature": temperature,
+    }
     for name, part in zip(("q_uniform", "q_next", "q_pi"), q_mean[1:].split(args.n_actions)):
         metrics[name] = part.mean()
-    return metrics | {"entropy": entropy, "temperature": temperature}
+    if args.lagrange:
+        minimize(opt.multiplier, multiplier_loss(nets.multiplier(), diff, args))
+        metrics["multiplier"] = m
+    return metrics
 
 
 def policy(nets, obs, args):
     """Raw observations (B, S) to deterministic actions (B, A) in the task's bounds."""
-    return nets.scaling.action(nets.pi(nets.scaling.obs(obs))[0].tanh())
+    mean, _ = nets.pi(nets.scaling.obs(obs))
+    return nets.scaling.action(mean.tanh())
 
 
-def train(args):
-    """Train, log and save; returns the mean score of the last 10 evaluations."""
-    if args.regularizer not in ("h", "basic"):
-        raise InputError(f"--regularizer is {args.regularizer!r}: give h or basic")
-    run = Run(args)
-    data, task = load_dataset(args.env, run.device, args.eval_env)
+def train(run, data, args):
+    """Train on `data`; `run` logs, evaluates and saves."""
     data.reward.mul_(args.reward_scale).add_(args.reward_shift)
     if args.warm_start:
         share_at_bounds(data, args.dequantize)
@@ -310,12 +302,47 @@ def train(args):
         q=Adam(nets.q.parameters(), args.lr),
         multiplier=Adam([nets.log_multiplier], args.lr),
     )
-    run.start(data, task, nets, opt)
+    largest = largest_value(data, args.gamma)
+    run.start(nets, opt, q_data=largest, q_pi=largest, target=largest)
     step = graphed(update, nets, opt, data, args, compile=args.compile)
     for t in run.loop(args.steps):
-        run.after(t, step(t <= args.warm_start), lambda obs: policy(nets, obs, args))
-    return run.finish()
+        warm = t <= args.warm_start
+        metrics = step(warm)
+        run.after(t, metrics, lambda obs: policy(nets, obs, args))
 
+
+PRESETS = {
+    "hopper-medium-expert-demo": dict(  # shortened: fewer rows per step, a faster actor
+        steps=10_000, batch_size=128, n_actions=3, actor_lr=3e-4, eval_every=1_000
+    ),
+    "hopper-replay-demo": dict(  # shortened: fewer rows per step, a faster actor
+        steps=10_000, batch_size=128, n_actions=3, actor_lr=3e-4, eval_every=1_000
+    ),
+    "pointmaze-medium-demo": (  # AntMaze's settings, shortened like the two above
+        dict(weight=5.0, lagrange=True, gap=0.8, diff_floor=-200.0, max_backup=True)
+        | dict(normalize_obs=False, reward_scale=10.0, reward_shift=-5.0)
+        | dict(steps=10_000, batch_size=128, n_actions=3, actor_lr=3e-4, eval_every=1_000)
+    ),
+    "maze2d-*": dict(lagrange=True, gap=5.0),
+    **dict.fromkeys(  # mazes with sparse rewards of 0 and 1
+        ("antmaze-*", "D4RL/antmaze/*")
+        + tuple(f"D4RL/pointmaze/{size}-v*" for size in ("open", "umaze", "medium", "large")),
+        dict(weight=5.0, lagrange=True, gap=0.8, diff_floor=-200.0, max_backup=True, actor_lr=1e-4)
+        | dict(normalize_obs=False, reward_scale=10.0, reward_shift=-5.0),
+    ),
+    "antmaze-*-v*": dict(eval_every=100_000, eval_episodes=100),
+    "D4RL/antmaze/*-v*": dict(eval_every=100_000, eval_episodes=100),
+    **dict.fromkeys(
+        [
+            pattern.format(task)
+            for pattern in ("{}-*", "D4RL/{}/*")
+            for task in ("pen", "door", "hammer", "relocate", "kitchen")
+        ],
+        dict(weight=1.0, actor_lr=1e-4),
+    ),
+}
 
 if __name__ == "__main__":
-    train(parse(Args, PRESETS))
+    from harness import main
+
+    main(Args, PRESETS, train)
