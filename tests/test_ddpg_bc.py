@@ -4,23 +4,22 @@ import copy
 from types import SimpleNamespace
 
 import pytest
-import td3_bc
 import torch
+from golden.tools import Inject
 from oracles import SGD, assert_same, in_double, rows, stack
-from td3_bc import PRESETS, Args, Nets, actor_loss, critic_loss, update
+from stand_in import PlainRun
+from td3_bc import Args, Nets, actor_loss, critic_loss, train, update
 from torch import nn
 from torch.testing import assert_close
 
-from common import Adam, parse
+from common import Adam
 
 FLAGS = {"policy_noise": 0.0, "noise_clip": 0.0, "critics": 1, "policy_freq": 1}
 
 
 def ddpg_bc(**values):
-    """Args of a command line with the four flags, `values` in the place of some."""
-    flags = {"env": "tiny", "batch_size": 16} | FLAGS | values
-    argv = [part for k, v in flags.items() for part in (f"--{k.replace('_', '-')}", str(v))]
-    return parse(Args, PRESETS, argv)
+    """Args with the four flags, `values` in the place of some."""
+    return Args(**({"batch_size": 16} | FLAGS | values))
 
 
 def make(data, args, optimizer=Adam, lr=2**-10):
@@ -31,7 +30,8 @@ def make(data, args, optimizer=Adam, lr=2**-10):
     nets.actor_target.load_state_dict(other.actor.state_dict())
     nets = nets.double()
     opt = SimpleNamespace(
-        q=optimizer(nets.q.parameters(), lr), actor=optimizer(nets.actor.parameters(), lr)
+        q=optimizer(nets.q.parameters(), lr),
+        actor=optimizer(nets.actor.parameters(), lr),
     )
     return nets, opt
 
@@ -41,26 +41,16 @@ def data(tiny_data):
     return in_double(tiny_data(obs_dim=3, act_dim=2, n=16))
 
 
-def batches(monkeypatch, data, count):
-    """Fixed batches, which `update` draws too."""
-    draw = torch.Generator().manual_seed(5)
-    index = [torch.randint(16, (16,), generator=draw) for _ in range(count)]
-    drawn = [[x[i] for x in rows(data)] for i in index]
-    left = iter(drawn)
-    monkeypatch.setattr(td3_bc, "sample", lambda data, batch_size: next(left))
-    return drawn
-
-
 class ByHand:
     """DDPG (Lillicrap et al., 2016) with the AC+BC actor: Q / mean|Q| + alpha_bc log N(a; pi, 1).
 
     Its actor's loss is TD3+BC's divided by alpha, so a plain gradient step needs alpha times the
     rate, and Adam, which does not see the factor, 1 / alpha of the epsilon."""
 
-    def __init__(self, nets, optimizer, lr, alpha, alpha_bc, gamma=0.99, rate=0.005):
+    def __init__(self, nets, optimizer, lr, alpha, alpha_bc, rate):
         self.actor, self.actor_target = stack(nets.actor), stack(nets.actor_target)
         self.q, self.q_target = stack(nets.q, 0), stack(nets.q_target, 0)
-        self.alpha_bc, self.gamma, self.rate = alpha_bc, gamma, rate
+        self.alpha_bc, self.rate = alpha_bc, rate
         if optimizer is SGD:
             self.q_opt = torch.optim.SGD(self.q.parameters(), lr=lr)
             self.actor_opt = torch.optim.SGD(self.actor.parameters(), lr=lr * alpha)
@@ -69,38 +59,63 @@ class ByHand:
             self.actor_opt = torch.optim.Adam(self.actor.parameters(), lr=lr, eps=1e-8 / alpha)
 
     def step(self, s, a, r, s2, terminal):
+        self.critic_step(s, a, r, s2, terminal)
+        self.actor_step(s, a)
+        self.target_step(self.q_target, self.q)
+        self.target_step(self.actor_target, self.actor)
+
+    def critic_step(self, s, a, r, s2, terminal):
         with torch.no_grad():
             a2 = torch.tanh(self.actor_target(s2))
-            y = r + self.gamma * (1 - terminal) * self.q_target(torch.cat([s2, a2], 1))[:, 0]
+            q2 = self.q_target(torch.cat([s2, a2], 1))[:, 0]
+            y = r + 0.99 * (1 - terminal) * q2
+        q = self.q(torch.cat([s, a], 1))[:, 0]
+        loss = nn.functional.mse_loss(q, y)
         self.q_opt.zero_grad()
-        nn.functional.mse_loss(self.q(torch.cat([s, a], 1))[:, 0], y).backward()
+        loss.backward()
         self.q_opt.step()
 
+    def actor_step(self, s, a):
         pi = torch.tanh(self.actor(s))
         q = self.q(torch.cat([s, pi], 1))[:, 0]
+        unit_q = q / q.detach().abs().mean()
         log_prob = torch.distributions.Normal(pi, 1.0).log_prob(a).sum(1)
+        loss = -unit_q.mean() - self.alpha_bc * log_prob.mean()
         self.actor_opt.zero_grad()
-        (-(q / q.detach().abs().mean()).mean() - self.alpha_bc * log_prob.mean()).backward()
+        loss.backward()
         self.actor_opt.step()
 
-        for target, online in ((self.q_target, self.q), (self.actor_target, self.actor)):
-            for t, o in zip(target.parameters(), online.parameters()):
-                t.data = (1 - self.rate) * t.data + self.rate * o.data
+    def target_step(self, target, online):
+        for t, o in zip(target.parameters(), online.parameters()):
+            t.data = (1 - self.rate) * t.data + self.rate * o.data
 
     def assert_equals(self, nets):
         for name in ("q", "actor", "q_target", "actor_target"):
             assert_same(getattr(nets, name), getattr(self, name))
 
 
+def both_step(data, args, optimizer, lr, oracle_of, steps):
+    """Networks and oracle side by side on the same rows; yields both after every step."""
+    nets, opt = make(data, args, optimizer, lr)
+    oracle, draw = oracle_of(nets), torch.Generator().manual_seed(5)
+    noise = torch.randn(16, 2, generator=draw).double()  # that a policy_noise of 0 silences
+    for t in range(1, steps + 1):
+        i = torch.randint(16, (16,), generator=draw)
+        with Inject(randint=[i], randn_like=[noise]):
+            update(nets, opt, data, args, t % args.policy_freq == 0)
+        oracle.step(*[x[i] for x in rows(data)])
+        yield nets, oracle
+
+
 @pytest.mark.parametrize("alpha", [2.5, 0.4])
 @pytest.mark.parametrize(("optimizer", "lr"), [(SGD, 0.02), (Adam, 2**-10)])
-def test_steps_are_those_of_ddpg_bc(data, monkeypatch, optimizer, lr, alpha):
+def test_steps_are_those_of_ddpg_bc(data, optimizer, lr, alpha):
     args = ddpg_bc(alpha=alpha, polyak=0.05)
-    nets, opt = make(data, args, optimizer, lr)
-    oracle = ByHand(nets, optimizer, lr, alpha, alpha_bc=2 / (alpha * 2), rate=0.05)
-    for t, batch in enumerate(batches(monkeypatch, data, 6), 1):
-        update(nets, opt, data, args, t % args.policy_freq == 0)
-        oracle.step(*batch)
+
+    def oracle_of(nets):
+        return ByHand(nets, optimizer, lr, alpha, alpha_bc=2 / (alpha * 2), rate=0.05)
+
+    for nets, oracle in both_step(data, args, optimizer, lr, oracle_of, steps=6):
         oracle.assert_equals(nets)
 
 
@@ -108,14 +123,13 @@ def test_steps_are_those_of_ddpg_bc(data, monkeypatch, optimizer, lr, alpha):
     "more",
     [dict(policy_noise=0.2, noise_clip=0.5), dict(critics=2), dict(policy_freq=2), dict(alpha=2.6)],
 )
-def test_every_flag_is_needed(data, monkeypatch, more):
+def test_every_flag_is_needed(data, more):
     """With one of them at TD3+BC's value, or another alpha, it is no longer the same step."""
-    args = ddpg_bc(**more)
-    nets, opt = make(data, args)
-    oracle = ByHand(nets, Adam, 2**-10, 2.5, alpha_bc=2 / (2.5 * 2))
-    for t, batch in enumerate(batches(monkeypatch, data, 3), 1):
-        update(nets, opt, data, args, t % args.policy_freq == 0)
-        oracle.step(*batch)
+
+    def oracle_of(nets):
+        return ByHand(nets, Adam, 2**-10, 2.5, alpha_bc=2 / (2.5 * 2), rate=0.005)
+
+    *_, (nets, oracle) = both_step(data, ddpg_bc(**more), Adam, 2**-10, oracle_of, steps=3)
     with pytest.raises(AssertionError):
         oracle.assert_equals(nets)
 
@@ -157,28 +171,23 @@ def test_target_has_no_noise(data):
     assert not torch.equal(critic_loss(nets, *rows(data), args)[0], losses[0])
 
 
-def test_train_moves_actor_and_targets_in_every_step(tiny_data, monkeypatch):
-    data, seen = tiny_data(), []
+class Watching(PlainRun):
+    """Notes after every step which networks have moved since the one before."""
 
-    class FakeRun:
-        device = torch.device("cpu")
+    def start(self, nets, opt, **largest):
+        super().start(nets, opt, **largest)
+        self.before, self.moved = copy.deepcopy(nets), []
 
-        def __init__(self, args):
-            self.loop = lambda steps: range(1, steps + 1)
-
-        def __getattr__(self, name):
-            return lambda *_: None
-
-    def after_update(nets, opt, data, args, policy_step):
-        before = copy.deepcopy(nets)
-        metrics = update(nets, opt, data, args, policy_step)
+    def after(self, t, metrics, act=None):
         names = ("q", "actor", "q_target", "actor_target")
-        pairs = [(getattr(nets, k).weights[0], getattr(before, k).weights[0]) for k in names]
-        seen.append(not any(torch.equal(*pair) for pair in pairs))
-        return metrics
+        pairs = [
+            (getattr(self.nets, k).weights[0], getattr(self.before, k).weights[0]) for k in names
+        ]
+        self.moved.append([not torch.equal(now, then) for now, then in pairs])
+        self.before = copy.deepcopy(self.nets)
 
-    monkeypatch.setattr(td3_bc, "Run", FakeRun)
-    monkeypatch.setattr(td3_bc, "load_dataset", lambda *_: (data, None))
-    monkeypatch.setattr(td3_bc, "update", after_update)
-    td3_bc.train(ddpg_bc(steps=5, device="cpu"))
-    assert seen == [True] * 5
+
+def test_train_moves_actor_and_targets_in_every_step(tiny_data):
+    run = Watching()
+    train(run, tiny_data(), ddpg_bc(steps=5))
+    assert run.moved == [[True] * 4] * 5

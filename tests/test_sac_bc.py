@@ -1,4 +1,4 @@
-"""sac_bc.py: target, the three parts of the actor's loss, one whole step, limits, a bandit."""
+"""sac_bc.py: target, the three parts of the actor's loss, whole steps, limits, a bandit."""
 
 import copy
 import math
@@ -8,8 +8,10 @@ import pytest
 import sac_bc
 import torch
 import torch.distributions as D
+from golden.tools import Inject
 from oracles import SGD, assert_same, in_double, rows, stack
-from sac_bc import Args, Nets, actor_loss, critic_loss, temperature_loss, update
+from sac_bc import Args, Nets, actor_loss, critic_loss, temperature_loss, train, update
+from stand_in import PlainRun
 from torch import nn
 from torch.testing import assert_close
 
@@ -38,17 +40,10 @@ def data(tiny_data):
     return in_double(tiny_data(obs_dim=3, act_dim=2, n=16))
 
 
-@pytest.fixture
-def noises(monkeypatch):
-    """The normal noise of every sample drawn, in order; the numbers are random but repeatable."""
-    drawn, draw = [], torch.Generator().manual_seed(7)
-
-    def randn_like(x):
-        drawn.append(torch.randn(x.shape, generator=draw, dtype=x.dtype))
-        return drawn[-1]
-
-    monkeypatch.setattr(torch, "randn_like", randn_like)
-    return drawn
+def noise(seed=7):
+    """The normal noise of one sample of a policy: 16 rows, two action dimensions."""
+    draw = torch.Generator().manual_seed(seed)
+    return torch.randn(16, 2, generator=draw).double()
 
 
 def policy_of(actor, s):
@@ -59,33 +54,33 @@ def policy_of(actor, s):
     return D.Independent(pi, 1), mean, std
 
 
-def gradient(loss, params):
-    return torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(params))])
-
-
-def fixed(monkeypatch, a, log_prob):
-    """Every sample is the action `a` (B, A) with `log_prob` (B,)."""
-    monkeypatch.setattr(sac_bc, "sample_tanh_normal", lambda *_: (a, log_prob, None))
+def actor_gradient(nets, data, args):
+    """Of the actor's loss, whose one sample has the noise of noise()."""
+    with Inject(randn_like=[noise()]):
+        loss, *_ = actor_loss(nets, data.obs, data.action, args)
+    grads = torch.autograd.grad(loss, list(nets.actor.parameters()))
+    return torch.cat([g.flatten() for g in grads])
 
 
 # ---- critics ---------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("backup_entropy", "y"), [(False, [2.8, 5.0]), (True, [2.35, 5.0])])
-def test_target_by_hand(monkeypatch, backup_entropy, y):
+def test_target_by_hand(backup_entropy, y):
     """y = 1 + 0.9 (min(2, 7) - 0.25 * 2) where the episode goes on, without the last term when it
     is off; y = r = 5 where it ended. The loss is summed over critics, Q = (1, 1) and (2, 5)."""
-    s = torch.zeros(2, 1)
+    s, middle = torch.zeros(2, 1), 0.5 * math.log(2 * math.pi)
+    log_prob = torch.tensor([[2.0], [1e6]])  # of a' = 0, by the policy's std
     nets = SimpleNamespace(
-        pi=lambda s: (s, s),
+        pi=lambda s: (s, -log_prob - middle),
         q_target=lambda s2, a2: torch.tensor([[2.0, 9.0], [7.0, 6.0]]),
         q=lambda s, a: torch.tensor([[1.0, 1.0], [2.0, 5.0]]),
         log_temperature=torch.tensor(0.25).log(),
     )
-    fixed(monkeypatch, s, torch.tensor([2.0, 1e6]))
     r, terminal = torch.tensor([1.0, 5.0]), torch.tensor([0.0, 1.0])
     args = Args(gamma=0.9, backup_entropy=backup_entropy)
-    loss, q_mean = critic_loss(nets, s, s, r, s, terminal, args)
+    with Inject(randn_like=[torch.zeros(2, 1)]):
+        loss, q_mean = critic_loss(nets, s, s, r, s, terminal, args)
     expected = ((1 - y[0]) ** 2 + (1 - y[1]) ** 2 + (2 - y[0]) ** 2 + (5 - y[1]) ** 2) / 2
     assert_close(loss, torch.tensor(expected))
     assert_close(q_mean, torch.tensor(9 / 4))
@@ -119,7 +114,7 @@ def test_only_terminals_cut_the_target(data):
 # ---- actor -----------------------------------------------------------------------------------
 
 
-def test_actor_loss_by_hand(noises):
+def test_actor_loss_by_hand():
     """Two rows, A = 1, policies N(0, 1) and N(0.3, 0.5^2) before tanh, critics (3, -2), (5, -4):
     weight 1 / mean(3, 4); the data's actions are tanh(1) and tanh(-0.2)."""
     mean, std = torch.tensor([[0.0], [0.3]]).double(), torch.tensor([[1.0], [0.5]]).double()
@@ -128,9 +123,10 @@ def test_actor_loss_by_hand(noises):
         q=lambda s, a: torch.tensor([[3.0, -2.0], [5.0, -4.0]]).double(),
         log_temperature=torch.tensor(0.2).log(),
     )
-    data_x = torch.tensor([[1.0], [-0.2]]).double()
-    loss, bc_loss, weight, pi, entropy = actor_loss(nets, None, data_x.tanh(), Args(alpha_bc=0.7))
-    x = [0.0 + 1.0 * noises[0][0].item(), 0.3 + 0.5 * noises[0][1].item()]
+    data_x, args = torch.tensor([[1.0], [-0.2]]).double(), Args(alpha_bc=0.7)
+    with Inject(randn_like=[torch.tensor([[-0.4], [1.2]]).double()]):
+        loss, bc_loss, weight, pi, entropy = actor_loss(nets, None, data_x.tanh(), args)
+    x = [0.0 + 1.0 * -0.4, 0.3 + 0.5 * 1.2]
 
     def log_pi(x, m, s):
         z = (x - m) / s
@@ -154,7 +150,7 @@ def oracle_actor_loss(nets, s, a, noise, temperature, alpha_bc):
     value = torch.stack([f(torch.cat([s, drawn], -1))[:, 0] for f in q]).min(0).values
     scale = value.abs().mean().item()
     sac = temperature * pi.log_prob(drawn) - value
-    return (sac / scale - alpha_bc * pi.log_prob(a)).mean(), actor, scale
+    return (sac / scale - alpha_bc * pi.log_prob(a)).mean(), actor
 
 
 def stack_gradient(loss, actor):
@@ -167,26 +163,31 @@ def stack_gradient(loss, actor):
 
 
 @pytest.mark.parametrize("critics", [1, 2, 3])
-def test_actor_loss_is_that_of_a_stack(data, noises, critics):
+def test_actor_loss_is_that_of_a_stack(data, critics):
     nets, _, args = make(data, alpha_bc=0.3, critics=critics)
-    loss, *_ = actor_loss(nets, data.obs, data.action, args)
-    found = gradient(loss, nets.actor.parameters())
-    expected, actor, _ = oracle_actor_loss(nets, data.obs, data.action, noises[0], 0.2, 0.3)
+    found = actor_gradient(nets, data, args)
+    with Inject(randn_like=[noise()]):
+        loss, *_ = actor_loss(nets, data.obs, data.action, args)
+    expected, actor = oracle_actor_loss(nets, data.obs, data.action, noise(), 0.2, 0.3)
     assert_close(loss, expected)
     assert_close(found, stack_gradient(expected, actor))
 
 
-def test_gradient_is_a_difference_quotient(data, noises, monkeypatch):
+def test_gradient_is_a_difference_quotient(data):
     """In both means and both log-stds; the detached weight is held."""
     nets, _, args = make(data)
-    loss, _, weight, *_ = actor_loss(nets, data.obs, data.action, args)
+
+    def losses(nets):
+        with Inject(randn_like=[noise()]):
+            return actor_loss(nets, data.obs, data.action, args)
+
+    loss, _, weight, *_ = losses(nets)
     (found,) = torch.autograd.grad(loss, nets.actor.biases[-1])
-    monkeypatch.setattr(torch, "randn_like", lambda x: noises[0])
 
     def value(i, h):
         moved = copy.deepcopy(nets)
         moved.actor.biases[-1].data.view(-1)[i] += h
-        loss, bc_loss, its_weight, *_ = actor_loss(moved, data.obs, data.action, args)
+        loss, bc_loss, its_weight, *_ = losses(moved)
         bc_loss = args.alpha_bc * bc_loss
         return ((loss - bc_loss) * weight / its_weight + bc_loss).item()
 
@@ -194,13 +195,13 @@ def test_gradient_is_a_difference_quotient(data, noises, monkeypatch):
         assert abs((value(i, 1e-6) - value(i, -1e-6)) / 2e-6 - expected) < 1e-7
 
 
-def test_without_cloning_it_is_sacs_actor_step(data, noises):
+def test_without_cloning_it_is_sacs_actor_step(data):
     """alpha_bc = 0: the gradient of E[temperature log pi - min Q], divided by mean |min Q|."""
     nets, _, args = make(data, alpha_bc=0.0)
-    found = gradient(actor_loss(nets, data.obs, data.action, args)[0], nets.actor.parameters())
+    found = actor_gradient(nets, data, args)
     actor, q = stack(nets.actor), [stack(nets.q, e) for e in range(2)]
     pi, mean, std = policy_of(actor, data.obs)
-    a = (mean + std * noises[0]).tanh()
+    a = (mean + std * noise()).tanh()
     value = torch.minimum(*[f(torch.cat([data.obs, a], -1)).squeeze(-1) for f in q])
     sac = stack_gradient((0.2 * pi.log_prob(a) - value).mean(), actor)
     assert_close(found * value.abs().mean().detach(), sac)
@@ -213,43 +214,38 @@ def test_endless_cloning_is_maximum_likelihood(data):
     bc = stack_gradient(-policy_of(actor, data.obs)[0].log_prob(data.action).mean(), actor)
     cosines = []
     for args.alpha_bc in (1e-3, 1e8):
-        loss, *_ = actor_loss(nets, data.obs, data.action, args)
-        found = gradient(loss, nets.actor.parameters())
+        found = actor_gradient(nets, data, args)
         cosines.append(nn.functional.cosine_similarity(found, bc, 0).item())
     assert cosines[0] < 0.9 and cosines[1] > 1 - 1e-9
     assert_close(found / 1e8, bc, atol=1e-6, rtol=1e-5)
 
 
-def test_the_unit_of_reward_does_not_matter(data, noises, monkeypatch):
+def test_the_unit_of_reward_does_not_matter(data):
     """Q and the temperature times 50: the same gradient. The temperature alone: another one."""
     nets, _, args = make(data)
-
-    def found(nets):
-        loss, *_ = actor_loss(nets, data.obs, data.action, args)
-        return gradient(loss, nets.actor.parameters())
-
-    grad = found(nets)
-    monkeypatch.setattr(torch, "randn_like", lambda x: noises[0])
+    grad = actor_gradient(nets, data, args)
     nets.log_temperature.data += math.log(50)
-    assert (found(nets) - grad).norm() > 0.01 * grad.norm()
+    assert (actor_gradient(nets, data, args) - grad).norm() > 0.01 * grad.norm()
     nets.q.weights[-1].data *= 50
     nets.q.biases[-1].data *= 50
-    assert_close(found(nets), grad)
+    assert_close(actor_gradient(nets, data, args), grad)
 
 
-def test_the_actor_climbs_the_lower_critic_of_each_row(monkeypatch):
-    """Critics a and 1 - 3 a cross at a = 1/4: slope 1 below, -3 above."""
-    mean = torch.tensor([[0.1], [0.4]]).double().requires_grad_()
+def test_the_actor_climbs_the_lower_critic_of_each_row():
+    """Critics a and 1 - 3 a cross at a = 1/4: slope 1 below, -3 above. No entropy, no cloning."""
+    a = torch.tensor([[0.1], [0.4]]).double()
+    mean = a.atanh().requires_grad_()
     nets = SimpleNamespace(
         pi=lambda s: (mean, torch.zeros_like(mean)),
         q=lambda s, a: torch.stack([a[:, 0], 1 - 3 * a[:, 0]]),
-        log_temperature=torch.tensor(0.2).log(),
+        log_temperature=torch.tensor(-math.inf),
     )
-    fixed(monkeypatch, mean, torch.zeros(2))
-    loss, _, weight, *_ = actor_loss(nets, None, mean.detach(), Args(alpha_bc=0.0))
+    with Inject(randn_like=[torch.zeros(2, 1).double()]):
+        loss, _, weight, *_ = actor_loss(nets, None, a, Args(alpha_bc=0.0))
     assert abs(weight.item() - 1 / 0.15) < 1e-6  # Q = 0.1 and 1 - 1.2
     (grad,) = torch.autograd.grad(loss, mean)
-    assert_close(grad[:, 0], torch.tensor([-1 / 2, 3 / 2]).double() / 0.15)
+    slope = grad / (1 - a.square())  # that of the loss in tanh(mean)
+    assert_close(slope[:, 0], torch.tensor([-1 / 2, 3 / 2]).double() / 0.15)
 
 
 def fitted(steepness, alpha_bc=1e-3, std=0.05, steps=900):
@@ -261,7 +257,8 @@ def fitted(steepness, alpha_bc=1e-3, std=0.05, steps=900):
         q=lambda s, a: (1e4 + steepness * alpha_bc * 1e4 / std * a[:, 0])[None],
         log_temperature=torch.tensor(-math.inf),
     )
-    data, adam = torch.tensor([[-std], [std]]).repeat(32, 1), torch.optim.Adam([mean, log_std])
+    data = torch.tensor([[-std], [std]]).repeat(32, 1)
+    adam = torch.optim.Adam([mean, log_std])
     for t in range(steps):
         adam.param_groups[0]["lr"] = 1e-3 if t < 2 * steps / 3 else 1e-4
         loss, *_ = actor_loss(nets, None, data.double(), Args(alpha_bc=alpha_bc))
@@ -290,24 +287,24 @@ def test_actions_at_the_bounds_are_cloned_inside_them(data):
     """Clipped at 1 - 1e-6: finite, and equal to the density there."""
     nets, _, args = make(data)
     data.action[:] = torch.tensor([1.0, -1.0])
-    loss, bc_loss, *_ = actor_loss(nets, data.obs, data.action, args)
+    _, bc_loss, *_ = actor_loss(nets, data.obs, data.action, args)
     pi, _, _ = policy_of(stack(nets.actor), data.obs)
     assert_close(bc_loss, -pi.log_prob(data.action * (1 - 1e-6)).mean().detach())
-    assert gradient(loss, nets.actor.parameters()).isfinite().all()
+    assert actor_gradient(nets, data, args).isfinite().all()
 
 
-def test_dequantization_is_of_the_cloning_term_alone(data, monkeypatch):
+def test_dequantization_is_of_the_cloning_term_alone(data):
     """Actions at a bound move to the middle of the band; those inside, and the critics', do not."""
-    monkeypatch.setattr(torch, "rand_like", lambda x: torch.full_like(x, 0.5))
     nets, opt, args = make(data, dequantize=0.2, lr=0.0)
     data.action[::2, 0], data.action[1::2, 1] = 1.0, -1.0
     spread = data.action.clone()
     spread[::2, 0], spread[1::2, 1] = 0.9, -0.9
     pi, _, _ = policy_of(stack(nets.actor), data.obs)
-    _, bc_loss, *_ = actor_loss(nets, data.obs, data.action, args)
-    assert_close(bc_loss, -pi.log_prob(spread).mean().detach())
-    monkeypatch.setattr(sac_bc, "sample", lambda data, _: rows(data))
-    assert_close(update(nets, opt, data, args)["q_mean"], nets.q(data.obs, data.action).mean())
+    halves = torch.full((16, 2), 0.5).double()
+    with Inject(randint=[range(16)], randn_like=[noise(), noise()], rand_like=[halves]):
+        metrics = update(nets, opt, data, args)
+    assert_close(metrics["bc_loss"], -pi.log_prob(spread).mean().detach())
+    assert_close(metrics["q_mean"], nets.q(data.obs, data.action).mean())
 
 
 # ---- temperature -----------------------------------------------------------------------------
@@ -357,85 +354,98 @@ def test_each_optimizer_moves_its_own_network_alone(data, moving):
     assert all(p.grad is None for p in nets.parameters())
 
 
+class ByHand:
+    """SAC (Haarnoja et al., 2018) with AC+BC's actor, on stacks and torch.distributions."""
+
+    def __init__(self, nets, optimizer, lr, args):
+        self.args, self.actor = args, stack(nets.actor)
+        self.q = nn.ModuleList(stack(nets.q, e) for e in range(2))
+        self.q_target = nn.ModuleList(stack(nets.q_target, e) for e in range(2))
+        self.log_temperature = nets.log_temperature.detach().clone().requires_grad_()
+        optimizer = {SGD: torch.optim.SGD, Adam: torch.optim.Adam}[optimizer]
+        self.q_opt = optimizer(self.q.parameters(), lr=lr)
+        self.actor_opt = optimizer(self.actor.parameters(), lr=lr)
+        self.temperature_opt = optimizer([self.log_temperature], lr=lr)
+
+    def sample(self, s, noise):
+        """The policy at s, its action of this noise, and that action's log-density; by x, because
+        tanh(x) rounds to 1 where x is large."""
+        pi, mean, std = policy_of(self.actor, s)
+        x = mean + std * noise
+        log_prob = D.Normal(mean, std).log_prob(x)
+        log_prob = log_prob - D.TanhTransform().log_abs_det_jacobian(x, x.tanh())
+        return pi, x.tanh(), log_prob.sum(-1)
+
+    def values(self, critics, s, a):
+        return [q(torch.cat([s, a], -1)).squeeze(-1) for q in critics]
+
+    def critic_step(self, s, a, r, s2, terminal, noise):
+        with torch.no_grad():
+            _, a2, log_prob = self.sample(s2, noise)
+            v2 = torch.minimum(*self.values(self.q_target, s2, a2))
+            if self.args.backup_entropy:
+                v2 = v2 - self.log_temperature.exp() * log_prob
+            y = r + 0.99 * (1 - terminal) * v2
+        q = self.values(self.q, s, a)
+        loss = sum(nn.functional.mse_loss(x, y) for x in q)
+        self.descend(self.q_opt, loss)
+        return {"q_loss": loss, "q_mean": torch.stack(q).mean()}
+
+    def actor_step(self, s, a, noise):
+        pi, drawn, log_prob = self.sample(s, noise)
+        q = torch.minimum(*self.values(self.q, s, drawn))
+        weight, temperature = 1 / q.abs().mean().detach(), self.log_temperature.exp().detach()
+        bc_loss = -pi.log_prob(a).mean()
+        sac_loss = (temperature * log_prob - q).mean()
+        loss = weight * sac_loss + self.args.alpha_bc * bc_loss
+        self.descend(self.actor_opt, loss)
+        saturated = (drawn.abs() > 0.99).double().mean()
+        metrics = {"pi_loss": loss, "bc_loss": bc_loss, "weight": weight}
+        return metrics | {"saturated_actions": saturated, "entropy": -log_prob.mean()}
+
+    def temperature_step(self, entropy):
+        loss = self.log_temperature.exp() * (entropy.detach() + 2)
+        self.descend(self.temperature_opt, loss)
+        return {"temperature": self.log_temperature.exp()}
+
+    def target_step(self):
+        for t, o in zip(self.q_target.parameters(), self.q.parameters()):
+            t.data = (1 - self.args.polyak) * t.data + self.args.polyak * o.data
+
+    def descend(self, optimizer, loss):
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+
+    def step(self, s, a, r, s2, terminal, noises):
+        metrics = self.critic_step(s, a, r, s2, terminal, noises[0])
+        metrics |= self.actor_step(s, a, noises[1])
+        metrics |= self.temperature_step(metrics["entropy"])
+        self.target_step()
+        return metrics
+
+
 @pytest.mark.parametrize("backup_entropy", [False, True])
 @pytest.mark.parametrize(("optimizer", "lr"), [(SGD, 0.03), (Adam, 2**-10)])
-def test_steps_by_hand(data, noises, monkeypatch, optimizer, lr, backup_entropy):
-    """Adam's rate is a float32: one that it holds exactly."""
+def test_steps_by_hand(data, optimizer, lr, backup_entropy):
+    """Networks and metrics of three updates. Adam's rate is one that a float32 holds exactly."""
     data.reward = data.reward - 1
     values = dict(backup_entropy=backup_entropy, alpha_bc=0.4, polyak=0.1)
     nets, opt, args = make(data, optimizer=optimizer, lr=lr, **values)
-    actor, log_temperature = stack(nets.actor), torch.tensor(0.2, dtype=torch.float64).log()
-    q, q_target = ([stack(net, e) for e in range(2)] for net in (nets.q, nets.q_target))
-    log_temperature.requires_grad_()
-    oracle = {SGD: torch.optim.SGD, Adam: torch.optim.Adam}[optimizer]
-    q_opt = oracle([p for net in q for p in net.parameters()], lr=lr)
-    actor_opt, t_opt = oracle(actor.parameters(), lr=lr), oracle([log_temperature], lr=lr)
-    draw = torch.Generator().manual_seed(5)
-    batches = [torch.randint(16, (16,), generator=draw) for _ in range(3)]
-    left = iter(batches)
-    monkeypatch.setattr(sac_bc, "sample", lambda data, _, i=left: take(data, next(i)))
-    for i in batches:
-        noises.clear()
-        metrics = update(nets, opt, data, args)
-        s, a, r, s2, terminal = take(data, i)
-
-        def act(s, noise):
-            pi, mean, std = policy_of(actor, s)
-            drawn = (mean + std * noise).tanh()
-            return pi, drawn, pi.log_prob(drawn)
-
-        def value(nets, s, a):
-            return [net(torch.cat([s, a], -1)).squeeze(-1) for net in nets]
-
-        with torch.no_grad():
-            _, a2, log_prob = act(s2, noises[0])
-            v2 = torch.minimum(*value(q_target, s2, a2))
-            if backup_entropy:
-                v2 = v2 - log_temperature.exp() * log_prob
-            y = r + 0.99 * (1 - terminal) * v2
-        q_opt.zero_grad()
-        q_data = value(q, s, a)
-        q_loss = sum(nn.functional.mse_loss(x, y) for x in q_data)
-        q_loss.backward()
-        q_opt.step()
-        actor_opt.zero_grad()
-        pi, drawn, log_prob = act(s, noises[1])
-        low = torch.minimum(*value(q, s, drawn))
-        lam = 1 / low.abs().mean().detach()
-        nll, temperature = -pi.log_prob(a).mean(), log_temperature.exp().detach()
-        loss = (lam * temperature * log_prob - lam * low).mean() + 0.4 * nll
-        loss.backward()
-        actor_opt.step()
-        t_opt.zero_grad()
-        entropy = -log_prob.mean().detach()
-        (log_temperature.exp() * (entropy + 2)).backward()
-        t_opt.step()
-        for target, online in zip(q_target, q):
-            for t, o in zip(target.parameters(), online.parameters()):
-                t.data = 0.9 * t.data + 0.1 * o.data
-        assert_same(nets.q, *q)
-        assert_same(nets.q_target, *q_target)
-        assert_same(nets.actor, actor)
-        assert_close(nets.log_temperature.data, log_temperature.data)
-        expected = {
-            "q_loss": q_loss.detach(),
-            "q_mean": torch.stack(q_data).mean().detach(),
-            "actor_loss": loss.detach(),
-            "bc_loss": nll.detach(),
-            "weight": lam,
-            "saturated_actions": (drawn.abs() > 0.99).double().mean(),
-            "entropy": entropy,
-            "temperature": log_temperature.exp().detach(),
-        }
+    oracle, draw = ByHand(nets, optimizer, lr, args), torch.Generator().manual_seed(5)
+    for t in range(3):
+        i, noises = torch.randint(16, (16,), generator=draw), [noise(2 * t), noise(2 * t + 1)]
+        with Inject(randint=[i], randn_like=noises):
+            metrics = update(nets, opt, data, args)
+        expected = oracle.step(*[x[i] for x in rows(data)], noises)
+        assert_same(nets.q, *oracle.q)
+        assert_same(nets.q_target, *oracle.q_target)
+        assert_same(nets.actor, oracle.actor)
+        assert_close(nets.log_temperature.data, oracle.log_temperature.data)
         assert metrics.keys() == expected.keys()
         for name, number in metrics.items():
             assert not number.requires_grad and number.ndim == 0
-            assert_close(number.double(), expected[name], msg=name)
-    assert len(noises) == 2  # one sample for the target, one for the actor
-
-
-def take(data, i):
-    return [x[i] for x in rows(data)]
+            assert_close(number.double(), expected[name].detach(), msg=name)
 
 
 # ---- networks and script ---------------------------------------------------------------------
@@ -467,43 +477,28 @@ def test_policy_stands_between_raw_observations_and_the_bounds(tiny_data):
     assert torch.equal(sac_bc.policy(nets, raw, args), sac_bc.policy(nets, raw, args))
 
 
-class FakeRun:
-    device = torch.device("cpu")
-
-    def __init__(self, args):
-        self.loop = lambda steps: range(1, steps + 1)
-
-    def __getattr__(self, name):
-        return lambda *_, **__: None
-
-
 @pytest.mark.parametrize(
     ("share", "width", "said"), [(0.5, 0.0, True), (0.5, 0.1, False), (0.0, 0.0, False)]
 )
-def test_actions_at_the_bounds_are_said(tiny_data, monkeypatch, capsys, share, width, said):
+def test_actions_at_the_bounds_are_said(tiny_data, capsys, share, width, said):
     data = tiny_data(n=20)
     data.action[: round(20 * share)] = -1.0
-    monkeypatch.setattr(sac_bc, "Run", FakeRun)
-    monkeypatch.setattr(sac_bc, "load_dataset", lambda *_: (data, None))
-    sac_bc.train(Args(steps=1, batch_size=4, dequantize=width, device="cpu"))
+    train(PlainRun(limit=1), data, Args(batch_size=4, dequantize=width))
     out = capsys.readouterr().out
     assert (out.startswith("note: 50% of the action numbers") and out.count("\n") == 1) == said
     assert said or not out
 
 
 @pytest.mark.parametrize("normalize", [True, False])
-def test_training_sees_scaled_observations_when_asked(tiny_data, monkeypatch, normalize):
-    data, seen = tiny_data(n=50), []
-    raw = data.obs.clone()
-    monkeypatch.setattr(sac_bc, "Run", FakeRun)
-    monkeypatch.setattr(sac_bc, "load_dataset", lambda *_: (data, None))
-    monkeypatch.setattr(sac_bc, "update", lambda *inputs: seen.append(inputs) or {})
-    sac_bc.train(Args(steps=3, normalize_obs=normalize, device="cpu"))
-    nets, opt, _, args = seen[-1]
-    assert len(seen) == 3 and set(vars(opt)) == {"q", "actor", "temperature"}
+def test_training_sees_shifted_rewards_and_scaled_observations(tiny_data, normalize):
+    data, run = tiny_data(n=50), PlainRun(limit=3)
+    raw, reward = data.obs.clone(), data.reward.clone()
+    train(run, data, Args(normalize_obs=normalize, reward_shift=-1.0))
+    assert len(run.phases["train"]) == 3 and set(vars(run.opt)) == {"q", "actor", "temperature"}
     scaled = (raw - raw.mean(0)) / (raw.std(0, correction=0) + 1e-3)
     assert_close(data.obs, scaled if normalize else raw)
-    assert_close(nets.scaling.obs(raw), data.obs)
+    assert_close(run.nets.scaling.obs(raw), data.obs)
+    assert_close(data.reward, reward - 1)
 
 
 # ---- behavior --------------------------------------------------------------------------------

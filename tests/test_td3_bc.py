@@ -7,15 +7,17 @@ import bc
 import pytest
 import td3_bc
 import torch
-from oracles import SGD, assert_same, in_double, rows, stack
-from td3_bc import Args, Nets, actor_loss, critic_loss, update
+from golden.tools import Inject
+from oracles import assert_same, in_double, rows, stack
+from stand_in import PlainRun
+from td3_bc import Args, Nets, actor_loss, critic_loss, train, update
 from torch import nn
 from torch.testing import assert_close
 
 from common import Adam
 
 
-def make(data, seed=0, optimizer=Adam, lr=3e-4, **values):
+def make(data, seed=0, lr=3e-4, **values):
     """Networks in float64, whose targets differ from them, with their optimizers."""
     args = Args(batch_size=16, **values)
     torch.manual_seed(seed)
@@ -24,7 +26,8 @@ def make(data, seed=0, optimizer=Adam, lr=3e-4, **values):
     nets.actor_target.load_state_dict(other.actor.state_dict())
     nets = nets.double()
     opt = SimpleNamespace(
-        q=optimizer(nets.q.parameters(), lr), actor=optimizer(nets.actor.parameters(), lr)
+        q=Adam(nets.q.parameters(), lr),
+        actor=Adam(nets.actor.parameters(), lr),
     )
     return nets, opt, args
 
@@ -181,18 +184,6 @@ def test_cloning_is_a_mean_over_dimensions():
     assert abs(p - 0.5583) < 1e-3
 
 
-def test_same_direction_as_ac_plus_bc(data):
-    """Q / mean|Q| + alpha_bc log N(a; pi, 1) with alpha_bc = 2 / (alpha A)."""
-    nets, _, args = make(data)
-    pi = nets.actor(data.obs).tanh()
-    q = nets.q(data.obs, pi, member=0)
-    log_prob = torch.distributions.Normal(pi, 1.0).log_prob(data.action).sum(-1)
-    loss = -q.mean() / q.abs().mean().detach() - 2 / (args.alpha * 2) * log_prob.mean()
-    grads = torch.autograd.grad(loss, list(nets.actor.parameters()))
-    other = torch.cat([g.flatten() for g in grads])
-    assert_close(actor_gradient(nets, data, args), args.alpha * other)
-
-
 # ---- update ----------------------------------------------------------------------------------
 
 
@@ -241,67 +232,20 @@ def test_actor_loss_moves_no_critic(data):
     assert all(torch.equal(p, q) for p, q in zip(nets.q.parameters(), before.parameters()))
 
 
-def fixed_batches(monkeypatch, data, count):
-    """The same rows for every file that draws a batch, and a list of them."""
+def batches(count):
+    """The rows of `count` batches of 16, drawn once."""
     draw = torch.Generator().manual_seed(5)
-    batches = [torch.randint(len(data.obs), (16,), generator=draw) for _ in range(count)]
-
-    def feed(module):
-        left = iter(batches)
-
-        def sample(data, batch_size, fields=("obs", "action", "reward", "next_obs", "terminal")):
-            i = next(left)
-            return [getattr(data, field)[i] for field in fields]
-
-        monkeypatch.setattr(module, "sample", sample)
-
-    return feed, batches
+    return [torch.randint(16, (16,), generator=draw) for _ in range(count)]
 
 
-@pytest.mark.parametrize(("optimizer", "lr"), [(SGD, 0.1), (Adam, 1e-3)])
-def test_ddpg_plus_bc_step_by_hand(data, monkeypatch, optimizer, lr):
-    ddpg = dict(policy_noise=0.0, noise_clip=0.0, critics=1, policy_freq=1)
-    data.reward = data.reward - 1
-    nets, opt, args = make(data, optimizer=optimizer, lr=lr, **ddpg)
-    actor, actor_target = stack(nets.actor), stack(nets.actor_target)
-    q, q_target = stack(nets.q, 0), stack(nets.q_target, 0)
-    oracle = {SGD: torch.optim.SGD, Adam: torch.optim.Adam}[optimizer]
-    q_opt, actor_opt = oracle(q.parameters(), lr=lr), oracle(actor.parameters(), lr=lr)
-    feed, batches = fixed_batches(monkeypatch, data, 3)
-    feed(td3_bc)
-    for i in batches:
-        update(nets, opt, data, args, True)
-        s, a, r, s2, terminal = (x[i] for x in rows(data))
-        with torch.no_grad():
-            q2 = q_target(torch.cat([s2, actor_target(s2).tanh()], 1)).squeeze(1)
-            y = r + 0.99 * (1 - terminal) * q2
-        q_opt.zero_grad()
-        nn.functional.mse_loss(q(torch.cat([s, a], 1)).squeeze(1), y).backward()
-        q_opt.step()
-        actor_opt.zero_grad()
-        pi = actor(s).tanh()
-        value = q(torch.cat([s, pi], 1)).squeeze(1)
-        lam = 2.5 / value.abs().mean().detach()
-        (-lam * value.mean() + nn.functional.mse_loss(pi, a)).backward()
-        actor_opt.step()
-        for target, online in ((q_target, q), (actor_target, actor)):
-            for t, o in zip(target.parameters(), online.parameters()):
-                t.data = 0.995 * t.data + 0.005 * o.data
-        assert_same(nets.q, q)
-        assert_same(nets.actor, actor)
-        assert_same(nets.q_target, q_target)
-        assert_same(nets.actor_target, actor_target)
-
-
-def test_two_critics_are_two_optimizations(data, monkeypatch):
+def test_two_critics_are_two_optimizations(data):
     """One Adam over both members is one Adam for each."""
     nets, opt, args = make(data, lr=1e-3, policy_noise=0.0)
     oracles = [stack(nets.q, e) for e in range(2)]
     adams = [torch.optim.Adam(q.parameters(), lr=1e-3) for q in oracles]
-    feed, batches = fixed_batches(monkeypatch, data, 3)
-    feed(td3_bc)
-    for i in batches:
-        update(nets, opt, data, args, False)
+    for i in batches(3):
+        with Inject(randint=[i], randn_like=[torch.zeros(16, 2)]):
+            update(nets, opt, data, args, False)
         s, a, r, s2, terminal = (x[i] for x in rows(data))
         with torch.no_grad():
             a2 = nets.actor_target(s2).tanh()
@@ -313,20 +257,40 @@ def test_two_critics_are_two_optimizations(data, monkeypatch):
     assert_same(nets.q, *oracles)
 
 
-def test_alpha_zero_is_behavior_cloning(data, monkeypatch):
+def test_alpha_zero_is_behavior_cloning(data):
     """The same start and batches as bc.py: the actors stay equal, step for step."""
     nets, opt, args = make(data, alpha=0.0)
     clone_args = bc.Args(batch_size=16)
     clone = bc.Nets(data, clone_args).double()
     clone.actor.load_state_dict(nets.actor.state_dict())
     clone_opt = SimpleNamespace(actor=Adam(clone.actor.parameters(), 3e-4))
-    feed, batches = fixed_batches(monkeypatch, data, 5)
-    feed(td3_bc), feed(bc)
-    for _ in batches:
-        update(nets, opt, data, args, True)
-        bc.update(clone, clone_opt, data, clone_args)
+    for i in batches(5):
+        with Inject(randint=[i], randn_like=[torch.zeros(16, 2)]):
+            update(nets, opt, data, args, True)
+        with Inject(randint=[i]):
+            bc.update(clone, clone_opt, data, clone_args)
         for p, q in zip(nets.actor.parameters(), clone.actor.parameters()):
             assert_close(p, q, atol=1e-12, rtol=0)
+
+
+@pytest.mark.parametrize(("policy_freq", "moved"), [(1, [1, 2, 3, 4, 5, 6]), (3, [3, 6])])
+def test_train_moves_the_actor_on_every_policy_freq_th_step(tiny_data, policy_freq, moved):
+    run = PlainRun()
+    train(run, tiny_data(), Args(steps=6, policy_freq=policy_freq))
+    assert [t for t, row in enumerate(run.phases["train"], 1) if "pi_loss" in row] == moved
+
+
+@pytest.mark.parametrize("normalize", [True, False])
+def test_training_sees_shifted_rewards_and_scaled_observations(tiny_data, normalize):
+    data, run = tiny_data(n=50), PlainRun(limit=1)
+    obs, next_obs, reward = data.obs.clone(), data.next_obs.clone(), data.reward.clone()
+    train(run, data, Args(normalize_obs=normalize, reward_shift=-1.0))
+    mean, std = obs.mean(0), obs.std(0, correction=0) + 1e-3
+    for now, raw in ((data.obs, obs), (data.next_obs, next_obs)):
+        assert_close(now, (raw - mean) / std if normalize else raw)
+        assert_close(run.nets.scaling.obs(raw), now)
+    assert_close(data.reward, reward - 1)
+    assert abs(run.largest["q_mean"] - 100 * (reward - 1).abs().max()) < 1e-3
 
 
 # ---- behavior --------------------------------------------------------------------------------
