@@ -1,0 +1,292 @@
+"""Flow Q-learning, FQL (Park, Li & Levine, ICML 2025; arXiv:2502.02538).
+
+Idea: clone the data with a flow, a network v that carries Gaussian noise to actions along straight
+lines, so that the clone may have many modes. A second network w learns to jump from noise to the
+flow's action in one step, and Q improves w alone; no gradient runs through the steps of the flow.
+
+    x_t  = (1 - t) x_0 + t a,  x_0 ~ N(0, I), t ~ U[0, 1]
+    L_v  = E[ |v(s, x_t, t) - (a - x_0)|^2 ]                                (flow matching)
+    mu(s, z) = clip(x_M),  x_0 = z,  x_k+1 = x_k + v(s, x_k, k / M) / M      (Euler steps)
+    L_w  = E[ alpha |w(s, z) - mu(s, z)|^2 - mean_i Q_i(s, clip(w(s, z))) ]  (distillation and Q)
+    y    = r + gamma (1 - terminal) mean_i Q'_i(s', clip(w(s', z')))         (target)
+    L_Q  = E[ mean_i (Q_i(s, a) - y)^2 ]                                     (critics)
+
+z and z' are standard normal, clip is to [-1, 1], and M is --flow-steps. All losses of a step are
+taken at the same weights, and Q' follows the critics as they were before the step. The policy acts
+by clip(w(s, z)) with fresh noise at every step, when it is evaluated, too. alpha = 0 leaves Q
+alone, alpha -> infinity is the flow's clone. The first and the second term of L_w have the scale
+of actions and of Q, so a published alpha holds for its data's rewards, discount and reward shift
+only; with --normalize-q-loss, Q is divided by its mean size. With --no-distill there is no w: the
+flow itself acts, and Q's gradient runs through its M steps (the paper's FBRAC).
+
+The authors' code, against the paper:
+- The squared norms of the losses are means over action dimensions; the paper's are sums. So the
+  code's alpha is the paper's times the number of action dimensions, and all alphas published are
+  the code's.
+- Q's division by its mean size is not in the paper. The authors advise it for new data, with an
+  alpha between 0.03 and 10.
+- For door, hammer and relocate, the commands that the authors publish have an alpha ten times as
+  large as the paper's table. The rows below are those of the commands.
+- Their repository has no FBRAC.
+
+This file, against the authors' code:
+- Rows that a time limit cut are kept where the data has their next observation; the authors' D4RL
+  loader drops them.
+- The data's actions are used as they are; the authors clip them to 1 - 1e-5 in size.
+- Three Adams with one learning rate take the place of one Adam over all networks, which is the same
+  arithmetic.
+- There is no evaluation before the first step, and no training online.
+- The rows of locomotion follow the authors' advice for new data; nothing is published there.
+
+    python algorithms/fql.py
+"""
+
+import copy
+import math
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Literal
+
+import torch
+from torch import nn
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from common import BatchSize, Count, NonNegative, Number, Positive, PositiveShare, Seed, ShareBelow1
+from common import MLP, Adam, RunArgs, ScalarMLP, Scaling
+from common import graphed, largest_value, minimize, normalize_obs, polyak, sample
+
+
+@dataclass
+class Args(RunArgs):
+    env: str = "hopper-replay-demo"
+    """dataset: bundled, D4RL or OGBench name, Minari id, or path of an .hdf5 or .npz file"""
+    seed: Seed = 0
+    """seeds networks, batches and evaluation"""
+    steps: Count = 1_000_000
+    """gradient steps"""
+    batch_size: BatchSize = 256
+    """transitions per gradient step"""
+    eval_every: Count = 100_000
+    """gradient steps between evaluations"""
+    eval_episodes: Count = 50
+    """episodes per evaluation"""
+    alpha: NonNegative = 10.0
+    """weight of distillation against Q: 0 is Q alone, infinity is the flow's clone"""
+    normalize_q_loss: bool = False
+    """divide Q by its mean size in the policy's loss, so that alpha has no scale"""
+    flow_steps: Count = 10
+    """Euler steps M of the flow; 1 is the mean of the data's actions"""
+    distill: bool = True
+    """learn a one-step policy; without it the flow acts, and Q's gradient runs through its steps"""
+    q_agg: Literal["mean", "min"] = "mean"
+    """how the two target critics make one target"""
+    gamma: ShareBelow1 = 0.99
+    """discount"""
+    polyak: PositiveShare = 0.005
+    """share of the online critics that their targets take over per step"""
+    lr: Positive = 3e-4
+    """Adam's learning rate of all networks"""
+    hidden: Count = 512
+    """hidden units in each of the four layers of every network"""
+    normalize_obs: bool = False
+    """shift and scale observations to mean 0 and deviation 1 over the data"""
+    reward_shift: Number = 0.0
+    """added to every reward"""
+
+
+class Nets(nn.Module):
+    """Every network and its target; losses and optimizers live outside."""
+
+    def __init__(self, data, args):
+        super().__init__()
+        obs_dim, act_dim = data.obs.shape[1], data.action.shape[1]
+        hidden = [args.hidden] * 4
+        self.scaling = Scaling(data)
+        self.velocity = MLP(obs_dim + act_dim + 1, *hidden, act_dim, activation="gelu")
+        self.q = ScalarMLP(
+            obs_dim + act_dim,
+            *hidden,
+            members=2,
+            activation="gelu",
+            layer_norm=True,
+            norm_eps=1e-6,
+        )
+        xavier_(self.velocity)
+        xavier_(self.q)
+        self.q_target = copy.deepcopy(self.q).requires_grad_(False)
+        if args.distill:
+            self.actor = xavier_(MLP(obs_dim + act_dim, *hidden, act_dim, activation="gelu"))
+
+
+@torch.no_grad()
+def xavier_(net):
+    """Xavier-uniform weights, each member on its own, and zero biases; returns the network."""
+    for w, b in zip(net.weights, net.biases):
+        bound = math.sqrt(6 / (w.shape[-2] + w.shape[-1]))
+        w.uniform_(-bound, bound)
+        b.zero_()
+    return net
+
+
+def flow(nets, s, z, args):
+    """M Euler steps along the velocity, from noise z (B, A) to actions (B, A), not clipped."""
+    x = z
+    for k in range(args.flow_steps):
+        t = torch.full_like(z[:, :1], k / args.flow_steps)  # (B, 1)
+        x = x + nets.velocity(s, x, t) / args.flow_steps
+    return x
+
+
+def act(nets, s, z, args):
+    """The policy's action (B, A) from noise z (B, A), not clipped."""
+    return nets.actor(s, z) if args.distill else flow(nets, s, z, args)
+
+
+def critic_loss(nets, s, a, r, s2, terminal, args):
+    """Target and critics; the mean over critics and batch. Also the mean of Q."""
+    with torch.no_grad():
+        z = torch.randn_like(a)
+        a2 = act(nets, s2, z, args).clamp(-1, 1)
+        q2 = nets.q_target(s2, a2)  # (2, B)
+        q2 = q2.amin(0) if args.q_agg == "min" else q2.mean(0)
+        y = r + args.gamma * (1 - terminal) * q2  # (B,)
+    q = nets.q(s, a)  # (2, B)
+    return (q - y).square().mean(), q.detach().mean()
+
+
+def flow_loss(nets, s, a):
+    """Flow matching: the velocity at a point between noise and action is their difference."""
+    noise = torch.randn_like(a)
+    t = torch.rand_like(a[:, :1])  # (B, 1)
+    x = (1 - t) * noise + t * a
+    v = nets.velocity(s, x, t)
+    return (v - (a - noise)).square().mean()
+
+
+def distill_loss(nets, s, z, pi, args):
+    """Distillation: pi (B, A), not clipped, against the flow's action from the same noise z."""
+    with torch.no_grad():
+        target = flow(nets, s, z, args).clamp(-1, 1)
+    return (pi - target).square().mean()
+
+
+def improvement_loss(nets, s, pi, args):
+    """Q's part of the policy's loss: minus the mean of both critics. Also the mean of Q."""
+    q = nets.q(s, pi.clamp(-1, 1)).mean(0)  # (B,)
+    size = q.detach().abs().mean() if args.normalize_q_loss else 1.0
+    return -q.mean() / size, q.detach().mean()
+
+
+def update(nets, opt, data, args):
+    """One step of flow, policy, critics and target critics, all from the weights before it."""
+    s, a, r, s2, terminal = sample(data, args.batch_size)
+    q_loss, q_mean = critic_loss(nets, s, a, r, s2, terminal, args)
+    bc_loss = flow_loss(nets, s, a)
+    z = torch.randn_like(a)
+    pi = act(nets, s, z, args)
+    improvement, q_pi = improvement_loss(nets, s, pi, args)
+    imitation = distill_loss(nets, s, z, pi, args) if args.distill else bc_loss
+    pi_loss = args.alpha * imitation + improvement
+    polyak(nets.q_target, nets.q, args.polyak)
+    if args.distill:
+        minimize(opt.actor, pi_loss)
+        minimize(opt.velocity, bc_loss)
+    else:
+        minimize(opt.velocity, pi_loss)
+    minimize(opt.q, q_loss)  # last, because the gradient of pi_loss runs through the critics
+    losses = {"q_loss": q_loss, "pi_loss": pi_loss, "bc_loss": bc_loss, "imitation": imitation}
+    metrics = {name: loss.detach() for name, loss in losses.items()}
+    metrics |= {"q_mean": q_mean, "q_pi": q_pi}
+    metrics["clipped_actions"] = (pi.detach().abs() > 1).float().mean()
+    return metrics
+
+
+def policy_with_noise(nets, obs, noise, args):
+    """Raw observations (B, S) and standard normal noise (B, A) to actions (B, A) in the task's
+    bounds."""
+    a = act(nets, nets.scaling.obs(obs), noise, args)
+    return nets.scaling.action(a.clamp(-1, 1))
+
+
+def policy(nets, obs, args):
+    """Raw observations (B, S) to actions (B, A) in the task's bounds, by noise that is drawn."""
+    noise = torch.randn_like(nets.scaling.action_center.expand(len(obs), -1))
+    return policy_with_noise(nets, obs, noise, args)
+
+
+def train(run, data, args):
+    """Train on `data`; `run` logs, evaluates and saves."""
+    data.reward += args.reward_shift
+    if args.normalize_obs:
+        normalize_obs(data, eps=1e-3)
+    nets = Nets(data, args).to(run.device)
+    opt = SimpleNamespace(
+        velocity=Adam(nets.velocity.parameters(), args.lr),
+        q=Adam(nets.q.parameters(), args.lr),
+    )
+    if args.distill:
+        opt.actor = Adam(nets.actor.parameters(), args.lr)
+    largest = largest_value(data, args.gamma)
+    run.start(nets, opt, q_mean=largest, q_pi=largest)
+    step = graphed(update, nets, opt, data, args, compile=args.compile)
+    for t in run.loop(args.steps):
+        run.after(t, step(), lambda obs: policy(nets, obs, args))
+
+
+PRESETS = {
+    # No locomotion is published: this is the authors' advice for new data.
+    "halfcheetah-*": dict(normalize_q_loss=True, alpha=1.0),
+    "hopper-*": dict(normalize_q_loss=True, alpha=1.0),
+    "walker2d-*": dict(normalize_q_loss=True, alpha=1.0),
+    "mujoco/*": dict(normalize_q_loss=True, alpha=1.0),
+    "hopper-medium-expert-demo": dict(
+        steps=20_000, eval_every=2_000, eval_episodes=10, hidden=256
+    ),  # shortened, narrower
+    "hopper-replay-demo": dict(
+        steps=20_000, eval_every=2_000, eval_episodes=10, hidden=256
+    ),  # shortened, narrower
+    "pointmaze-medium-demo": dict(
+        steps=20_000,
+        eval_every=2_000,
+        eval_episodes=10,
+        hidden=256,
+        normalize_q_loss=True,
+        alpha=1.0,
+    ),  # shortened, narrower
+    # D4RL's names, and Minari's, which have a slash before the kind of data.
+    "*antmaze?umaze*": dict(steps=500_000, reward_shift=-1.0, alpha=10.0),
+    "*antmaze?medium-play*": dict(steps=500_000, reward_shift=-1.0, alpha=10.0),
+    "*antmaze?medium-diverse*": dict(steps=500_000, reward_shift=-1.0, alpha=10.0),
+    "*antmaze?large-play*": dict(steps=500_000, reward_shift=-1.0, alpha=3.0),
+    "*antmaze?large-diverse*": dict(steps=500_000, reward_shift=-1.0, alpha=3.0),
+    "*pen?human-*": dict(steps=500_000, q_agg="min", alpha=10_000.0),
+    "*pen?cloned-*": dict(steps=500_000, q_agg="min", alpha=10_000.0),
+    "*pen?expert-*": dict(steps=500_000, q_agg="min", alpha=3_000.0),
+    "*door?human-*": dict(steps=500_000, q_agg="min", alpha=30_000.0),
+    "*door?cloned-*": dict(steps=500_000, q_agg="min", alpha=30_000.0),
+    "*door?expert-*": dict(steps=500_000, q_agg="min", alpha=30_000.0),
+    "*hammer?human-*": dict(steps=500_000, q_agg="min", alpha=30_000.0),
+    "*hammer?cloned-*": dict(steps=500_000, q_agg="min", alpha=10_000.0),
+    "*hammer?expert-*": dict(steps=500_000, q_agg="min", alpha=30_000.0),
+    "*relocate?human-*": dict(steps=500_000, q_agg="min", alpha=10_000.0),
+    "*relocate?cloned-*": dict(steps=500_000, q_agg="min", alpha=30_000.0),
+    "*relocate?expert-*": dict(steps=500_000, q_agg="min", alpha=30_000.0),
+    # OGBench's names, all five tasks of each.
+    "antmaze-large-navigate-singletask*": dict(q_agg="min", alpha=10.0),
+    "antmaze-giant-navigate-singletask*": dict(q_agg="min", alpha=10.0, gamma=0.995),
+    "humanoidmaze-medium-navigate-singletask*": dict(alpha=30.0, gamma=0.995),
+    "humanoidmaze-large-navigate-singletask*": dict(alpha=30.0, gamma=0.995),
+    "antsoccer-arena-navigate-singletask*": dict(alpha=10.0, gamma=0.995),
+    "cube-single-play-singletask*": dict(alpha=300.0),
+    "cube-double-play-singletask*": dict(alpha=300.0),
+    "scene-play-singletask*": dict(alpha=300.0),
+    "puzzle-3x3-play-singletask*": dict(alpha=1000.0),
+    "puzzle-4x4-play-singletask*": dict(alpha=1000.0),
+}
+
+if __name__ == "__main__":
+    from harness import main
+
+    main(Args, PRESETS, train)

@@ -1,0 +1,548 @@
+"""fql.py: the flow against fields that are known in closed form, every loss on rows worked by hand,
+and one joint step of Adam as the authors write it."""
+
+import copy
+import math
+from types import SimpleNamespace
+
+import fql
+import pytest
+import torch
+from fql import Args, Nets, critic_loss, distill_loss, flow, flow_loss, improvement_loss, update
+from golden.tools import Inject
+from stand_in import PlainRun
+from torch import nn
+from torch.testing import assert_close
+
+from common import Adam, Data
+from harness.run import preset_of
+
+
+def by_field(field, **more):
+    """Networks whose velocity is the function field(x, t)."""
+    return SimpleNamespace(velocity=lambda s, x, t: field(x, t), **more)
+
+
+def run_flow(field, z, steps):
+    return flow(by_field(field), z, z, Args(flow_steps=steps))
+
+
+def point(m):
+    """The velocity of flow matching where all data lie at m."""
+    return lambda x, t: (m - x) / (1 - t)
+
+
+def gaussian(m, c):
+    """The velocity of flow matching where the data are N(m, c^2)."""
+
+    def field(x, t):
+        slope = (t * c**2 - (1 - t)) / ((1 - t) ** 2 + t**2 * c**2)
+        return m + slope * (x - t * m)
+
+    return field
+
+
+def two_points(x, t):
+    """The velocity of flow matching where the data are +1 and -1, equally often."""
+    mean = torch.tanh(x * t / (1 - t) ** 2)
+    return (mean - x) / (1 - t)
+
+
+# ---- the flow --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("steps", [1, 2, 7, 10])
+def test_flow_to_a_point_hits_it_from_everywhere(steps):
+    z = torch.randn(50, 2).double()
+    m = torch.tensor([0.3, -1.7]).double()
+    assert_close(run_flow(point(m), z, steps), m.expand(50, 2))
+
+
+@pytest.mark.parametrize(
+    ("steps", "c", "multiplier"),
+    [
+        (1, 0.5, 0.0),
+        (2, 0.5, 0.25 / 1.25),
+        (2, 1.0, 0.5),
+        (10, 1.0, 0.878984),
+        (10, 0.5, 0.430783),
+        (100, 1.0, 0.987228),
+        (100, 0.5, 0.492645),
+    ],
+)
+def test_flow_to_a_gaussian_has_a_known_spread(steps, c, multiplier):
+    """The exact map is m + c z; Euler's steps keep m and shrink c."""
+    z = torch.randn(50, 1).double()
+    x = run_flow(gaussian(0.4, c), z, steps)
+    assert_close(x, 0.4 + multiplier * z, atol=2e-6, rtol=0)
+
+
+@pytest.mark.parametrize(("steps", "size"), [(1, 0.0), (2, 0.56), (5, 0.98), (10, 1.0)])
+def test_two_modes_need_steps(steps, size):
+    torch.manual_seed(0)
+    x = run_flow(two_points, torch.randn(20_000, 1).double(), steps)
+    assert abs(x.abs().mean().item() - size) < 0.006
+    assert steps == 1 or abs((x > 0).double().mean() - 0.5) < 0.02
+
+
+def test_flow_map_of_two_modes_is_their_mixture():
+    """Ten steps against samples of the data: mean distance of the sorted values."""
+    torch.manual_seed(0)
+    x = run_flow(two_points, torch.randn(10_000, 1).double(), 10)
+    data = torch.randint(2, (10_000, 1)).double() * 2 - 1
+    assert (x.sort(0).values - data.sort(0).values).abs().mean() < 0.03
+
+
+def test_least_flow_loss_is_that_of_the_exact_field():
+    """pi c / 2 for N(m, c^2), not 0; a field that is moved is worse."""
+    torch.manual_seed(0)
+    a = 0.4 + 0.5 * torch.randn(400_000, 1).double()
+    field = gaussian(0.4, 0.5)
+    losses = []
+    for shift in (0.0, 0.1, -0.1):
+        torch.manual_seed(1)
+        losses.append(flow_loss(by_field(lambda x, t: field(x, t) + shift), a, a).item())
+    assert abs(losses[0] - math.pi * 0.5 / 2) < 0.005
+    assert min(losses) == losses[0]
+
+
+def test_flow_loss_by_hand():
+    """x = (1 - t) noise + t a, against a - noise; the mean over rows and dimensions."""
+    a = torch.tensor([[0.5, -0.5], [1.0, 0.0]]).double()
+    noise = torch.tensor([[1.0, 0.0], [0.0, 2.0]]).double()
+    t = torch.tensor([[0.25], [0.5]]).double()
+    seen = []
+    nets = by_field(lambda x, t: seen.append((x, t)) or torch.zeros(2, 2).double())
+    with Inject(randn_like=[noise], rand_like=[t]):
+        loss = flow_loss(nets, a, a)
+    assert_close(loss.item(), (0.25 + 0.25 + 1.0 + 4.0) / 4)
+    x, seen_t = seen[0]
+    assert_close(x, torch.tensor([[0.875, -0.125], [0.5, 1.0]]).double())
+    assert torch.equal(seen_t, t)
+
+
+# ---- critics ---------------------------------------------------------------------------------
+
+
+def critic_row(q_target, q, r, terminal, s2=0.0, w=0.0, **values):
+    """critic_loss of one row, and the action that the target was asked for."""
+    seen = []
+    nets = SimpleNamespace(
+        actor=lambda s, z: torch.full((1, 1), w),
+        q_target=lambda s, a: seen.append(a) or torch.tensor(q_target)[:, None],
+        q=lambda s, a: torch.tensor(q)[:, None],
+    )
+    row = [torch.zeros(1, 1)] * 2 + [torch.tensor([r]), torch.full((1, 1), s2)]
+    loss, _ = critic_loss(nets, *row, torch.tensor([terminal]), Args(**values))
+    return loss.item(), seen[0].item()
+
+
+@pytest.mark.parametrize(("agg", "y"), [("mean", -1 + 0.99 * 2), ("min", -1 + 0.99 * 1)])
+def test_target_by_hand(agg, y):
+    loss, _ = critic_row([1.0, 3.0], [0.0, 0.0], -1.0, 0.0, q_agg=agg)
+    assert_close(loss, y**2)
+
+
+def test_a_terminal_row_has_no_next_value():
+    for q_target in ([1.0, 3.0], [1e30, 1e30]):
+        loss, _ = critic_row(q_target, [0.0, 0.0], -1.0, 1.0)
+        assert_close(loss, 1.0)
+
+
+def test_critic_loss_is_a_mean_over_critics():
+    loss, _ = critic_row([0.0, 0.0], [1.0, 2.0], 0.0, 1.0)
+    assert_close(loss, 2.5)
+
+
+@pytest.mark.parametrize(("w", "clipped"), [(0.3, 0.3), (4.0, 1.0), (-4.0, -1.0)])
+def test_target_clips_the_action(w, clipped):
+    _, a2 = critic_row([0.0, 0.0], [0.0, 0.0], 0.0, 0.0, w=w)
+    assert_close(a2, clipped)
+
+
+def test_values_of_a_chain_follow_from_the_target():
+    """r = -1 until the goal, 0 there: Q of k steps ahead is -(1 - gamma^k) / (1 - gamma)."""
+    value = 0.0
+    for k in range(1, 11):
+        loss, _ = critic_row([value, value], [0.0, 0.0], -1.0, float(k == 1))
+        value = -math.sqrt(loss)
+        assert abs(value + (1 - 0.99**k) / (1 - 0.99)) < 1e-4
+    assert abs(value + 9.5618) < 1e-3
+
+
+# ---- the one-step policy ---------------------------------------------------------------------
+
+
+def optimum(mu, g, alpha, normalize=False, scale=1.0):
+    """The action of a free one-step policy that minimizes its loss where Q = scale (g a + 3)."""
+    mu, g = torch.tensor(mu).double(), torch.tensor(g).double()
+    pi = torch.zeros_like(mu).expand(4, -1).clone().requires_grad_()
+    nets = by_field(lambda x, t: mu - z, q=lambda s, a: scale * (torch.stack([a @ g, a @ g]) + 3.0))
+    args, z = Args(alpha=alpha, normalize_q_loss=normalize), torch.randn(4, len(mu)).double()
+    adam = torch.optim.Adam([pi], lr=0.02)
+    for t in range(600):
+        adam.param_groups[0]["lr"] = 0.02 if t < 400 else 0.001
+        loss = alpha * distill_loss(nets, z, z, pi, args) + improvement_loss(nets, z, pi, args)[0]
+        (pi.grad,) = torch.autograd.grad(loss, [pi])
+        adam.step()
+    return pi.detach().mean(0).tolist()
+
+
+def test_linear_q_moves_the_policy_by_a_known_shift():
+    """w = mu + A g / (2 alpha)."""
+    found = optimum([0.2, -0.3], [1.0, 0.0], 10.0)
+    assert_close(found, [0.3, -0.3], atol=2e-3, rtol=0)
+
+
+def test_at_large_alpha_the_one_step_policy_is_the_flow():
+    found = optimum([0.2, -0.3], [1.0, -1.0], 1e5)
+    assert_close(found, [0.2, -0.3], atol=2e-3, rtol=0)
+
+
+def test_distillation_clips_the_flow_and_not_the_policy():
+    found = optimum([1.6, -2.0], [0.0, 0.0], 1.0)
+    assert_close(found, [1.0, -1.0], atol=2e-3, rtol=0)
+    pi = torch.full((1, 1), 3.0)
+    loss = distill_loss(by_field(lambda x, t: 5 * x), pi, pi, pi, Args())
+    assert_close(loss.item(), 4.0)  # (3 - 1)^2
+
+
+def test_q_pushes_no_further_than_the_bound():
+    assert_close(optimum([0.95], [2.0], 10.0), [1.0], atol=3e-3, rtol=0)
+    assert optimum([0.0], [-1.0], 0.0)[0] <= -1.0  # without cloning, to the bound
+    pi = torch.tensor([[-1.2, 1.5, 0.5]]).requires_grad_()
+    nets = SimpleNamespace(q=lambda s, a: torch.stack([a.sum(1), a.sum(1)]))
+    loss, _ = improvement_loss(nets, pi, pi, Args())
+    assert torch.autograd.grad(loss, [pi])[0].tolist() == [[0.0, 0.0, -1.0]]
+
+
+@pytest.mark.parametrize("normalize", [True, False])
+def test_scale_of_q_matters_unless_it_is_normalized(normalize):
+    gradients = []
+    for c in (1.0, 50.0):
+        pi = torch.tensor([[0.2, 0.4], [-0.5, 0.1]]).requires_grad_()
+        nets = SimpleNamespace(q=lambda s, a: c * torch.stack([a.sum(1), 2 + a[:, 0]]))
+        loss, _ = improvement_loss(nets, pi, pi, Args(normalize_q_loss=normalize))
+        gradients += torch.autograd.grad(loss, [pi])
+    assert_close(gradients[1], gradients[0] * (1.0 if normalize else 50.0))
+
+
+def test_policy_improves_the_mean_of_critics_even_where_the_target_is_their_minimum():
+    pi = torch.tensor([[0.5]])
+    nets = SimpleNamespace(q=lambda s, a: torch.stack([a[:, 0], 3 * a[:, 0]]))
+    for agg in ("mean", "min"):
+        loss, q_pi = improvement_loss(nets, pi, pi, Args(q_agg=agg))
+        assert_close((loss.item(), q_pi.item()), (-1.0, 1.0))
+
+
+def test_distillation_uses_the_same_noise_for_both():
+    """w(s, z) = mu(s, z) has loss 0; with other noise it has not."""
+    z = torch.rand(64, 2) - 0.5
+    nets = by_field(point(torch.zeros(2)), actor=lambda s, z: 0 * z)
+    assert distill_loss(nets, z, z, nets.actor(z, z), Args()) < 1e-12
+    nets = by_field(lambda x, t: torch.zeros_like(x))  # mu(s, z) = z
+    assert distill_loss(nets, z, z, z, Args()) == 0
+    assert distill_loss(nets, z, z, z.flip(0), Args()) > 0.01
+
+
+# ---- networks --------------------------------------------------------------------------------
+
+
+def make(data, seed=0, **values):
+    """Networks in float64, whose target critics differ from the critics, with their optimizers."""
+    args = Args(**dict(batch_size=16, hidden=8) | values)
+    torch.manual_seed(seed)
+    nets, other = Nets(data, args), Nets(data, args)
+    nets.q_target.load_state_dict(other.q.state_dict())
+    nets = nets.double()
+    names = ["velocity", "q", *(["actor"] if args.distill else [])]
+    opt = {name: Adam(getattr(nets, name).parameters(), args.lr) for name in names}
+    return nets, SimpleNamespace(**opt), args
+
+
+@pytest.fixture
+def data():
+    draw = torch.Generator().manual_seed(0)
+    rows = [torch.randn(16, width, generator=draw).double() for width in (3, 2, 3)]
+    reward = torch.randn(16, generator=draw).double()
+    terminal = (torch.arange(16) % 5 == 0).double()
+    return Data(rows[0], rows[1].tanh(), reward, rows[2], terminal)
+
+
+def test_sizes_and_initial_weights():
+    """The authors' networks on cube-single: 28 observation and 5 action numbers."""
+    obs, nothing = torch.zeros(2, 28), torch.zeros(2)
+    data = Data(obs, torch.zeros(2, 5), nothing, obs, nothing)
+    nets = Nets(data, Args())
+    count = {name: sum(p.numel() for p in net.parameters()) for name, net in nets.named_children()}
+    assert count["velocity"] == 808_453 and count["actor"] == 807_941
+    assert count["q"] == count["q_target"] == 2 * 809_985
+    for net, n_in in ((nets.velocity, 34), (nets.actor, 33), (nets.q, 33)):
+        bound = math.sqrt(6 / (n_in + 512))
+        assert 0.98 * bound < net.weights[0].abs().max() <= bound
+        assert not any(b.any() for b in net.biases)
+    assert nets.q.weights[0].shape == (2, 33, 512)
+    assert not torch.equal(nets.q.weights[0][0], nets.q.weights[0][1])
+    for p, t in zip(nets.q.parameters(), nets.q_target.parameters()):
+        assert torch.equal(p, t) and not t.requires_grad
+
+
+def sequential(net, member=None):
+    """The same network as nn.Linear layers, with the authors' order: GELU, then LayerNorm."""
+    layers = []
+    pick = (lambda x: x) if member is None else (lambda x: x[member])
+    for i, (w, b) in enumerate(zip(net.weights, net.biases)):
+        linear = nn.Linear(*pick(w).shape, dtype=w.dtype)
+        linear.weight.data = pick(w).detach().T.clone()
+        linear.bias.data = pick(b).detach().view(-1).clone()
+        layers += [linear, nn.GELU(approximate="tanh")]
+        if net.norms and i < len(net.gains):
+            norm = nn.LayerNorm(linear.out_features, eps=1e-6, dtype=w.dtype)
+            gain, shift = pick(net.gains[i]).detach(), pick(net.shifts[i]).detach()
+            norm.weight.data, norm.bias.data = gain.view(-1).clone(), shift.view(-1).clone()
+            layers.append(norm)
+    return nn.Sequential(*layers[: -2 if layers[-1].__class__ is nn.LayerNorm else -1])
+
+
+def test_networks_are_gelu_stacks_and_critics_are_normalized_after_it(data):
+    nets, *_ = make(data)
+    with torch.no_grad():
+        for p in (*nets.q.gains, *nets.q.shifts):
+            p.add_(0.3 * torch.randn_like(p))
+    s, z, t = data.obs, data.action, torch.rand(16, 1).double()
+    assert_close(nets.velocity(s, z, t), sequential(nets.velocity)(torch.cat([s, z, t], 1)))
+    assert_close(nets.actor(s, z), sequential(nets.actor)(torch.cat([s, z], 1)))
+    for member in range(2):
+        critic = sequential(nets.q, member)
+        assert sum(isinstance(layer, nn.LayerNorm) for layer in critic) == 4
+        assert_close(nets.q(s, z)[member], critic(torch.cat([s, z], 1)).squeeze(1))
+    assert not sum(isinstance(layer, nn.LayerNorm) for layer in sequential(nets.actor))
+
+
+# ---- update ----------------------------------------------------------------------------------
+
+
+def reached(loss, nets):
+    """The networks with a gradient from `loss`."""
+    online = [(k.split(".")[0], p) for k, p in nets.named_parameters() if p.requires_grad]
+    grads = torch.autograd.grad(loss, [p for _, p in online], allow_unused=True, retain_graph=True)
+    return {name for (name, _), g in zip(online, grads) if g is not None and g.any()}
+
+
+def test_which_networks_each_loss_reaches(data):
+    nets, _, args = make(data)
+    s, a, z = data.obs, data.action, torch.randn_like(data.action)
+    q_loss, _ = critic_loss(nets, s, a, data.reward, data.next_obs, data.terminal, args)
+    assert reached(q_loss, nets) == {"q"}
+    assert reached(flow_loss(nets, s, a), nets) == {"velocity"}
+    pi = fql.act(nets, s, z, args)
+    assert reached(distill_loss(nets, s, z, pi, args), nets) == {"actor"}
+    assert reached(improvement_loss(nets, s, pi, args)[0], nets) == {"actor", "q"}
+    nets, _, args = make(data, distill=False)
+    pi = fql.act(nets, s, z, args)
+    assert reached(improvement_loss(nets, s, pi, args)[0], nets) == {"velocity", "q"}
+
+
+@pytest.mark.parametrize("frozen", ["q", "actor", "velocity"])
+def test_each_optimizer_moves_its_own_network_alone(data, frozen):
+    nets, opt, args = make(data)
+    getattr(opt, frozen).lr.zero_()
+    before = copy.deepcopy(nets)
+    update(nets, opt, data, args)
+    for name in ("q", "actor", "velocity"):
+        pairs = zip(getattr(nets, name).weights, getattr(before, name).weights)
+        assert all(torch.equal(p, old) == (name == frozen) for p, old in pairs)
+
+
+def joint_loss(nets, target, batch, args):
+    """The authors' total loss on networks that are nn.Sequential; draws as update does."""
+    s, a, r, s2, terminal = batch
+    cat = lambda *parts: torch.cat(parts, 1)
+    critics = lambda qs, s, a: torch.stack([q(cat(s, a)).squeeze(1) for q in qs])
+
+    def euler(s, x):
+        for i in range(args.flow_steps):
+            t = torch.full((len(s), 1), i / args.flow_steps).double()
+            x = x + nets.velocity(cat(s, x, t)) / args.flow_steps
+        return x
+
+    pi_of = (lambda s, z: nets.actor(cat(s, z))) if args.distill else euler
+    with torch.no_grad():
+        a2 = pi_of(s2, torch.randn_like(a)).clamp(-1, 1)
+        q2 = critics(target, s2, a2)
+        q2 = q2.min(0).values if args.q_agg == "min" else q2.mean(0)
+    loss = (critics(nets.q, s, a) - r - args.gamma * (1 - terminal) * q2).square().mean()
+    x0, t = torch.randn_like(a), torch.rand_like(a[:, :1])
+    v = nets.velocity(cat(s, (1 - t) * x0 + t * a, t))
+    flow_loss = (v - (a - x0)).square().mean()
+    z = torch.randn_like(a)
+    pi = pi_of(s, z)
+    frozen = copy.deepcopy(nets.q).requires_grad_(False)
+    q = critics(frozen, s, pi.clamp(-1, 1)).mean(0)
+    weight = 1 / q.abs().mean().detach() if args.normalize_q_loss else 1.0
+    if args.distill:
+        mu = euler(s, z).clamp(-1, 1).detach()
+        return loss + flow_loss + args.alpha * (pi - mu).square().mean() - weight * q.mean()
+    return loss + args.alpha * flow_loss - weight * q.mean()
+
+
+@pytest.mark.parametrize("distill", [True, False])
+@pytest.mark.parametrize("agg, normalize", [("mean", False), ("min", True)])
+def test_update_is_one_joint_step_of_adam(data, distill, agg, normalize):
+    """Three steps, all losses from the same weights; the target follows the critics before each."""
+    values = dict(q_agg=agg, normalize_q_loss=normalize, distill=distill, lr=1e-2, polyak=0.3)
+    nets, opt, args = make(data, alpha=3.0, flow_steps=4, **values)
+    oracle = SimpleNamespace(velocity=sequential(nets.velocity))
+    oracle.q = nn.ModuleList(sequential(nets.q, member) for member in range(2))
+    target = nn.ModuleList(sequential(nets.q_target, member) for member in range(2))
+    trained = [oracle.velocity, oracle.q]
+    if distill:
+        oracle.actor = sequential(nets.actor)
+        trained.append(oracle.actor)
+    adam = torch.optim.Adam([p for net in trained for p in net.parameters()], lr=1e-2)
+    for seed in range(3):
+        torch.manual_seed(seed)
+        update(nets, opt, data, args)
+        torch.manual_seed(seed)
+        i = torch.randint(16, (16,))
+        batch = [x[i] for x in (data.obs, data.action, data.reward, data.next_obs, data.terminal)]
+        adam.zero_grad()
+        joint_loss(oracle, target, batch, args).backward()
+        for t, p in zip(target.parameters(), oracle.q.parameters()):
+            t.data = 0.3 * p.data + 0.7 * t.data
+        adam.step()
+        for name, stack in vars(oracle).items():
+            ours = getattr(nets, name)
+            members = [None] if name != "q" else [0, 1]
+            stacks = [stack] if name != "q" else stack
+            for member, theirs in zip(members, stacks):
+                for p, o in zip(sequential(ours, member).parameters(), theirs.parameters()):
+                    assert_close(p, o, atol=1e-9, rtol=1e-7)
+        for member in range(2):
+            ours = sequential(nets.q_target, member).parameters()
+            for p, o in zip(ours, target[member].parameters()):
+                assert_close(p, o, atol=1e-9, rtol=1e-7)
+
+
+# ---- policy ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("distill", [True, False])
+def test_policy_is_reproducible_and_takes_its_noise_from_outside(data, distill):
+    data.obs_mean, data.obs_std = torch.tensor([1.0, 2.0, 0.0]), torch.tensor([0.5, 4.0, 1.0])
+    data.action_low, data.action_high = torch.tensor([-2.0, 0.0]), torch.tensor([6.0, 1.0])
+    args = Args(hidden=8, distill=distill)
+    nets, obs = Nets(data, args), torch.randn(500, 3)
+    (nets.actor if distill else nets.velocity).weights[-1].data.mul_(5.0)
+    actions = []
+    for seed in (0, 0, 1):
+        torch.manual_seed(seed)
+        actions.append(fql.policy(nets, obs, args))
+    assert torch.equal(actions[0], actions[1]) and not torch.equal(actions[0], actions[2])
+    torch.manual_seed(0)
+    noise = torch.randn(500, 2)
+    assert torch.equal(fql.policy_with_noise(nets, obs, noise, args), actions[0])
+    s = (obs - data.obs_mean) / data.obs_std
+    a = fql.act(nets, s, noise, args)
+    assert (a.abs() > 1).any()
+    expected = torch.tensor([2.0, 0.5]) + torch.tensor([4.0, 0.5]) * a.clamp(-1, 1)
+    assert_close(actions[0], expected)
+
+
+def test_policy_is_exported_with_its_noise_as_an_input(data):
+    args = Args(hidden=8)
+    nets = Nets(data, args).float().requires_grad_(False)
+
+    class Deployed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.nets = nets
+
+        def forward(self, obs, noise):
+            return fql.policy_with_noise(self.nets, obs, noise, args)
+
+    obs, noise = torch.randn(4, 3), torch.randn(4, 2)
+    batch = torch.export.Dim("batch")
+    dims = {"obs": {0: batch}, "noise": {0: batch}}
+    program = torch.export.export(Deployed(), (obs, noise), dynamic_shapes=dims).module()
+    for n in (4, 2):
+        expected = fql.policy_with_noise(nets, obs[:n], noise[:n], args)
+        assert_close(program(obs[:n], noise[:n]), expected)
+
+
+# ---- behavior --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("distill", [True, False])
+def test_bandit_with_two_modes(distill):
+    """Most actions are -0.7 or 0.7, equally often, reward a: the clone keeps both modes, and Q
+    prefers the upper."""
+    a = torch.cat([torch.tensor([-0.7, 0.7]).repeat(40), torch.linspace(-1, 1, 9)])[:, None]
+    results = {}
+    for alpha in (100.0, 0.1):
+        zeros = torch.zeros(len(a), 1)
+        bandit = Data(zeros, a.clone(), a[:, 0].clone(), zeros.clone(), torch.ones(len(a)))
+        args = Args(steps=250, hidden=32, lr=4e-3, alpha=alpha, distill=distill, flow_steps=5)
+        run = PlainRun()
+        torch.manual_seed(0)
+        fql.train(run, bandit, args)
+        torch.manual_seed(1)
+        results[alpha] = run.act(torch.zeros(2000, 1))[:, 0]
+    clone, greedy = results[100.0], results[0.1]
+    assert abs(clone.mean()) < 0.2 and (clone.abs() > 0.45).float().mean() > 0.75
+    assert greedy.mean() > 0.6 and (greedy > 0.3).float().mean() > 0.95
+    assert run.largest["q_mean"] == pytest.approx(1 / (1 - 0.99), rel=1e-5)
+
+
+def test_reward_shift_and_normalization_reach_the_data(data):
+    reward, obs = data.reward.float().clone(), data.obs.float().clone()
+    data = Data(obs.clone(), data.action.float(), reward.clone(), obs.clone(), torch.zeros(16))
+    args = Args(steps=1, hidden=4, reward_shift=-1.0, normalize_obs=True)
+    run = PlainRun()
+    fql.train(run, data, args)
+    assert_close(data.reward, reward - 1)
+    assert_close(data.obs.mean(0), torch.zeros(3), atol=1e-5, rtol=0)
+    assert_close(run.nets.scaling.obs(obs), data.obs)
+
+
+# ---- published settings ----------------------------------------------------------------------
+
+PUBLISHED = {  # alpha, aggregation, gamma, steps, reward shift
+    "antmaze-large-navigate-singletask-v0": (10, "min", 0.99, 1_000_000, 0),
+    "antmaze-giant-navigate-singletask-task5-v0": (10, "min", 0.995, 1_000_000, 0),
+    "humanoidmaze-medium-navigate-singletask-task2-v0": (30, "mean", 0.995, 1_000_000, 0),
+    "humanoidmaze-large-navigate-singletask-v0": (30, "mean", 0.995, 1_000_000, 0),
+    "antsoccer-arena-navigate-singletask-v0": (10, "mean", 0.995, 1_000_000, 0),
+    "cube-single-play-singletask-task1-v0": (300, "mean", 0.99, 1_000_000, 0),
+    "cube-double-play-singletask-v0": (300, "mean", 0.99, 1_000_000, 0),
+    "scene-play-singletask-v0": (300, "mean", 0.99, 1_000_000, 0),
+    "puzzle-3x3-play-singletask-v0": (1000, "mean", 0.99, 1_000_000, 0),
+    "puzzle-4x4-play-singletask-v0": (1000, "mean", 0.99, 1_000_000, 0),
+    "antmaze-umaze-v2": (10, "mean", 0.99, 500_000, -1),
+    "antmaze-umaze-diverse-v2": (10, "mean", 0.99, 500_000, -1),
+    "antmaze-medium-play-v2": (10, "mean", 0.99, 500_000, -1),
+    "antmaze-medium-diverse-v2": (10, "mean", 0.99, 500_000, -1),
+    "antmaze-large-play-v2": (3, "mean", 0.99, 500_000, -1),
+    "D4RL/antmaze/large-diverse-v1": (3, "mean", 0.99, 500_000, -1),
+    "pen-human-v1": (10_000, "min", 0.99, 500_000, 0),
+    "D4RL/pen/cloned-v2": (10_000, "min", 0.99, 500_000, 0),
+    "pen-expert-v1": (3_000, "min", 0.99, 500_000, 0),
+    "door-human-v1": (30_000, "min", 0.99, 500_000, 0),
+    "door-cloned-v1": (30_000, "min", 0.99, 500_000, 0),
+    "door-expert-v1": (30_000, "min", 0.99, 500_000, 0),
+    "hammer-human-v1": (30_000, "min", 0.99, 500_000, 0),
+    "hammer-cloned-v1": (10_000, "min", 0.99, 500_000, 0),
+    "hammer-expert-v1": (30_000, "min", 0.99, 500_000, 0),
+    "relocate-human-v1": (10_000, "min", 0.99, 500_000, 0),
+    "relocate-cloned-v1": (30_000, "min", 0.99, 500_000, 0),
+    "D4RL/relocate/expert-v2": (30_000, "min", 0.99, 500_000, 0),
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_settings(name):
+    args = Args(**preset_of(fql.PRESETS, name))
+    found = args.alpha, args.q_agg, args.gamma, args.steps, args.reward_shift
+    assert found == PUBLISHED[name]
+    assert not args.normalize_q_loss and args.flow_steps == 10 and args.hidden == 512
+    assert (args.eval_every, args.eval_episodes, args.batch_size) == (100_000, 50, 256)
