@@ -74,7 +74,7 @@ class Args(RunArgs):
     eval_every: Count = 10_000
     """gradient steps between evaluations"""
     lam: NonNegative = 0.1
-    """weight lambda of the gradient penalty (Eq. 7): 0 frees the offset, a large number is cloning"""
+    """weight lambda of the gradient penalty (Eq. 7): 0 frees the offset, a large one clones"""
     bonus: Number = 5.0
     """added to every reward: above 0 it pays for survival where episodes can end early"""
     offset: bool = True
@@ -128,15 +128,21 @@ class Nets(nn.Module):
 
 
 def pre_tanh(a, args):
-    """x of the data's actions; an action at a bound, where mu has no density, is spread inward."""
-    a = dequantize(a, args.dequantize)
-    return torch.atanh(a.clamp(-1 + 1e-6, 1 - 1e-6))
+    """x of the data's actions, infinite at a bound, where log_mu clips it; dequantized if asked."""
+    return torch.atanh(dequantize(a, args.dequantize))
+
+
+def largest_x(dtype):
+    """x of the action 1 - 1e-6, where the authors clip actions, rounded as `dtype` rounds it."""
+    gap = torch.finfo(dtype).eps / 2  # between neighboring numbers just below 1
+    return math.atanh(1 - gap * round(1e-6 / gap))
 
 
 def log_mu(mixture, x):
-    """log mu(tanh(x)|s), (..., B), of x (..., B, A): dimensions are independent mixtures."""
+    """log mu(tanh(x)|s), (..., B), of x (..., B, A), flat beyond largest_x. The dimensions are
+    independent mixtures."""
     log_weight, mean, log_std = mixture
-    limit = math.atanh(1 - 1e-6)  # the authors clip actions at 1 - 1e-6
+    limit = largest_x(x.dtype)
     x = x.clamp(-limit, limit)
     log_prob = normal_log_prob(x.unsqueeze(-3), mean, log_std)  # (..., K, B, A)
     log_mixture = (log_weight + log_prob).logsumexp(-3)
