@@ -47,6 +47,7 @@ InsideUnit = Annotated[float, Range(ABOVE_0, BELOW_1, "a number above 0 and belo
 Count = Annotated[int, Range(1, 10**12, "a whole number from 1 to 1e12")]
 CountOrZero = Annotated[int, Range(0, 10**12, "a whole number from 0 to 1e12")]
 BatchSize = Annotated[int, Range(1, 10**6, "a whole number from 1 to 1e6")]
+Episodes = Annotated[int, Range(1, 10**4, "a whole number from 1 to 10,000")]
 Seed = Annotated[int, Range(0, 2**31 - 1, "a whole number from 0 to 2147483647")]
 
 
@@ -63,10 +64,10 @@ class RunArgs:
     """how fp32 products are computed; auto takes the fastest way that does not round"""
     compile: bool = False
     """compile the whole update: it runs faster, after half a minute of compilation"""
-    eval_episodes: Count = 10
+    eval_episodes: Episodes = 10
     """episodes per evaluation"""
     eval_env: str | None = None
-    """Gymnasium id to evaluate in; None: the dataset's own task; "none": no evaluation"""
+    """Gymnasium id to evaluate in, or module:Id-v0 to import; None: the data's; "none": no task"""
     log_every: Count = 1_000
     """gradient steps between rows of train.csv"""
     save_every: Count = 50_000

@@ -16,7 +16,11 @@ over the bounds by less than 1e-5 of their range (rounding; noted). Nothing is e
 
 File keys: observations (N, S), actions (N, A), rewards (N,), terminals (N,); optional timeouts,
 next_observations, final_observations (E, S: the true last observation of each episode, in order),
-metadata (JSON text: env_id, env_kwargs, ref_min_score, ref_max_score, max_episode_steps, action_low, ..._high).
+metadata (JSON text: env_id, env_kwargs, ref_min_score, ref_max_score, max_episode_steps,
+action_low, action_high).
+
+A file can come from anybody, so nothing that it names is run: its pickles are not loaded, its task
+is made only if its id is a registered one, and an HDF5 file that refers to other files is refused.
 """
 
 import fcntl
@@ -25,6 +29,7 @@ import json
 import math
 import os
 import re
+import stat
 import subprocess
 import sys
 import urllib.request
@@ -50,6 +55,7 @@ from harness.tasks import (
     require,
     sparse,
     table,
+    task_of_file,
 )
 
 KEYS = ("observations", "actions", "rewards", "next_observations")
@@ -64,7 +70,8 @@ METADATA = {
     "action_low": "a number, or one for each action",
     "action_high": "a number, or one for each action",
 }
-ROWS, TEXT_SECONDS = 1 << 16, 30  # rows converted at a time, which bounds memory; for metadata
+ROWS = 1 << 16  # rows converted at a time, which bounds memory
+TEXT_SECONDS, TEXT_PATIENCE = 10, 600  # for metadata: of computing, of waiting
 # {path} is the column of data/d4rl_files.csv, {file} its last part.
 D4RL_MIRRORS = (
     "http://rail.eecs.berkeley.edu/datasets/offline_rl/{path}",
@@ -91,14 +98,18 @@ def load_dataset(name: str, device="cpu", eval_env: str | None = None) -> tuple[
             *arrays, task = _read_minari(name, name not in local, eval_env)
         else:
             hint = near(name, [*bundled, *files, *local])
-            raise InputError(f"unknown dataset '{name}'{hint}; give a bundled or D4RL name, a "
-                             "Minari id, or the path of a .hdf5, .h5 or .npz file")  # fmt: skip
+            raise InputError(
+                f"unknown dataset '{name}'{hint}; use a bundled or D4RL name, a Minari id, or the "
+                "path of a .hdf5, .h5 or .npz file"
+            )
         if task and task.ref_min is None:
             print(f"note: {task.id} has no reference score, raw returns are reported")
         return _finish(name, *arrays, device), task
     except MemoryError as e:
-        raise InputError(f"{name} does not fit into memory ({e}); give a smaller dataset, or write "
-                         "the file again if it should be smaller") from e  # fmt: skip
+        raise InputError(
+            f"{name} does not fit into memory ({e}); use a smaller dataset, or write the file "
+            "again if it should be smaller"
+        ) from e
 
 
 def _link(name, obs, stored, terminal, end, final=None):
@@ -174,7 +185,7 @@ def _map_actions(name, action, low, high):
         for row, j in np.argwhere(excess > 1e-5)[:1]:
             raise InputError(f"{name}: actions row {i + row} column {j} is {part[row, j]:g}, "
                              f"not in [{low[j]:g}, {high[j]:g}]; rescale or clip the actions, or "
-                             "give metadata action_low and action_high, or --eval-env")  # fmt: skip
+                             "add metadata action_low and action_high, or --eval-env")  # fmt: skip
         rounded += (excess > 0).sum()
         np.clip(part, low, high, out=part)
         if (low != -1).any() or (high != 1).any():
@@ -190,11 +201,8 @@ def _blocks(x):
 
 def _read_file(path, eval_env, task=None, d4rl=None):
     """Arguments of _finish up to high, then the task. d4rl: a row of d4rl_tasks.csv, or None."""
-    if not path.is_file():
-        names = os.listdir(path.parent) if path.parent.is_dir() else []
-        raise InputError(f"no file {path}; correct the path{near(path.name, names)}")
-    require(os.access(path, os.R_OK), f"{path} may not be read; chmod it or ask its owner")
     kind = path.suffix[1:].lower()
+    _require_regular(path)
     try:
         with _open(path) as (columns, raw):
             return _read_columns(path.name, columns, raw, eval_env, task, d4rl)
@@ -205,6 +213,44 @@ def _read_file(path, eval_env, task=None, d4rl=None):
         require(begun or d4rl, f"{path} is not an {kind} file; README shows how to make one")
         raise InputError(f"{path} is not a complete {kind} file ({e!s:.200}); delete it and "
                          "download or write it again") from e  # fmt: skip
+
+
+def _require_regular(path):
+    """Raises InputError where there is no ordinary file; nothing waits for a pipe's writer."""
+    try:
+        mode = path.stat().st_mode
+        require(
+            stat.S_ISREG(mode), f"{path} is a folder, a pipe or a device; use the path of a file"
+        )
+        path.open("rb").close()
+    except PermissionError:
+        raise InputError(f"{path} may not be read; chmod it or ask its owner") from None
+    except OSError:
+        names = os.listdir(path.parent) if path.parent.is_dir() else []
+        raise InputError(f"no file {path}; correct the path{near(path.name, names)}") from None
+
+
+def _require_own_content(path, file):
+    """Raises InputError where an open HDF5 file refers to other files: it could read any of them
+    into the data."""
+    from h5py import h5d, h5l, h5o
+
+    def is_outside(name, link):
+        return None if link.type in (h5l.TYPE_HARD, h5l.TYPE_SOFT) else name
+
+    def is_stored_outside(name):
+        item = h5o.open(file.id, name)
+        if not isinstance(item, h5d.DatasetID):
+            return None
+        how = item.get_create_plist()
+        return name if how.get_external_count() or how.get_layout() == h5d.VIRTUAL else None
+
+    name = file.id.links.visit(is_outside, info=True) or h5o.visit(file.id, is_stored_outside)
+    require(
+        name is None,
+        f"{path}: {(name or b'').decode(errors='replace'):.60} refers to another file, which is "
+        "not followed; copy the values into this file",
+    )
 
 
 @contextmanager
@@ -233,7 +279,8 @@ def _open(path):
             yield columns, "" if meta and meta.dtype.hasobject else meta and file["metadata"]
     else:
         with h5py.File(path, "r") as file:
-            require("episode_0" not in file, f"{path} is a Minari file; give its Minari id")
+            require("episode_0" not in file, f"{path} is a Minari file; use its Minari id")
+            _require_own_content(path, file)
             columns = {k: hdf5_column(x) for k, x in file.items() if isinstance(x, h5py.Dataset)}
             has_text = columns.pop("metadata", None)  # in D4RL's own files it is a group
             if has_text or "metadata" in file.attrs:
@@ -241,14 +288,30 @@ def _open(path):
             yield columns, file["metadata"][()] if has_text else file.attrs.get("metadata")
 
 
-def _try_text(path):
-    """libhdf5 can loop for ever on damaged text, deaf to signals: a process of its own reads it."""
-    code = "import h5py, sys; f = h5py.File(sys.argv[1]); f.attrs.get('{0}') or f['{0}'][()]"
-    line = [sys.executable, "-c", code.format("metadata"), path]
+READ_TEXT = """
+import h5py, resource, sys, time
+limit = int(time.process_time()) + int(sys.argv[2])
+resource.setrlimit(resource.RLIMIT_CPU, (limit, limit))
+file = h5py.File(sys.argv[1])
+file.attrs.get("metadata") or file["metadata"][()]
+"""
+
+
+def _try_text(path, computing=TEXT_SECONDS, waiting=TEXT_PATIENCE):
+    """libhdf5 can loop for ever on damaged text, deaf to signals: a process of its own reads it.
+
+    More than `computing` seconds of a processor are such a loop, and raise OSError: intact text
+    takes microseconds. Seconds of `waiting`, for a busy machine or a slow disk, are no damage."""
+    line = [sys.executable, "-c", READ_TEXT, str(path), str(computing)]
     try:
-        subprocess.run(line, capture_output=True, timeout=TEXT_SECONDS)
+        done = subprocess.run(line, capture_output=True, timeout=waiting)
     except subprocess.TimeoutExpired:
-        raise OSError("its metadata cannot be read") from None
+        raise InputError(
+            f"{path}: its metadata was not read within {waiting:g} s, so this machine or its disk "
+            "is very slow or busy; repeat the command later, or write the file as .npz"
+        ) from None
+    if done.returncode < 0:  # ended by the limit, or libhdf5 itself broke down
+        raise OSError("its metadata cannot be read")
 
 
 def _metadata(name, raw, act_dim) -> dict:
@@ -259,6 +322,11 @@ def _metadata(name, raw, act_dim) -> dict:
         meta = dict(json.loads("{}" if raw is None else raw).items())
     except (ValueError, TypeError, AttributeError, RecursionError) as e:
         raise InputError(f"{name}: metadata is not a JSON object; write it with json.dumps") from e
+    return _checked(name, meta, act_dim)
+
+
+def _checked(name, meta, act_dim) -> dict:
+    """The keys of `meta` that are not null. Raises InputError for a wrong value under METADATA."""
     meta = {k: x for k, x in meta.items() if x is not None}
     for key in [k for k in METADATA if k in meta]:
         x, want = meta[key], METADATA[key]
@@ -300,7 +368,7 @@ def _read_columns(name, columns, raw, eval_env, task, d4rl):
         require(0 not in shape[1:], f"{name}: {key} has shape {shape}: no columns; store some")
         require(all(w in (None, x) for w, x in zip(want, shape, strict=True)), f"{name}: {key} has "
                  f"shape {shape}, observations has {(n, s)}; make them agree")  # fmt: skip
-    require(n, f"{name}: the dataset is empty; give one with at least one transition")
+    require(n, f"{name}: the dataset is empty; use one with at least one transition")
     need = 4 * sum(math.prod(columns[k].shape) for k in wants)
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if need > memory:
@@ -310,8 +378,8 @@ def _read_columns(name, columns, raw, eval_env, task, d4rl):
     own = meta.get("env_id")
     if d4rl is None and eval_env != "none" and (eval_env or own):
         refs = (meta.get("ref_min_score"), meta.get("ref_max_score"))
-        kwargs = {} if eval_env else meta.get("env_kwargs", {})
-        task = build(Task(eval_env or own, kwargs=kwargs), own or eval_env, refs)
+        task = Task(eval_env) if eval_env else task_of_file(name, own, meta.get("env_kwargs"))
+        task = task and build(task, own or eval_env, refs)
     low, high = (np.full(columns["actions"].shape[1], x, np.float32) for x in (-1, 1))
     if task and len(task.spaces.low) == len(low):
         low, high = task.spaces.low.copy(), task.spaces.high.copy()
@@ -408,16 +476,25 @@ def _fetch(name) -> Path:
 
 @contextmanager
 def _lock(path):
-    """One process at a time; the system frees it even if the holder is killed."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        file = open(path, "w")  # noqa: SIM115 (closed below)
-    except OSError as e:
-        raise InputError(f"cannot write to {path.parent} ({e}); set D4RL_DATASET_DIR or "
-                         "MINARI_DATASETS_PATH to a writable folder") from e  # fmt: skip
-    with file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
+    """One process at a time; the system frees it even if the holder is killed. The last one
+    removes the file: who finds it removed meanwhile starts again with a new one."""
+    while True:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            file = open(path, "w")  # noqa: SIM115 (closed below)
+        except OSError as e:
+            raise InputError(
+                f"cannot write to {path.parent} ({e}); set D4RL_DATASET_DIR or "
+                "MINARI_DATASETS_PATH to a writable folder"
+            ) from e
+        with file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            if path.exists() and os.path.samestat(path.stat(), os.fstat(file.fileno())):
+                try:
+                    yield
+                finally:
+                    path.unlink(missing_ok=True)
+                return
 
 
 def _minari_root() -> Path:
@@ -430,45 +507,80 @@ def _local_minari() -> list[str]:
     return sorted(p.parents[1].relative_to(root).as_posix() for p in found)
 
 
-def _episodes(name, dataset):
-    """Minari's episodes, one after another; a broken file is an InputError."""
+def _require_safe_minari(name):
+    """Raises InputError where a local Minari dataset could run code or wait for ever when Minari
+    opens it: without recorded spaces, Minari would make the task that the file names."""
+    folder = _minari_root() / name / "data"
+    again = f"delete {folder.parent} and get it again"
     try:
-        yield from dataset.iterate_episodes()
-    except UNREADABLE as e:
-        raise InputError(f"Minari dataset {name} is not complete ({e}); delete "
-                         f"{_minari_root() / name} and get it again") from e  # fmt: skip
+        _require_regular(folder / "metadata.json")
+        meta = dict(json.loads((folder / "metadata.json").read_text()))
+    except (OSError, ValueError, TypeError, RecursionError) as e:
+        line = f"{folder}/metadata.json cannot be read ({e!s:.200}); {again}"
+        raise InputError(line) from None
+    missing = [k for k in ("observation_space", "action_space") if not meta.get(k)]
+    names = " and no ".join(missing)
+    require(not missing, f"{name}: its metadata.json has no {names}; record it again")
+    main = folder / "main_data.hdf5"
+    if meta.get("data_format") == "hdf5":
+        import h5py
+
+        _require_regular(main)
+        try:
+            with h5py.File(main, "r") as file:
+                _require_own_content(main, file)
+        except UNREADABLE as e:
+            raise InputError(f"Minari dataset {name} is not complete ({e!s:.200}); {again}") from e
 
 
 def _read_minari(name, remote, eval_env):
     """As _read_file. Episodes keep their last observation, so no row is ever dropped."""
+    local = near(name, _local_minari())
     try:
         import minari
 
         if remote:
+            print(f"{name} is not in {_minari_root()}{local}: asking Minari's server", flush=True)
             with _lock(_minari_root() / f".{name.replace('/', '-')}.lock"):
-                minari.load_dataset(name, download=True)
+                minari.download_dataset(name)
+        _require_safe_minari(name)
         dataset = minari.load_dataset(name)
     except ImportError as e:
         raise InputError(f"{name} needs more of Minari ({e}): pip install 'minari[hdf5,hf]'") from e
     except Exception as e:  # whatever the server, the network or the file raises
-        raise InputError(f"Minari cannot load {name} ({e}); correct the id"
-                         f"{near(name, _local_minari())}, or put the dataset into "
-                         f"{_minari_root() / name}") from e  # fmt: skip
+        raise InputError(
+            f"Minari cannot load {name} ({e!s:.300}); correct the id{local}, or put the dataset "
+            f"into {_minari_root() / name}"
+        ) from e
+    try:
+        return _read_episodes(name, dataset, eval_env)
+    except (*UNREADABLE, AttributeError, IndexError, TypeError) as e:
+        raise InputError(
+            f"Minari dataset {name} is not complete ({e!s:.200}); delete {_minari_root() / name} "
+            "and get it again"
+        ) from e
+
+
+def _read_episodes(name, dataset, eval_env):
+    """What _read_minari returns, of an open Minari dataset."""
     space, recorded = dataset.action_space, dataset.env_spec
     require(hasattr(space, "low"), f"{name}: actions are {space}; only Box is supported")
     task = Task(eval_env) if eval_env not in (None, "none") else None
     if eval_env is None and recorded:
         spec = getattr(dataset, "_eval_env_spec", None) or recorded
-        task = Task(spec.id, spec=spec)
+        limit = spec.max_episode_steps
+        task = task_of_file(name, spec.id, spec.kwargs, limit, spec.additional_wrappers)
     elif eval_env is None:
         print(f"note: {name} records no task, training without evaluation; --eval-env names one")
-    refs = [dataset.storage.metadata.get(k) for k in ("ref_min_score", "ref_max_score")]
+    meta = dataset.storage.metadata
+    meta = _checked(name, {k: meta.get(k) for k in ("ref_min_score", "ref_max_score")}, 0)
+    refs = [meta.get(k) for k in ("ref_min_score", "ref_max_score")]
     task = task and build(task, recorded.id if recorded else task.id, refs)
     n, i, arrays = dataset.total_steps, 0, None
     low, high = (np.array(x, np.float32).reshape(-1) for x in (space.low, space.high))
     # As in D4RL, reaching the goal ends an ant maze's MDP; Minari's were recorded beyond it.
     goal_ends = recorded is not None and recorded.id.startswith("AntMaze") and sparse(recorded)
-    for episode in _episodes(name, dataset):
+    for episode in dataset.iterate_episodes():
         t, parts = len(episode.rewards), leaves(episode.observations)
         if {len(x) - 1 for x in parts} | {len(episode.actions)} != {t} or i + t > n:
             raise InputError(f"{name}: episode {episode.id} has {t} rewards but another number of "

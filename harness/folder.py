@@ -24,6 +24,7 @@ import re
 import subprocess
 import sys
 import threading
+import time
 import zipfile
 from pathlib import Path
 
@@ -37,9 +38,14 @@ HARNESS = ("run", "device", "datasets", "ogbench", "tasks")  # files that can ch
 DATA_FILES = (".hdf5", ".h5", ".npz")
 
 
+def node() -> str:
+    """The name of this machine, without dots."""
+    return re.sub(r"[^\w-]", "-", platform.node())
+
+
 def write_atomic(path: Path, content: bytes) -> None:
     """Write to a temporary name, then rename: the file is whole or absent. Raises OSError."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f"{path.name}.{node()}.{os.getpid()}.tmp")
     try:
         temporary.write_bytes(content)
         os.replace(temporary, path)
@@ -57,6 +63,8 @@ def save_tensors(path: Path, tensors) -> None:
 def load_tensors(path: Path):
     """What save_tensors wrote, on the CPU; nothing is unpickled. Raises InputError."""
     try:
+        if not path.is_file():
+            raise ValueError("it is not a file")
         if damaged := zipfile.ZipFile(path).testzip():  # torch itself compares no checksum
             raise ValueError(f"wrong checksum of {damaged}")
         return torch.load(path, map_location="cpu", weights_only=True)
@@ -67,6 +75,8 @@ def load_tensors(path: Path):
 
 def read_json(path: Path):
     """Parsed JSON of a file. Raises OSError, or ValueError for whatever is damaged."""
+    if path.exists() and not path.is_file():  # a pipe would be waited for
+        raise ValueError("it is not a file")
     try:
         return json.loads(path.read_text())
     except RecursionError:
@@ -132,7 +142,7 @@ class Folder:
         self.out = Path(args.out)
         self.path = self.out / f"{self.env_name}__{algorithm}{variant}__{args.seed}"
         self.checkpoint = self.path / "checkpoint.pt"
-        self.unsaved, self.board = {}, None
+        self.write, self.unsaved, self.board = write_atomic, {}, None
 
     def finished(self) -> bool:
         return (self.path / "summary.json").exists()
@@ -144,10 +154,12 @@ class Folder:
         """config.json as it lies there. Raises InputError."""
         try:
             config = dict(read_json(self.path / "config.json"))
-            dict(config["args"])
+            dict(config["args"]), dict(config.get("settings", {}))
             return config
         except (OSError, ValueError, KeyError, TypeError):
-            raise InputError(f"{self.path}/config.json is damaged: add --overwrite") from None
+            raise InputError(
+                f"{self.path}/config.json is damaged: add --overwrite or a new --name"
+            ) from None
 
     def open(self) -> None:
         """Make the folder, lock it for this process, remove what a killed save left behind."""
@@ -164,19 +176,24 @@ class Folder:
         for left in self.path.glob("*.tmp"):
             left.unlink(missing_ok=True)
         for left in (self.out / "cache").glob("*.tmp"):
-            if not _alive(left):
+            if _is_abandoned(left):
                 left.unlink(missing_ok=True)
 
     def clear(self) -> None:
-        """Remove what an earlier run wrote."""
+        """Remove what an earlier run wrote. Raises InputError."""
         for pattern in ("*.csv", "*.json", "events.out.*", "checkpoint.pt", "curve.png"):
             for old in self.path.glob(pattern):
-                old.unlink()
+                try:
+                    old.unlink()
+                except OSError as error:
+                    raise InputError(
+                        f"{old} cannot be removed ({error.strerror}): remove it or use a new --name"
+                    ) from None
 
     def save(self, name: str, content: bytes) -> None:
         """Write a file of this run; a full disk is said once."""
         try:
-            write_atomic(self.path / name, content)
+            self.write(self.path / name, content)
             self.unsaved.pop(name, None)
         except OSError as error:
             if name not in self.unsaved:
@@ -272,16 +289,19 @@ class Folder:
         self.save("curve.png", buffer.getvalue())
 
 
-def _alive(path: Path) -> bool:
-    """Whether the process whose number stands in a temporary file's name still runs here."""
-    number = path.name.split(".")[-2]
+def _is_abandoned(temporary: Path) -> bool:
+    """Whether the process that wrote a temporary file is gone: the file's name holds the machine
+    and the number of the process. On another machine, a day must have passed."""
+    *_, writer, number, _ = f"..{temporary.name}".rsplit(".", 3)
     try:
+        if writer != node():
+            return time.time() - temporary.stat().st_mtime > 86_400
         os.kill(int(number), 0)
-        return True
     except (ValueError, ProcessLookupError):
-        return False
-    except PermissionError:
         return True
+    except OSError:  # another user's process, or a file that is gone
+        return False
+    return False
 
 
 def machine(device) -> str:

@@ -22,6 +22,7 @@ import os
 import platform
 import re
 import shlex
+import shutil
 import signal
 import sys
 import time
@@ -48,7 +49,6 @@ from harness.folder import (
 
 # Flags that may differ between a run and its continuation: none of them changes a number.
 CONTROL = ("device", "compile", "log_every", "save_every", "out", "resume", "overwrite", "track")
-LINE_EVERY = 30  # seconds between progress lines where there is no terminal; the first after 5
 
 # ---- flags -----------------------------------------------------------------------------------
 
@@ -104,18 +104,15 @@ def parse(Args, presets: dict, argv: list[str] | None = None):
     typed = typed_flags(Args, argv)
     fields = {field.name: field for field in dataclasses.fields(Args)}
     for name, i in typed.items():
-        whole = i < len(argv) and re.fullmatch(r"[\d.]+e\+?\d+", argv[i], re.I)
-        if whole and number_type(fields[name].type)[0] is int:
-            value = float(argv[i])
-            if value.is_integer():  # tyro takes no 1e5 for an int
-                argv[i] = str(int(value))
+        if i < len(argv):
+            argv[i] = read_number(fields[name], argv[i])
     i = typed.get("env", len(argv))
     env = argv[i] if i < len(argv) else fields["env"].default
     preset = preset_of(presets, env)
     text = sys.modules[Args.__module__].__doc__ or ""
     if preset:
         text += f"\nThe defaults below are those of --env {env} (PRESETS in the file)."
-    earlier = {field for field in Args.phases.values() if field != "steps"}
+    earlier = {field for field in Args.phases.values() if field not in ("steps", None)}
     if earlier:
         names = ", ".join(f"--{name.replace('_', '-')}" for name in sorted(earlier))
         text += f"\nWhere --steps is typed and {names} is not, that phase is at most as long."
@@ -127,6 +124,25 @@ def parse(Args, presets: dict, argv: list[str] | None = None):
     args.resolve()
     in_force = {name: value for name, value in preset.items() if getattr(args, name) == value}
     return args, in_force
+
+
+def read_number(field, word: str) -> str:
+    """The word typed for a field as the parser takes it: 1e5 becomes 100000 where the field is a
+    whole number. Raises InputError for a word that is no such number."""
+    kind, allowed = number_type(field.type)
+    if kind is None or (word == "None" and type(None) in typing.get_args(field.type)):
+        return word
+    try:
+        value = float(word)
+        inside = allowed is None or allowed.low <= value <= allowed.high  # NaN is in no range
+        if kind is float and inside:
+            return word
+        if kind is int and inside and value.is_integer():  # which infinity is not
+            return word if re.fullmatch(r"[+-]?\d+", word) else str(int(value))
+    except ValueError:
+        pass
+    flag, text = field.name.replace("_", "-"), allowed.text if allowed else "a number"
+    raise InputError(f"--{flag} is {word:.40}: use {text}")
 
 
 def check_ranges(args) -> None:
@@ -175,8 +191,11 @@ class Run:
     `train` of an algorithm file uses what the top of this file lists; `finish` writes the summary
     and the learning curve."""
 
-    def __init__(self, args, preset: dict | None = None):
-        self.args, self.preset = args, preset or {}
+    first_line_after, line_every = 5, 30  # seconds between progress lines without a terminal
+
+    def __init__(self, args, preset: dict | None = None, words: list[str] | None = None):
+        """`words` is the command line, for the line that says how to continue."""
+        self.args, self.preset, self.words = args, preset or {}, words or sys.argv
         self.file = sys.modules[type(args).__module__].__file__
         self.algorithm = Path(self.file).stem
         if args.resume and args.overwrite:
@@ -230,7 +249,7 @@ class Run:
         self.envs = [task.make() for _ in range(count)] if task else []
         restored = self.args.resume and self.folder.checkpoint.exists()
         if restored:
-            self._restore(load_tensors(self.folder.checkpoint))
+            self._restore()
         else:
             self.folder.clear()
         self.folder.save_json("config.json", self._config())
@@ -250,8 +269,13 @@ class Run:
     def _first_line(self, restored) -> str:
         data, phases = self.data, type(self.args).phases
         lengths = ", ".join(
-            f"{phase} {getattr(self.args, field):,}" for phase, field in phases.items()
+            f"{phase} {getattr(self.args, field):,}" if field else phase
+            for phase, field in phases.items()
         )
+        defaults = {field.name: field.default for field in dataclasses.fields(self.args)}
+        for field in set(phases.values()) - {"steps", None}:
+            if getattr(self.args, field) == self.args.steps < defaults[field]:
+                lengths += f" (without --{field.replace('_', '-')}, at most --steps)"
         preset = ", ".join(f"{name}={value}" for name, value in self.preset.items())
         return (
             f"{self.algorithm} on {data.name}: {len(data.obs):,} transitions, "
@@ -286,7 +310,7 @@ class Run:
         handlers = {s: signal.signal(s, self._stop) for s in (signal.SIGINT, signal.SIGTERM)}
         self.bar = tqdm(total=steps, initial=first - 1, desc=phase, disable=None, unit="up")
         self.clock, self.logged = time.time(), (time.time(), first - 1)
-        self.next_line = time.time() + 5
+        self.next_line = time.time() + self.first_line_after
         try:
             for t in range(first, steps + 1):
                 yield t
@@ -402,21 +426,24 @@ class Run:
 
     def _leave_finished(self):
         """Leave: the same run is finished. InputError where its settings, code or data differ."""
-        config = self.folder.config()
-        then = config.get("settings", {})
-        now = json.loads(json.dumps(self.settings, default=str))
-        for key in [k for k in now if then.get(k) != now[k]] if then else ():
-            raise InputError(
-                f"{self.folder.path} is finished, with {key} {then.get(key)}, not {now[key]}: "
-                "add --overwrite or a new --name"
-            )
+        then, now = self.folder.config().get("settings", {}), self._now()
+        instead = "add --overwrite or a new --name"
         if not then:
             raise InputError(
-                f"{self.folder.path} is finished, by code that is not known: add --overwrite or a "
-                "new --name"
+                f"{self.folder.path} is finished, by code that is not known: {instead}"
             )
+        for key in now:
+            if then.get(key) != now[key]:
+                raise InputError(
+                    f"{self.folder.path} is finished, with {key} {then.get(key)}, not {now[key]}: "
+                    f"{instead}"
+                )
         print(f"{self.folder.path} is finished: there is nothing to resume")
         raise SystemExit(0)
+
+    def _now(self) -> dict:
+        """This run's settings, as they read in a file."""
+        return json.loads(json.dumps(self.settings, default=str))
 
     def _stop(self, *_):
         if self.stopped:  # a second Ctrl-C does not wait
@@ -424,13 +451,19 @@ class Run:
         self.stopped = True
 
     def _leave(self, t):
-        words = [word for word in sys.argv if word not in ("--overwrite", "--resume")]
-        command = shlex.join(["python", *words, "--resume"])
         saved = f"saved at {self.phase} step {t}"
-        if not self.folder.checkpoint.exists():
+        if "checkpoint.pt" in self.folder.unsaved:
             saved = "not saved"
-        print(f"\nstopped, {saved}; continue with: {command}", flush=True)
+        print(f"\nstopped, {saved}; continue with: {self.continuation()}", flush=True)
         raise SystemExit(130)
+
+    def continuation(self) -> str:
+        """The command that continues this run."""
+        dropped = ("--overwrite", "--no-overwrite", "--resume", "--no-resume")
+        words = [word for word in self.words if word.replace("_", "-") not in dropped]
+        python = shutil.which("python")
+        same = python and os.path.samefile(python, sys.executable)
+        return shlex.join(["python" if same else sys.executable, *words, "--resume"])
 
     def _say(self, t, text):
         """Progress: on the bar of a terminal, else as a line."""
@@ -443,7 +476,7 @@ class Run:
         text = f"{text} " if text else ""
         line = f"{self.phase} {t:,}/{self.phase_steps:,} {text}{rate:.0f}/s, {left:.0f} s left"
         print(line, flush=True)
-        self.next_line = time.time() + LINE_EVERY
+        self.next_line = time.time() + self.line_every
 
     def _tick(self):
         now = time.time()
@@ -508,28 +541,49 @@ class Run:
             }
         )
 
-    def _restore(self, saved):
-        checkpoint = self.folder.checkpoint
-        if not isinstance(saved, dict) or "settings" not in saved:
-            raise InputError(f"{checkpoint} is not a checkpoint: add --overwrite or a new --name")
-        then, now = (
-            json.loads(saved["settings"]),
-            json.loads(json.dumps(self.settings, default=str)),
-        )
+    def _restore(self):
+        """Read the checkpoint. InputError where it is damaged or another run's."""
+        path, now = self.folder.checkpoint, self._now()
+        saved = load_tensors(path)
+        try:
+            then = dict(json.loads(saved["settings"]))
+        except (KeyError, TypeError, ValueError, RecursionError):
+            raise InputError(
+                f"{path} is not a checkpoint: add --overwrite or a new --name"
+            ) from None
         for key in now | then:
             if then.get(key) != now.get(key):
                 raise InputError(
-                    f"{checkpoint} was made with {key} {then.get(key)}, not {now.get(key)}: resume "
-                    "with the same settings, versions and files, or add --overwrite or a new --name"
+                    f"{path} was made with {key} {then.get(key)!s:.200}, not {now.get(key)}: "
+                    "resume with the same settings, versions and files, or add --overwrite or a "
+                    "new --name"
                 )
+        try:
+            self._take(saved)
+        except (KeyError, TypeError, ValueError, RuntimeError, AttributeError, IndexError) as error:
+            line = (str(error).splitlines() or [type(error).__name__])[0]
+            raise InputError(
+                f"{path} does not fit this run ({line:.100}): add --overwrite or a new --name"
+            ) from None
+
+    def _take(self, saved):
         self.nets.load_state_dict(saved["nets"])
-        for optimizer, state in zip(vars(self.opt).values(), saved["opt"]):
-            for tensor, value in zip(optimizer.state(), state):
+        for optimizer, state in zip(vars(self.opt).values(), saved["opt"], strict=True):
+            for tensor, value in zip(optimizer.state(), state, strict=True):
+                if tensor.shape != value.shape:
+                    raise ValueError(f"an optimizer's tensor has shape {tuple(value.shape)}")
                 tensor.copy_(value)
-        self.resume_at, self.rng = (saved["phase"], saved["step"]), saved["rng"]
-        self.rows, self.references = json.loads(saved["rows"]), saved["references"]
-        self.last = saved["last"]
-        self.train_seconds, self.eval_seconds = saved["seconds"]
+        phase, step = saved["phase"], saved["step"]
+        if phase not in type(self.args).phases or type(step) is not int or step < 0:
+            raise ValueError(f"phase {phase!r}, step {step!r}")
+        self.resume_at, self.rng = (phase, step), saved["rng"]
+        torch.Generator().set_state(self.rng[0])  # raises for what is no state
+        self.rows, self.references = json.loads(saved["rows"]), dict(saved["references"])
+        for row in self.rows["eval"]:
+            float(row["score"]), int(row["step"])
+        {k: float(v) for k, v in self.references.items()}
+        self.last = {k: v.to(self.device) for k, v in saved["last"].items()}
+        self.train_seconds, self.eval_seconds = map(float, saved["seconds"])
 
     def _config(self):
         return {
@@ -537,7 +591,7 @@ class Run:
             "args": vars(self.args),
             "preset": self.preset,
             "settings": self.settings,
-            "command": shlex.join(sys.argv),
+            "command": shlex.join(self.words),
             "dataset": self.data.name,
             "dataset_sha256": self.data.digest,
             "task": self.task.id if self.task else None,
@@ -556,15 +610,37 @@ class Run:
 
 def main(Args, presets: dict, train, argv: list[str] | None = None) -> float | None:
     """Parse the command line, read the data, train; returns the mean score of the last ten
-    evaluations, or None without an evaluation task."""
+    evaluations, or None without an evaluation task. Ctrl-C exits with status 130, and a lack of
+    memory is an InputError."""
+    words = sys.argv if argv is None else [sys.argv[0], *argv]
+    args = run = None
     try:
-        args, preset = parse(Args, presets, argv)
-        run = Run(args, preset)
+        args, preset = parse(Args, presets, words[1:])
+        run = Run(args, preset, words)
         train(run, run.load(), args)
         return run.finish()
     except KeyboardInterrupt:
-        print("\nstopped before anything was saved", flush=True)
+        saved = run is not None and run.folder.checkpoint.exists()
+        text = f"; continue with: {run.continuation()}" if saved else " before anything was saved"
+        print(f"\nstopped{text}", flush=True)
         raise SystemExit(130) from None
     except BrokenPipeError:  # the reader of our lines has left: `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(1) from None
+    except (MemoryError, RuntimeError) as error:
+        if args is None or not lacks_memory(error):
+            raise
+        line = (str(error).strip().splitlines() or ["memory is full"])[0]
+        raise InputError(
+            f"out of memory ({line:.160}): use a --batch-size below {args.batch_size}, or smaller "
+            "networks"
+        ) from None
+
+
+def lacks_memory(error: Exception) -> bool:
+    """Whether an allocation failed, on a CPU or a GPU."""
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    return bool(
+        re.search("can't allocate memory|out of memory|size calculation over|bad_alloc", str(error))
+    )

@@ -21,17 +21,17 @@ from common import InputError
 DATA_DIR = Path(__file__).resolve().parents[1] / "data"
 LOCOMOTION = ("halfcheetah", "hopper", "walker2d", "ant")
 ROBOTICS = ("AntMaze", "PointMaze", "AdroitHand", "FrankaKitchen", "Fetch", "HandReach")
+INSTALL = "pip install 'gymnasium-robotics>=1.4' 'mujoco<3.11'"
 
 
 @dataclass
 class Task:
     """The task a policy is evaluated on."""
 
-    id: str
+    id: str  # one of Gymnasium's registered ids; typed by the user, also module:Id-v0
     ref_min: float | None = None  # None: no reference score
     ref_max: float | None = None
     success: bool = False  # the score is 100 x share of episodes with any reward > 0 (sparse mazes)
-    spec: object = None  # a recorded gymnasium EnvSpec; None: the registered one
     kwargs: dict = field(default_factory=dict)  # for gymnasium.make
     d4rl_maze: bool = False  # turn gymnasium-robotics' ant maze into D4RL's, 29 numbers
     pad: int = 0  # zeros appended to the observation (D4RL's ant: contact forces)
@@ -42,11 +42,10 @@ class Task:
         `options` go to gymnasium.make."""
         import gymnasium
 
+        register(self.id)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # -v4 is out of date on purpose: closest to D4RL
-            if self.id.startswith(ROBOTICS) and importlib.util.find_spec("gymnasium_robotics"):
-                gymnasium.register_envs(importlib.import_module("gymnasium_robotics"))
-            env = gymnasium.make(self.spec or self.id, **self.kwargs, **options)
+            env = gymnasium.make(self.id, **self.kwargs, **options)
         origin = _d4rl_antmaze(env.unwrapped) if self.d4rl_maze else None
 
         def flat(obs):
@@ -95,6 +94,59 @@ def _d4rl_antmaze(maze) -> np.ndarray:
     return maze.maze.unique_reset_locations[0].copy()
 
 
+def register(task_id: str) -> None:
+    """Register gymnasium-robotics' tasks where `task_id` is one of them and it is installed."""
+    import gymnasium
+
+    if task_id.startswith(ROBOTICS) and importlib.util.find_spec("gymnasium_robotics"):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            gymnasium.register_envs(importlib.import_module("gymnasium_robotics"))
+
+
+def task_of_file(name: str, task_id: str, kwargs=None, limit=None, wrappers=()) -> Task | None:
+    """The task that the file of dataset `name` records, or None, and a line that says so.
+
+    Gymnasium imports and calls whatever an id like module:Id-v0, a recorded entry point or a
+    recorded wrapper names. A file is not trusted with that: its id is looked up among the
+    registered ones, and its arguments must be plain values."""
+    import gymnasium
+
+    register(task_id)
+    if task_id not in gymnasium.registry and task_id.startswith(ROBOTICS):
+        require(
+            importlib.util.find_spec("gymnasium_robotics"),
+            f"{name} names the task {task_id!r:.60}: {INSTALL}, or use --eval-env none",
+        )
+    if task_id not in gymnasium.registry:
+        cause = f"which is not a registered Gymnasium task{near(task_id, gymnasium.registry)}"
+    elif wrappers:
+        cause = "inside wrappers, which are code"
+    elif not isinstance(kwargs or {}, dict) or not plain(kwargs):
+        cause = "with arguments that are not plain values"
+    else:
+        kwargs = {key: value for key, value in (kwargs or {}).items() if key != "render_mode"}
+        if type(limit) is int and limit > 0:
+            kwargs["max_episode_steps"] = limit
+        return Task(task_id, kwargs=kwargs)
+    print(
+        f"note: {name} names the task {task_id!r:.60}, {cause}: training goes on without "
+        "evaluation; --eval-env chooses a task"
+    )
+    return None
+
+
+def plain(value, depth: int = 9) -> bool:
+    """Whether a value from a file is a number, a text without a colon (module:name), a bool, None,
+    or a list or dict of such values."""
+    if isinstance(value, dict | list | tuple):
+        values = [*value.keys(), *value.values()] if isinstance(value, dict) else value
+        return depth > 0 and all(plain(x, depth - 1) for x in values)
+    if isinstance(value, str):
+        return ":" not in value
+    return value is None or isinstance(value, bool | int | float)
+
+
 def build(task, own, refs) -> Task:
     """Make the task once and complete it: its spaces, and how it is scored.
 
@@ -108,9 +160,11 @@ def build(task, own, refs) -> Task:
     except Exception as e:
         known = task.id in gymnasium.registry
         fix = "repair that" + ("" if known else near(task.id, gymnasium.registry))
+        if isinstance(e, ModuleNotFoundError) and ":" in task.id:
+            fix = "put the module's folder on PYTHONPATH"
         if task.id.startswith(ROBOTICS) and not known:
-            fix = "pip install 'gymnasium-robotics>=1.4' 'mujoco<3.11'"
-        raise InputError(f"no task {task.id} ({e}); {fix}, or pass --eval-env none") from e
+            fix = INSTALL
+        raise InputError(f"no task {task.id} ({e!s:.300}); {fix}, or use --eval-env none") from e
     space = env.action_space
     require(hasattr(space, "low"), f"{task.id}: actions are {space}; only Box is supported")
     low, high = (np.array(x, np.float32).reshape(-1) for x in (space.low, space.high))
@@ -137,14 +191,14 @@ def sparse(spec) -> bool:
 
 def check_spaces(name, task, size, low, high):
     """Raises InputError unless the data's observation size and action bounds are the task's."""
-    fix = "pass --eval-env with the task of the data, or none"
+    fix = "use --eval-env with the task of the data, or with none"
     sizes, own = (size, len(low)), (task.spaces.size, len(task.spaces.low))
     require(
         sizes == own, f"{name} has {sizes} observation and action numbers, {task.id} {own}; {fix}"
     )
     same = np.allclose([low, high], [task.spaces.low, task.spaces.high])
-    require(same, f"{name} has action bounds {low} to {high}, {task.id} {task.spaces.low} to "
-            f"{task.spaces.high}; {fix}")  # fmt: skip
+    bounds = f"{name} has action bounds {low} to {high}, {task.id} {task.spaces.low} to"
+    require(same, f"{bounds} {task.spaces.high}; {fix}")
 
 
 def leaves(x) -> list:
