@@ -31,8 +31,8 @@ The authors' code, against the paper:
   `temperature`, most of which Adam divides out again.
 
 This file, against the authors' code:
-- Settings and details are those of CORL, a later library that works from a code by young-geng. What
-  follows is CORL's, too, until a line says otherwise.
+- Settings and details are those of CORL, a later library that builds on a code by young-geng. The
+  bullets below say what CORL does, except where they say that this file differs from CORL.
 - Observations are normalized, but not in mazes; the authors take them as they are.
 - The log-deviation of the actor is scaled and shifted by two learned numbers and lies in [-20, 2];
   the authors' lies in [-5, 2].
@@ -49,7 +49,8 @@ This file, against the authors' code:
   layers there and its second one three; here both have three.
 - CORL also scales the rewards of hopper-medium-v2 until returns span 1,000; this file does not.
 - The likelihood in --warm-start is that of the data's actions, as in the authors' code; CORL takes
-  that of the actor's own actions. The authors begin every training with such a phase.
+  that of the actor's own actions. The authors' scripts begin with 40,000 such steps, CORL's and
+  ours with none.
 - No source has settings for kitchen or for point mazes with sparse rewards. Kitchen's are Adroit's
   here, and the point mazes' are AntMaze's.
 - --dequantize is ours.

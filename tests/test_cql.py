@@ -1,7 +1,8 @@
-"""cql.py: the regularizers against integrals and tables, the targets, one whole step, SAC."""
+"""cql.py: the regularizers against integrals and tables, the targets, whole steps, SAC."""
 
 import copy
 import math
+from fnmatch import fnmatchcase
 from types import SimpleNamespace
 
 import cql
@@ -9,30 +10,36 @@ import pytest
 import torch
 import torch.distributions as D
 from cql import Args, Nets, conservative_diff, multiplier_loss, proposals, target_value
+from golden.tools import Inject
 from oracles import SGD, assert_same, in_double, rows, stack
+from stand_in import PlainRun
 from torch import nn
 from torch.testing import assert_close
 
-from common import Adam, orthogonal_
+from common import Adam, Data, orthogonal_
 
 LOG2 = math.log(2)
+B, ACT = 16, 2  # rows and action dimensions of `data`
 
 
 def optimizers(nets, optimizer, lr):
-    params = {"actor": nets.pi_parameters(), "temperature": [nets.log_temperature]}
-    params |= {"q": nets.q.parameters(), "multiplier": [nets.log_multiplier]}
-    return SimpleNamespace(**{k: optimizer(p, lr) for k, p in params.items()})
+    return SimpleNamespace(
+        actor=optimizer(nets.pi_parameters(), lr),
+        temperature=optimizer([nets.log_temperature], lr),
+        q=optimizer(nets.q.parameters(), lr),
+        multiplier=optimizer([nets.log_multiplier], lr),
+    )
 
 
 @pytest.fixture
 def data(tiny_data):
     """Two action dimensions, everything in float64."""
-    return in_double(tiny_data(obs_dim=3, act_dim=2, n=16))
+    return in_double(tiny_data(obs_dim=3, act_dim=ACT, n=B))
 
 
 def make(data, **values):
     """Networks in float64 with outputs of size one, and targets that differ."""
-    args = Args(**{"batch_size": 16, "n_actions": 3} | values)
+    args = Args(**{"batch_size": B, "n_actions": 3} | values)
     torch.manual_seed(0)
     nets = Nets(data, args)
     for net in (nets.actor, nets.q, nets.q_target):
@@ -45,16 +52,32 @@ def make(data, **values):
     return nets, args
 
 
-@pytest.fixture
-def whole_batch(monkeypatch):
-    """Every batch is the whole dataset, in order."""
-    monkeypatch.setattr(cql, "sample", lambda data, n: list(rows(data)))
+def draw_noise(args, seed=1):
+    """All noise of one update, by its use; what a form does not draw is absent."""
+    g, N = torch.Generator().manual_seed(seed), args.n_actions
+    normal = lambda *shape: torch.randn(*shape, generator=g).double()
+    noise = {"pi": normal(B, ACT), "uniform": torch.rand(B, N, ACT, generator=g).double()}
+    if args.regularizer == "h":
+        noise |= {"next": normal(B, N, ACT), "now": normal(B, N, ACT)}
+    return noise | {"target": normal(B, N if args.max_backup else 1, ACT)}
+
+
+def step(nets, opt, data, args, noise, warm=False, dequantize=()):
+    """One update on the whole of `data`, in order, with the given noise."""
+    normal = [noise[name] for name in ("pi", "next", "now", "target") if name in noise]
+    uniform = [noise["uniform"], *dequantize]
+    with Inject(randint=[torch.arange(B)], randn_like=normal, rand_like=uniform):
+        return cql.update(nets, opt, data, args, warm)
 
 
 def squashed(mean, log_std):
     """torch's own distribution of an action."""
     normal = D.TransformedDistribution(D.Normal(mean, log_std.exp()), D.TanhTransform())
     return D.Independent(normal, 1)
+
+
+def gradients(loss, params):
+    return torch.autograd.grad(loss, params, allow_unused=True, retain_graph=True)
 
 
 # ---- the regularizers ------------------------------------------------------------------------
@@ -143,17 +166,35 @@ def test_fixed_point_of_a_bandit(regularizer):
     assert_close(q.detach(), expected, atol=1e-6, rtol=0)
 
 
+def test_critic_loss_of_parts_of_a_batch_adds_up(data):
+    """Loss, errors, D, means of Q and gradients of a batch are the means of its halves'."""
+    nets, args = make(data, diff_floor=3.3)
+    torch.manual_seed(2)
+    others, log_density = 2 * torch.rand(B, 9, ACT).double() - 1, torch.randn(B, 9).double()
+    batch = data.obs, data.action, data.reward, others, log_density
+    params = list(nets.q.parameters())
+
+    def loss_and_gradients(part):
+        loss, *others = cql.critic_loss(nets, *(x[part] for x in batch), 1.5, args)
+        assert not any(x.requires_grad for x in others)
+        return [loss.detach(), *others, *torch.autograd.grad(loss, params)]
+
+    halves = zip(loss_and_gradients(slice(0, 8)), loss_and_gradients(slice(8, 16)))
+    for whole, (first, second) in zip(loss_and_gradients(slice(0, 16)), halves, strict=True):
+        assert_close(whole, (first + second) / 2)
+
+
 # ---- where the regularizer looks -------------------------------------------------------------
 
 
 def test_proposals_are_uniform_then_next_then_current():
     torch.manual_seed(0)
-    n, act_dim, args = 500, 2, Args(n_actions=500)
-    pi, pi2 = policies(1.0, -1.5, 4, act_dim), policies(-1.0, -2.0, 4, act_dim)
+    n, args = 500, Args(n_actions=500)
+    pi, pi2 = policies(1.0, -1.5, 4, ACT), policies(-1.0, -2.0, 4, ACT)
     pi[0].requires_grad_()
     with torch.no_grad():
-        a, log_density = proposals(pi, pi2, torch.zeros(4, act_dim).double(), args)
-    assert a.shape == (4, 3 * n, act_dim) and log_density.shape == (4, 3 * n)
+        a, log_density = proposals(pi, pi2, torch.zeros(4, ACT).double(), args)
+    assert a.shape == (4, 3 * n, ACT) and log_density.shape == (4, 3 * n)
     uniform, following, current = a.split(n, 1)
     assert -1 <= uniform.min() < -0.99 and 0.99 < uniform.max() <= 1
     assert abs(uniform.mean()) < 0.05 and abs(uniform.std() - 1 / math.sqrt(3)) < 0.02
@@ -161,17 +202,18 @@ def test_proposals_are_uniform_then_next_then_current():
         x = part.atanh()
         assert_close(x.mean((0, 1)), mean[0].detach(), atol=0.03, rtol=0)
         assert_close(x.std((0, 1)), log_std[0].exp(), atol=0.02, rtol=0)
-    expected = [squashed(*(x[:, None] for x in p)).log_prob(part) for p, part in
-                ((pi2, following), (pi, current))]  # fmt: skip
-    assert_close(log_density[:, n:], torch.cat(expected, 1).detach())
     assert (log_density[:, :n] == -2 * LOG2).all()
-    basic, _ = proposals(None, None, torch.zeros(4, 2), Args(regularizer="basic"))
-    assert basic.shape == (4, 10, 2) and basic.min() < -0.5
+    for i, part, p in ((1, following, pi2), (2, current, pi)):
+        mean, log_std = (x.detach()[:, None] for x in p)
+        expected = squashed(mean, log_std).log_prob(part)
+        assert_close(log_density[:, i * n : (i + 1) * n], expected)
+    basic, _ = proposals(None, None, torch.zeros(4, ACT), Args(regularizer="basic"))
+    assert basic.shape == (4, 10, ACT) and basic.min() < -0.5
 
 
 def test_values_belong_to_their_state_and_action(data):
     nets, _ = make(data)
-    actions = torch.rand(16, 4, 2).double()
+    actions = torch.rand(B, 4, ACT).double()
     q = cql.q_values(nets.q, data.obs, actions)
     for i in range(2):
         for j in range(4):
@@ -179,58 +221,51 @@ def test_values_belong_to_their_state_and_action(data):
             assert_close(q[i, :, j], expected)
 
 
-def test_next_actions_are_of_s2_but_scored_at_s(data, monkeypatch, whole_batch):
-    nets, args = make(data)
+@pytest.mark.parametrize("max_backup", [False, True])
+def test_where_critics_and_targets_are_asked(data, max_backup):
+    """Targets: the next actions at s2, one of them or N. Critics: the data's actions and all
+    proposals at s, those of pi(s2) too."""
+    nets, args = make(data, max_backup=max_backup)
     nets.log_std_shift.data.fill_(-18)  # draws are means
     means = {
-        k: nets.pi(x)[0].detach().tanh()[:, None]
-        for k, x in (("s", data.obs), ("s2", data.next_obs))
+        name: nets.pi(obs)[0].detach().tanh().unsqueeze(1)
+        for name, obs in (("s", data.obs), ("s2", data.next_obs))
     }
-    calls, original = [], cql.q_values
+    asked = {"q": [], "q_target": []}
+    for name, inputs in asked.items():
+        getattr(nets, name).register_forward_pre_hook(lambda _, x, inputs=inputs: inputs.append(x))
+    step(nets, optimizers(nets, SGD, 0.0), data, args, draw_noise(args))
 
-    def record(q, s, actions):
-        calls.append((q, s, actions))
-        return original(q, s, actions)
-
-    monkeypatch.setattr(cql, "q_values", record)
-    cql.update(nets, optimizers(nets, SGD, 0.0), data, args, False)
-    (target, s2, a2), (online, s, actions) = calls
-    assert target is nets.q_target and s2 is data.next_obs and online is nets.q and s is data.obs
     near = dict(atol=1e-5, rtol=0)
-    assert_close(a2, means["s2"], **near)
-    assert torch.equal(actions[:, 0], data.action)
-    assert_close(actions[:, 4:7], means["s2"].expand(-1, 3, -1), **near)
-    assert_close(actions[:, 7:], means["s"].expand(-1, 3, -1), **near)
+    [(x,)] = asked["q_target"]
+    s2, a2 = x.unflatten(0, (B, -1)).split((3, ACT), -1)
+    assert a2.shape == (B, 3 if max_backup else 1, ACT)
+    assert torch.equal(s2, data.next_obs.unsqueeze(1).expand_as(s2))
+    assert_close(a2, means["s2"].expand_as(a2), **near)
+    (s, a_pi), (x,) = asked["q"]  # the actor's loss, the critics' loss
+    assert torch.equal(s, data.obs)
+    assert_close(a_pi.detach(), means["s"][:, 0], **near)
+    s, a = x.unflatten(0, (B, 10)).split((3, ACT), -1)
+    assert torch.equal(s, data.obs.unsqueeze(1).expand_as(s))
+    assert torch.equal(a[:, 0], data.action)
+    assert_close(a[:, 4:7], means["s2"].expand(-1, 3, -1), **near)
+    assert_close(a[:, 7:], means["s"].expand(-1, 3, -1), **near)
 
 
 # ---- target, multiplier, temperature ---------------------------------------------------------
 
 
-def test_target_by_hand(monkeypatch):
+def test_target_by_hand():
     """Two critics at two next actions: (1, 8), (5, 3) in the first row, so the maximum of minima is
     3, the minimum of maxima 5; the second row is a terminal."""
-    q2 = torch.tensor([[[1.0, 5.0], [9.0, 9.0]], [[8.0, 3.0], [9.0, 9.0]]])
-    monkeypatch.setattr(cql, "q_values", lambda q, s, a: q2)
-    nets, log_prob2 = SimpleNamespace(q_target=None), torch.tensor([[10.0, 20.0], [30.0, 40.0]])
+    q2 = torch.tensor([[[1.0, 5.0], [9.0, 9.0]], [[8.0, 3.0], [9.0, 9.0]]])  # (2, B, M)
+    nets = SimpleNamespace(q_target=lambda rows: q2.flatten(1))
     r, terminal, temperature = torch.tensor([1.0, 2.0]), torch.tensor([0.0, 1.0]), torch.tensor(0.5)
-    given = nets, None, r, terminal, None, log_prob2, temperature
+    log_prob2 = torch.tensor([[10.0, 20.0], [30.0, 40.0]])
+    given = nets, r, torch.zeros(2, 1), terminal, torch.zeros(2, 2, 1), log_prob2, temperature
     assert_close(target_value(*given, Args(gamma=0.9)), torch.tensor([1 + 0.9 * 3, 2.0]))
     y = target_value(*given, Args(gamma=0.9, backup_entropy=True))
     assert_close(y, torch.tensor([1 + 0.9 * (3 - 0.5 * 20), 2.0]))
-
-
-@pytest.mark.parametrize("max_backup", [False, True])
-def test_number_of_next_actions_in_the_target(data, monkeypatch, whole_batch, max_backup):
-    nets, args = make(data, max_backup=max_backup)
-    seen = []
-
-    def target(nets, s2, r, terminal, a2, *_):
-        seen.append(a2.shape)
-        return r
-
-    monkeypatch.setattr(cql, "target_value", target)
-    cql.update(nets, optimizers(nets, SGD, 0.0), data, args, False)
-    assert seen == [(16, 3 if max_backup else 1, 2)]
 
 
 @pytest.mark.parametrize(
@@ -239,14 +274,13 @@ def test_number_of_next_actions_in_the_target(data, monkeypatch, whole_batch, ma
 def test_multiplier_grows_above_the_gap(diff, direction):
     """The gap is subtracted from D, not from weight D, and D is the critics' mean."""
     log_m, args = nn.Parameter(torch.tensor(0.3)), Args(weight=5.0, gap=0.8)
-    diff = torch.tensor(diff).requires_grad_()
+    diff = torch.tensor(diff)
     loss = multiplier_loss(log_m.exp(), diff, args)
-    by_m, by_diff = torch.autograd.grad(loss, (log_m, diff), allow_unused=True)
-    assert by_diff is None
-    assert_close(by_m, -math.exp(0.3) * 5 * (diff.detach().mean() - 0.8))
-    Adam([log_m], 0.01).step([by_m])
+    (grad,) = torch.autograd.grad(loss, log_m)
+    assert_close(grad, -math.exp(0.3) * 5 * (diff.mean() - 0.8))
+    Adam([log_m], 0.01).step([grad])
     assert (log_m - 0.3).sign() == direction
-    authors = log_m.detach().exp() * (5 * diff.detach() - 4.0).mean()  # threshold = weight gap
+    authors = log_m.detach().exp() * (5 * diff - 4.0).mean()  # their threshold is weight gap
     assert_close(-multiplier_loss(log_m.exp(), diff, args).detach(), authors)
 
 
@@ -259,45 +293,34 @@ def test_multiplier_starts_at_e_and_ends_at_a_million(tiny_data):
 
 @pytest.mark.parametrize(("entropy", "direction"), [(-2.5, 1), (-1.5, -1)])
 def test_temperature_rises_below_its_target(entropy, direction):
-    """The target is -A = -2; the gradient in the logarithm is -(entropy + A) downwards."""
+    """The target is -A = -2, and the gradient in the logarithm is entropy + A. The form of SAC's
+    paper, which multiplies the temperature, has that gradient times the temperature."""
     log_t = nn.Parameter(torch.tensor(0.7))
-    loss = cql.temperature_loss(log_t, torch.tensor(entropy), 2)
-    (grad,) = torch.autograd.grad(loss, log_t)
+    (grad,) = torch.autograd.grad(cql.temperature_loss(log_t, torch.tensor(entropy), 2), log_t)
     assert_close(grad, torch.tensor(entropy + 2))
     assert -grad.sign() == direction
+    (other,) = torch.autograd.grad(log_t.exp() * (entropy + 2), log_t)
+    assert_close(other, math.exp(0.7) * grad)
 
 
-# ---- whole steps, written again with torch.nn, torch.optim and torch.distributions ------------
-
-
-class Draws:
-    """Stands where torch.randn_like and rand_like do, and keeps what they gave."""
-
-    def __init__(self, monkeypatch):
-        self.kept = []
-        for name in ("randn_like", "rand_like"):
-            draw = getattr(torch, name)
-            monkeypatch.setattr(torch, name, lambda x, draw=draw: self.keep(draw(x)))
-
-    def keep(self, noise):
-        self.kept.append(noise)
-        return noise
+# ---- whole steps, written again with torch.nn and torch.distributions -------------------------
 
 
 class Oracle:
-    """The same weights as plain stacks, and SAC's losses on them."""
+    """The same weights as plain stacks, with plain gradient steps."""
 
     def __init__(self, nets):
         self.q = [stack(nets.q, i) for i in range(2)]
         self.q_target = [stack(nets.q_target, i) for i in range(2)]
         self.actor = stack(nets.actor)
-        own = (nets.log_std_scale, nets.log_std_shift, nets.log_temperature, nets.log_multiplier)
-        self.scale, self.shift, self.log_t, self.log_m = (x.detach().clone() for x in own)
-        self.scale.requires_grad_(), self.shift.requires_grad_()
+        self.scale = nets.log_std_scale.detach().clone().requires_grad_()
+        self.shift = nets.log_std_shift.detach().clone().requires_grad_()
+        self.log_t = nets.log_temperature.item()
+        self.log_m = nets.log_multiplier.item()
 
     def pi(self, s):
-        out = self.actor(s)
-        return squashed(out[:, :2], (self.scale * out[:, 2:] + self.shift).clamp(-20, 2))
+        mean, out = self.actor(s).chunk(2, -1)
+        return squashed(mean, (self.scale * out + self.shift).clamp(-20, 2))
 
     def act(self, s, noise):
         """Action and its log-density, for noise (B, A)."""
@@ -308,16 +331,22 @@ class Oracle:
     def values(self, nets, s, a):
         return [net(torch.cat([s, a], -1)).squeeze(-1) for net in nets]
 
-    def minimize(self, loss, params, lr):
+    def least(self, nets, s, a):
+        return torch.minimum(*self.values(nets, s, a))
+
+    def descend(self, loss, params, lr):
         params = list(params)
         for p, g in zip(params, torch.autograd.grad(loss, params)):
             p.data -= lr * g
 
-    def finish(self, q_loss, actor_loss, log_prob, lr, rate):
-        """All steps, after all losses."""
-        self.minimize(actor_loss, [*self.actor.parameters(), self.scale, self.shift], lr)
-        self.minimize(q_loss, [p for q in self.q for p in q.parameters()], lr)
-        self.log_t -= lr * (2 - log_prob.mean().item())
+    def descend_actor(self, loss, lr):
+        self.descend(loss, [*self.actor.parameters(), self.scale, self.shift], lr)
+
+    def finish(self, q_loss, pi_loss, log_prob, lr, rate):
+        """All steps but the multiplier's, after all losses."""
+        self.descend_actor(pi_loss, lr)
+        self.descend(q_loss, [p for q in self.q for p in q.parameters()], lr)
+        self.log_t -= lr * (ACT - log_prob.mean().item())
         for online, target in zip(self.q, self.q_target):
             for p, t in zip(online.parameters(), target.parameters()):
                 t.data = rate * p.data + (1 - rate) * t.data
@@ -328,8 +357,8 @@ class Oracle:
         assert_same(nets.actor, self.actor)
         assert_close(nets.log_std_scale, self.scale)
         assert_close(nets.log_std_shift, self.shift)
-        assert_close(nets.log_temperature.detach(), self.log_t)
-        assert_close(nets.log_multiplier.detach(), self.log_m)
+        assert abs(nets.log_temperature.item() - self.log_t) < 1e-9
+        assert abs(nets.log_multiplier.item() - self.log_m) < 1e-9
         assert all(p.grad is None for p in nets.parameters())
 
 
@@ -344,132 +373,126 @@ CASES = {
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_step_by_hand(data, monkeypatch, whole_batch, case):
+def test_step_by_hand(data, case):
     nets, args = make(data, weight=2.0, polyak=0.1, gamma=0.9, **CASES[case])
-    opt, oracle, draws = optimizers(nets, SGD, 0.02), Oracle(nets), Draws(monkeypatch)
-    metrics = cql.update(nets, opt, data, args, False)
-
+    opt, oracle, noise = optimizers(nets, SGD, 0.02), Oracle(nets), draw_noise(args)
+    metrics = step(nets, opt, data, args, noise)
     s, a, r, s2, terminal = rows(data)
-    left, temperature = iter(draws.kept), math.exp(-0.3)
-    a_pi, log_prob = oracle.act(s, next(left))
-    actor_loss = (temperature * log_prob - torch.minimum(*oracle.values(oracle.q, s, a_pi))).mean()
-    others = [(2 * u - 1, torch.full((16,), 0.25).double().log()) for u in next(left).unbind(1)]
+    temperature = math.exp(-0.3)
+
+    a_pi, log_prob = oracle.act(s, noise["pi"])
+    pi_loss = (temperature * log_prob - oracle.least(oracle.q, s, a_pi)).mean()
+
+    proposed = {"q_uniform": [(2 * u - 1, -2 * LOG2) for u in noise["uniform"].unbind(1)]}
     with torch.no_grad():
-        for state in [] if args.regularizer == "basic" else [s2, s]:
-            others += [oracle.act(state, noise) for noise in next(left).unbind(1)]
-        following = [oracle.act(s2, noise) for noise in next(left).unbind(1)]
-        assert next(left, None) is None
-        q2 = [torch.minimum(*oracle.values(oracle.q_target, s2, x)) for x, _ in following]
-        y = torch.empty_like(r)
-        for i in range(16):
+        if args.regularizer == "h":
+            proposed["q_next"] = [oracle.act(s2, z) for z in noise["next"].unbind(1)]
+            proposed["q_pi"] = [oracle.act(s, z) for z in noise["now"].unbind(1)]
+        y = r.clone()
+        following = [oracle.act(s2, z) for z in noise["target"].unbind(1)]
+        q2 = [oracle.least(oracle.q_target, s2, a2) for a2, _ in following]
+        for i in range(B):
             value, best = max((q2[j][i].item(), j) for j in range(len(q2)))
             if args.backup_entropy:
                 value -= temperature * following[best][1][i].item()
-            y[i] = r[i] + 0.9 * value if terminal[i] == 0 else r[i]
-    td_loss, diffs = 0, []
+            if terminal[i] == 0:
+                y[i] += 0.9 * value
+
+    td_loss, diffs, means = 0, [], dict.fromkeys(["q_data", *proposed], 0.0)
     for q in oracle.q:
-        q_data = oracle.values([q], s, a)[0]
-        at = [oracle.values([q], s, x)[0] for x, _ in others]
-        if args.regularizer == "basic":
-            high = sum(at) / len(at)
-        else:
-            high = sum((v - lp).exp() for v, (_, lp) in zip(at, others)).log()
-        td_loss = td_loss + nn.functional.mse_loss(q_data, y)
+        [q_data] = oracle.values([q], s, a)
+        means["q_data"] += q_data.mean().item() / 2
+        terms = []
+        for name, pairs in proposed.items():
+            for action, log_density in pairs:
+                [value] = oracle.values([q], s, action)
+                terms.append(value if args.regularizer == "basic" else (value - log_density).exp())
+                means[name] += value.mean().item() / 6  # two critics, three actions
+        high = sum(terms) / 3 if args.regularizer == "basic" else sum(terms).log()
         diff = high - q_data
-        diffs.append((diff if args.diff_floor is None else diff.clamp(min=3.3)).mean())
-    if case == "maze":  # the floor holds some rows and not others
-        assert 0 < (diff <= 3.3).sum() < 16
+        if args.diff_floor is not None:
+            assert 0 < (diff < 3.3).sum() < B  # the floor holds some rows and not others
+            diff = diff.clamp(min=3.3)
+        diffs.append(diff.mean())
+        td_loss = td_loss + nn.functional.mse_loss(q_data, y)
     m = math.exp(0.4) if args.lagrange else 1.0
     q_loss = td_loss + m * 2.0 * sum(diffs)
     diff = sum(diffs).item() / 2
-    oracle.finish(q_loss, actor_loss, log_prob, 0.02, 0.1)
+
+    oracle.finish(q_loss, pi_loss, log_prob, lr=0.02, rate=0.1)
     if args.lagrange:
         oracle.log_m += 0.02 * m * 2.0 * (diff - args.gap)
     oracle.check(nets)
 
-    expected = {"td_loss": td_loss, "actor_loss": actor_loss, "diff": sum(diffs) / 2}
-    expected |= {"target": y.mean(), "entropy": -log_prob.mean(), "multiplier": m}
-    expected |= {"temperature": temperature, "q_data": None, "q_uniform": None}
-    if args.regularizer == "h":
-        expected |= {"q_next": None, "q_pi": None}
-    if not args.lagrange:
-        del expected["multiplier"]
+    expected = {"q_loss": q_loss, "td_loss": td_loss, "diff": diff, "pi_loss": pi_loss}
+    expected |= {
+        "target": y.mean(),
+        "entropy": -log_prob.mean(),
+        "temperature": temperature,
+    } | means
+    if args.lagrange:
+        expected["multiplier"] = m
     assert metrics.keys() == expected.keys()
     for name, value in expected.items():
         assert metrics[name].ndim == 0 and not metrics[name].requires_grad
-        if value is not None:
-            assert_close(metrics[name], torch.as_tensor(value).detach().double())
+        assert_close(metrics[name].item(), torch.as_tensor(value).item(), rtol=1e-6, atol=1e-8)
 
 
-def test_metrics_of_q_are_of_their_samplers(data, monkeypatch, whole_batch):
-    nets, args = make(data)
-    parts = torch.tensor([1.0, *[2.0] * 3, *[3.0] * 3, *[4.0] * 3]).double()
-
-    def q_values(q, s, actions):
-        weight = nets.q.weights[0].sum() * 0 + 1
-        return (
-            (parts * weight).expand(2, 16, 10) if actions.shape[1] == 10 else torch.zeros(2, 16, 1)
-        )
-
-    monkeypatch.setattr(cql, "q_values", q_values)
-    monkeypatch.setattr(cql, "minimize", lambda opt, loss: loss.detach())
-    metrics = cql.update(nets, optimizers(nets, SGD, 0.0), data, args, False)
-    found = [metrics[k].item() for k in ("q_data", "q_uniform", "q_next", "q_pi")]
-    assert found == [1, 2, 3, 4]
-
-
-def test_weight_zero_is_sac(data, monkeypatch, whole_batch):
+def test_weight_zero_is_sac(data):
     """Three plain SAC steps on the same noise."""
     nets, args = make(data, weight=0.0, polyak=0.1)
-    opt, oracle, draws = optimizers(nets, SGD, 0.02), Oracle(nets), Draws(monkeypatch)
+    opt, oracle = optimizers(nets, SGD, 0.02), Oracle(nets)
     s, a, r, s2, terminal = rows(data)
-    for _ in range(3):
-        draws.kept.clear()
-        cql.update(nets, opt, data, args, False)
-        temperature = oracle.log_t.exp().item()
-        a_pi, log_prob = oracle.act(s, draws.kept[0])
+    for seed in range(3):
+        noise = draw_noise(args, seed)
+        step(nets, opt, data, args, noise)
+        a_pi, log_prob = oracle.act(s, noise["pi"])
         with torch.no_grad():
-            a2, _ = oracle.act(s2, draws.kept[-1][:, 0])
-            y = r + 0.99 * (1 - terminal) * torch.minimum(*oracle.values(oracle.q_target, s2, a2))
+            a2, _ = oracle.act(s2, noise["target"][:, 0])
+            y = r + 0.99 * (1 - terminal) * oracle.least(oracle.q_target, s2, a2)
         q_loss = sum(nn.functional.mse_loss(q, y) for q in oracle.values(oracle.q, s, a))
-        q_pi = torch.minimum(*oracle.values(oracle.q, s, a_pi))
-        oracle.finish(q_loss, (temperature * log_prob - q_pi).mean(), log_prob, 0.02, 0.1)
+        pi_loss = math.exp(oracle.log_t) * log_prob - oracle.least(oracle.q, s, a_pi)
+        oracle.finish(q_loss, pi_loss.mean(), log_prob, lr=0.02, rate=0.1)
         oracle.check(nets)
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.7])
-def test_warm_start_climbs_the_likelihood(data, monkeypatch, whole_batch, temperature):
+def test_warm_start_climbs_the_likelihood(data, temperature):
     """The actor's gradient is that of torch's own log-density at the data's actions, which are held
     .001 from the bounds, and of the entropy; critics learn as ever."""
     nets, args = make(data)
     nets.log_temperature.data.fill_(math.log(temperature) if temperature else -math.inf)
-    opt, oracle, draws = optimizers(nets, SGD, 0.02), Oracle(nets), Draws(monkeypatch)
     data.action[3] = torch.tensor([1.0, -1.0])
-    before = copy.deepcopy(nets.q)
-    metrics = cql.update(nets, opt, data, args, True)
-    log_prob = oracle.act(data.obs, draws.kept[0])[1]
+    oracle, before, noise = Oracle(nets), copy.deepcopy(nets.q), draw_noise(args)
+    metrics = step(nets, optimizers(nets, SGD, 0.02), data, args, noise, warm=True)
+    _, log_prob = oracle.act(data.obs, noise["pi"])
     likelihood = oracle.pi(data.obs).log_prob(data.action.clamp(-0.999, 0.999))
     loss = (temperature * log_prob - likelihood).mean()
-    assert_close(metrics["actor_loss"], loss.detach())
-    oracle.minimize(loss, [*oracle.actor.parameters(), oracle.scale, oracle.shift], 0.02)
+    assert_close(metrics["pi_loss"], loss.detach())
+    oracle.descend_actor(loss, 0.02)
     assert_same(nets.actor, oracle.actor)
     assert_close(nets.log_std_scale, oracle.scale)
     assert all(not torch.equal(p, q) for p, q in zip(nets.q.parameters(), before.parameters()))
 
 
-def test_dequantization_is_of_the_warm_start(data, monkeypatch, whole_batch):
-    seen = []
-    monkeypatch.setattr(cql, "dequantize", lambda a, width: seen.append(width) or a)
+def test_dequantization_is_of_the_warm_start(data):
+    """An action at its bound is spread over the band before its likelihood is taken; without a warm
+    start nothing is drawn for it (Inject fails on a draw that is not queued)."""
     nets, args = make(data, dequantize=0.05)
-    for warm in (False, True):
-        cql.update(nets, optimizers(nets, SGD, 0.0), data, args, warm)
-    assert seen == [0.05]
+    data.action[3] = torch.tensor([1.0, -1.0])
+    opt, noise = optimizers(nets, SGD, 0.0), draw_noise(args)
+    step(nets, opt, data, args, noise)
+    spread = torch.full((B, ACT), 0.4).double()
+    found = step(nets, opt, data, args, noise, warm=True, dequantize=[spread])
+    data.action[3] = torch.tensor([0.98, -0.98], dtype=torch.float64)  # 1 - 0.05 * 0.4
+    plain = step(nets, opt, data, make(data)[1], noise, warm=True)
+    assert_close(found["pi_loss"], plain["pi_loss"])
 
 
 # ---- which parameters a loss reaches ----------------------------------------------------------
 
 
-def test_no_step_moves_the_others(data, whole_batch):
+def test_no_step_moves_the_others(data):
     """With one learning rate above zero, an update moves that optimizer's parameters (and with the
     critics, their targets) and leaves all others to the bit."""
     owned = {
@@ -483,38 +506,35 @@ def test_no_step_moves_the_others(data, whole_batch):
         nets.q_target.load_state_dict(nets.q.state_dict())
         opt, before = optimizers(nets, SGD, 0.0), copy.deepcopy(nets)
         getattr(opt, name).lr = 0.1
-        cql.update(nets, opt, data, args, False)
+        step(nets, opt, data, args, draw_noise(args))
         pairs = zip(nets.named_parameters(), before.parameters())
         moved = {k.split(".")[0] for (k, p), q in pairs if not torch.equal(p, q)}
         assert moved == parts
 
 
-def test_what_each_loss_may_see(data, monkeypatch, whole_batch):
-    """Gradients of the losses with respect to everything: the actor's reaches the critics (and is
-    not asked for there), the critics' never reaches the actor, nothing reaches a target."""
-    nets, args = make(data, lagrange=True, backup_entropy=True)
-    opt, found = optimizers(nets, SGD, 0.0), {}
-    online = [(k, p) for k, p in nets.named_parameters() if p.requires_grad]
-
-    def reach(opt_, loss):
-        params = [p for _, p in online]
-        grads = torch.autograd.grad(loss, params, allow_unused=True, retain_graph=True)
-        name = next(k for k, o in vars(opt).items() if o is opt_)
-        found[name] = {k.split(".")[0] for (k, _), g in zip(online, grads) if g is not None}
-        return loss.detach()
-
-    monkeypatch.setattr(cql, "minimize", reach)
-    cql.update(nets, opt, data, args, False)
+def test_what_each_loss_may_see(data):
+    """The actor's loss reaches the critics, where its gradient is not asked for; in the warm start
+    it does not. The critics' loss reaches critics alone, and nothing reaches a target."""
+    nets, args = make(data)
+    s, a, r, _, _ = rows(data)
+    pi = nets.pi(s)
+    a_pi, log_prob = (x[:, 0] for x in cql.draw(pi, 1))
+    q_pi = nets.q(s, a_pi).amin(0)
+    likelihood = cql.tanh_normal_log_prob(a, *pi, clip=1e-3)
+    others, log_density = a.unsqueeze(1), torch.zeros(B, 1).double()
     actor = {"actor", "log_std_scale", "log_std_shift"}
-    assert found == {
-        "actor": actor | {"q"},
-        "temperature": {"log_temperature"},
-        "q": {"q"},
-        "multiplier": {"log_multiplier"},
-    }
-    cql.update(nets, opt, data, args, True)
-    assert found["actor"] == actor
-    assert not any(p.requires_grad for p in nets.q_target.parameters())
+    losses = [
+        (cql.actor_loss(log_prob, q_pi, 0.5), actor | {"q"}),
+        (cql.actor_loss(log_prob, likelihood, 0.5), actor),
+        (cql.critic_loss(nets, s, a, r, others, log_density, 1.0, args)[0], {"q"}),
+        (cql.temperature_loss(nets.log_temperature, torch.tensor(1.0), 2), {"log_temperature"}),
+        (multiplier_loss(nets.multiplier(), torch.ones(2), args), {"log_multiplier"}),
+    ]
+    online = {k: p for k, p in nets.named_parameters() if p.requires_grad}
+    assert not any(k.startswith("q_target") for k in online)
+    for loss, reached in losses:
+        grads = gradients(loss, list(online.values()))
+        assert {k.split(".")[0] for k, g in zip(online, grads) if g is not None} == reached
 
 
 # ---- networks, training ----------------------------------------------------------------------
@@ -523,11 +543,10 @@ def test_what_each_loss_may_see(data, monkeypatch, whole_batch):
 def test_initial_networks(tiny_data):
     torch.manual_seed(0)
     nets = Nets(tiny_data(obs_dim=3, act_dim=2), Args())
-    assert [tuple(w.shape) for w in nets.actor.weights] == [(3, 256), *[(256, 256)] * 2, (256, 4)]
-    assert [w.shape[1] for w in nets.q.weights] == [5, 256, 256, 256] and len(
-        nets.q.weights[0]
-    ) == 2
-    assert not torch.equal(*nets.q.weights[1])
+    hidden = [(256, 256)] * 2
+    assert [tuple(w.shape) for w in nets.actor.weights] == [(3, 256), *hidden, (256, 4)]
+    assert [tuple(w.shape[1:]) for w in nets.q.weights] == [(5, 256), *hidden, (256, 1)]
+    assert len(nets.q.weights[0]) == 2 and not torch.equal(*nets.q.weights[1])
     for w in nets.q.weights[1]:
         assert_close(w @ w.T, 2 * torch.eye(256), atol=1e-4, rtol=0)
     assert_close(nets.q.weights[-1].norm(dim=1).flatten(), torch.full((2,), 0.01))
@@ -558,82 +577,76 @@ def test_deterministic_action_is_the_squashed_mean(tiny_data):
     nets, raw = Nets(data, args), 3 * torch.randn(5, 2)
     orthogonal_(nets.actor, 1.0, 3.0)
     mean = stack(nets.actor)((raw - data.obs_mean) / data.obs_std)[:, :1]
-    a = cql.policy(nets, raw, args)
-    assert_close(a, 2 + 4 * mean.tanh())
-    assert torch.equal(cql.policy(nets, raw, args), a)
+    assert_close(cql.policy(nets, raw, args), 2 + 4 * mean.tanh())
 
 
-class FakeRun:
-    """Counts steps and keeps what `start` was given."""
+def train(data, **values):
+    """The rows of train.csv after a short training, and the run."""
+    torch.manual_seed(0)
+    run = PlainRun()
+    cql.train(run, data, Args(**{"steps": 4, "batch_size": 8, "n_actions": 2} | values))
+    return run.phases["train"], run
 
-    def __init__(self, args):
-        self.device, self.loop = torch.device("cpu"), lambda steps: range(1, steps + 1)
 
-    def start(self, data, task, nets, opt):
-        FakeRun.given = data, nets, opt
+def test_warm_steps_come_first(tiny_data):
+    """Runs of the same seed differ where one has left the warm start: in the actor's loss first."""
+    none, two, four = (train(tiny_data(), warm_start=n)[0] for n in (0, 2, 4))
+    assert none[0]["pi_loss"] != two[0]["pi_loss"]
+    assert two[:2] == four[:2]
+    assert two[2]["pi_loss"] != four[2]["pi_loss"]
+    assert {k for k in two[2] if two[2][k] != four[2][k]} == {"pi_loss"}
 
-    def __getattr__(self, name):
-        return lambda *_: None
+
+def test_note_on_actions_at_their_bounds(tiny_data, capsys):
+    """Only where their likelihood is taken as it is: in a warm start without dequantization."""
+    for values in (dict(), dict(warm_start=1, dequantize=0.05), dict(warm_start=1)):
+        data = tiny_data()
+        data.action[:3] = 1.0
+        assert capsys.readouterr().out == ""
+        train(data, **values)
+    assert "25% of the action numbers" in capsys.readouterr().out
+
+
+def test_learning_rates(tiny_data):
+    _, run = train(tiny_data(), lr=3e-3, actor_lr=2e-3)
+    rates = {name: adam.lr.item() for name, adam in vars(run.opt).items()}
+    expected = {"q": 3e-3, "multiplier": 3e-3, "actor": 2e-3, "temperature": 2e-3}
+    assert rates == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("normalize", [True, False])
-def test_train(tiny_data, monkeypatch, capsys, normalize):
-    """Warm steps come first; learning rates; observations; the note on actions at their bounds."""
-    data, warm = tiny_data(), []
-    raw = data.obs.clone()
-    data.action[:3] = 1.0
-    monkeypatch.setattr(cql, "Run", FakeRun)
-    monkeypatch.setattr(cql, "load_dataset", lambda *_: (data, None))
-    monkeypatch.setattr(cql, "update", lambda *given: warm.append(given[-1]) or {})
-    cql.train(Args(steps=5, warm_start=2, normalize_obs=normalize, lr=3e-3, actor_lr=2e-3))
-    assert warm == [True, True, False, False, False]
-    assert "25% of the action numbers" in capsys.readouterr().out
-    rates = {k: o.lr.item() for k, o in vars(FakeRun.given[2]).items()}
-    expected = {"q": 3e-3, "multiplier": 3e-3, "actor": 2e-3, "temperature": 2e-3}
-    assert rates == pytest.approx(expected)
-    if normalize:
-        expected = (raw - raw.mean(0)) / (raw.std(0, correction=0) + 1e-3)
-        assert_close(data.obs, expected)
-    assert normalize or torch.equal(data.obs, raw)
-    for quiet in (Args(steps=2), Args(steps=2, warm_start=1, dequantize=0.05)):
-        warm.clear()
-        cql.train(quiet)
-        assert warm == [bool(quiet.warm_start), False] and capsys.readouterr().out == ""
+def test_training_sees_scaled_rewards_and_observations(tiny_data, normalize):
+    data = tiny_data()
+    obs, reward = data.obs.clone(), data.reward.clone()
+    _, run = train(data, normalize_obs=normalize, reward_scale=10.0, reward_shift=-5.0)
+    scaled = (obs - obs.mean(0)) / (obs.std(0, correction=0) + 1e-3)
+    assert_close(data.obs, scaled if normalize else obs)
+    assert_close(data.reward, 10 * reward - 5)
+    largest = 100 * (10 * reward - 5).abs().max().item()
+    assert run.largest == pytest.approx(dict.fromkeys(("q_data", "q_pi", "target"), largest))
 
 
-def test_unknown_regularizer_is_one_line():
-    with pytest.raises(cql.InputError, match="--regularizer is 'x': give h or basic") as caught:
-        cql.train(Args(regularizer="x"))
-    assert "\n" not in str(caught.value)
+def preset(env):
+    """Args with the rows of PRESETS that match `env`; later rows win."""
+    values = {}
+    for pattern, row in cql.PRESETS.items():
+        if fnmatchcase(env, pattern):
+            values |= row
+    return Args(**values)
 
 
 def test_presets_of_the_domains():
-    from common import parse
-
-    def of(env, *argv):
-        return parse(Args, cql.PRESETS, ["--env", env, *argv])
-
-    for env in ("antmaze-umaze-v2", "D4RL/antmaze/umaze-v1", "pointmaze/medium-v0"):
-        args = of(env)
+    for env in ("antmaze-umaze-v2", "D4RL/antmaze/umaze-v1", "D4RL/pointmaze/medium-v2"):
+        args = preset(env)
         assert (args.lagrange, args.gap, args.weight, args.max_backup) == (True, 0.8, 5.0, True)
         assert (args.actor_lr, args.lr, args.diff_floor) == (1e-4, 3e-4, -200.0)
         assert (args.reward_scale, args.reward_shift, args.normalize_obs) == (10.0, -5.0, False)
         assert (args.eval_every == 100_000) == ("antmaze" in env)
-    dense = of("D4RL/pointmaze/umaze-dense-v2")
-    assert (dense.lagrange, dense.reward_scale, dense.reward_shift) == (False, 1, 0)
+    for env in ("D4RL/pointmaze/umaze-dense-v2", "hopper-medium-v2", "mujoco/hopper/medium-v0"):
+        assert preset(env) == Args()
     for env in ("pen-human-v1", "D4RL/door/human-v2", "kitchen-mixed-v0"):
-        args = of(env)
-        assert (args.weight, args.actor_lr, args.lagrange) == (1.0, 1e-4, False)
-    assert (of("maze2d-umaze-v1").lagrange, of("maze2d-umaze-v1").gap) == (True, 5.0)
-    args = of("hopper-medium-v2")
-    assert (args.weight, args.actor_lr, args.lagrange, args.normalize_obs) == (
-        10,
-        3e-5,
-        False,
-        True,
-    )
-    assert of("antmaze-umaze-v2", "--diff-floor", "None").diff_floor is None
-    assert of("hopper-medium-v2", "--warm-start", "4e4").warm_start == 40_000
+        assert preset(env) == Args(weight=1.0, actor_lr=1e-4)
+    assert preset("maze2d-umaze-v1") == Args(lagrange=True, gap=5.0)
 
 
 # ---- behavior --------------------------------------------------------------------------------
@@ -642,12 +655,10 @@ def test_presets_of_the_domains():
 def play(weight):
     """Action and Q of a bandit: data near -0.5 and 0.3, reward 10 a, rising beyond it."""
     torch.manual_seed(0)
-    n, one = 400, torch.ones(1)
+    n = 400
     a = torch.where(torch.rand(n) < 0.5, -0.5, 0.3) + 0.05 * torch.randn(n).clamp(-2, 2)
     s = torch.ones(n, 1)
-    data = SimpleNamespace(obs=s, action=a[:, None], reward=10 * a, next_obs=s)
-    data.terminal, data.obs_mean, data.obs_std = torch.ones(n), 0 * one, one
-    data.action_low, data.action_high = -one, one
+    data = Data(s, a[:, None], 10 * a, s, torch.ones(n))
     args = Args(weight=weight, batch_size=32, n_actions=2)
     nets = Nets(data, args)
     opt = optimizers(nets, Adam, 2e-3)
