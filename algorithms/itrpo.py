@@ -3,32 +3,58 @@
 Idea: add the log-ratio of learned and behavior policy to BRAC's reward; every new policy then also
 stays close to the last one, without a second KL term anywhere.
 
-    rho(s,a) = log pi(a|s) - log pi_b(a|s), pi_b: tanh-Gaussian clone with an entropy floor -A
+    L_b  = E[ -log pi_b(a|s) - weight H(pi_b(.|s)) ]                                   (clone)
+    L_w  = weight (H(pi_b(.|s)) + A)
+    rho(s,a) = log pi(a|s) - log pi_b(a|s)
     y    = r + bonus + tau alpha clip(rho(s,a))
-             + gamma (min_i E_{a'~pi} Q'_i(s',a') - alpha E_{a'~pi} rho(s',a'))        (5)
+             + gamma (1 - terminal) min_i E_{a'~pi}[ Q'_i(s',a') - alpha rho(s',a') ]  (5)
     L_Q  = sum_i E[ (Q_i(s,a) - y)^2 ] + penalty E_{a~pi} sum_i |grad_a Q_i(s,a)|^2
-    L_pi = E[ alpha E_{a~pi} rho(s,a) - min_i E_{a~pi} Q_i(s,a) ]                      (5)
+    L_pi = -E[ min_i E_{a~pi}[ Q_i(s,a) - alpha rho(s,a) ] ]                           (5)
 
-Theorem 1: Q - tau alpha rho is then iterated under tau alpha KL(pi || last pi) and (1 - tau) alpha
-KL(pi || pi_b). The limit is BRAC's (tau = 0) with alpha (1 - tau), so a sweep of tau is one of
-alpha too: --control is the unshaped method at that coefficient. In train.csv, rho_data, shaping and
-kl_behavior are the curves of the paper's figure 2, kl_step is KL(pi || pi of the last row).
+First pi_b is cloned from the data, with an entropy floor of -A for A action dimensions; then it is
+frozen. L_w is linear in the weight, so its gradient in log weight is weight (H + A). The loss of
+cql.py's temperature is linear in the logarithm, with the gradient H + A; both rest at H = -A.
 
-The paper's body gives no numbers (its appendix is not to be found); the first author's related
-code ("IKL" in offorRL) has alpha = 0.9 and tau = 0.03. --setting fills in what is not given:
-  paper  Eq. 5 alone, with these two numbers
-  code   plus what that code adds: rho >= -1, and Fisher-BRC's bonus 5 and penalty 0.1
-  trust  code with tau = 0.9: at 0.03 the clipped shaping takes at most 2.7 from a value
-An action at a bound can have rho = -1e5, so `paper`, which does not clip, is for data without any.
+Theorem 1: Q - tau alpha rho is then iterated under two penalties, tau alpha KL(pi || last pi) and
+(1 - tau) alpha KL(pi || pi_b). The limit is that of BRAC (tau = 0) with alpha (1 - tau), so a sweep
+of tau is a sweep of alpha too; --control is the unshaped method at that coefficient. In train.csv,
+rho_data, shaping and kl_behavior are the curves of the paper's figure 2, and kl_step is the KL from
+the policy of the row before.
 
-Departures: from the paper what `code` adds, and twin critics; from the code: targets start as
-copies, pi_b's density is taken before the tanh, the clone's entropy weight moves after the clone.
-Rows cut by a time limit are kept where the data has their next observation (D4RL's loader drops
-them). AntMaze's r - 1 is the code's; its bonus of 0 and its 100 episodes are ours, as are
---dequantize (off), 4 samples, not 10, on the sets hopper/*, halfcheetah/* and the bundled one, and
-alpha = 3 on halfcheetah/*.
+The paper's body prints no numbers, and its appendix is not to be found. The reference is therefore
+the trainer "IKL" in offorRL, an earlier repository of the first author. It computes Eq. 5 term by
+term, but does not name iTRPO. --setting fills in the numbers that are not typed:
+- paper: Eq. 5 alone, with alpha = 0.9 and tau = 0.03 of that code. An action at a bound can have
+  rho = -1e5, and here nothing clips it, so this setting is for data without such actions.
+- code: what that code adds, too. These are the clip rho >= -1, and Fisher-BRC's bonus of 5 and
+  penalty of 0.1.
+- trust: code with tau = 0.9. At 0.03, the clipped shaping lowers a value by at most 2.7.
 
-    python algorithms/itrpo.py --env hopper-medium-v2  # no flags: 23 ± 2, 3 seeds, 9 min
+The authors' code, against the paper:
+- It names the coefficients the other way round: its tau is alpha here, its alpha is tau here.
+- The lower clip of rho voids Theorem 1. On ten random tabular problems with alpha = 0.5 it moves
+  the limit, in the probability of an action, by up to 0.003 with tau = 0.03 and by up to 0.17 with
+  tau = 0.9. Without the clip, both iterations agree to 1e-13.
+- The bonus, the gradient penalty and the minimum over two critics are not in the paper's body.
+- It adds 1.2e-7 to every component of the critics' action gradient before it is squared.
+
+This file, against the authors' code:
+- That 1.2e-7 is left out. It changes the penalty by a few millionths.
+- Initial values are those of nn.Linear, except for the last layers, whose weights and biases lie
+  within 1e-3 (policies) and 3e-3 (critics). In the author's code, the weights of the first layer
+  lie within 1/16 whatever the number of inputs, and biases are 0, except those of the log-std.
+- Targets start as copies of the critics. The author's start at random values of their own.
+- pi_b's density at samples is taken from x, before the tanh, where both Jacobians cancel. The
+  author inverts the tanh at actions clipped to 0.999999.
+- The clone's entropy weight moves after the clone. The author moves it before.
+- An evaluation is ten whole episodes every 5,000 updates. The author's is 10,000 steps of the task
+  every 1,000 updates, without the episode that the last step breaks off.
+- Rows that a time limit cut are kept where the data has their next observation; D4RL's loader
+  drops them.
+- The AntMaze reward r - 1 is the author's; the bonus of 0 and the 100 episodes there are not.
+- --normalize-obs and --dequantize are additions, and off by default.
+
+    python algorithms/itrpo.py
 """
 
 import copy
@@ -37,78 +63,40 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Literal
 
 import torch
 from torch import nn
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from common import (
-    MLP,
-    Adam,
-    InputError,
-    ScalarMLP,
-    Scaling,
-    dequantize,
-    graphed,
-    load_dataset,
-    minimize,
-    normal_log_prob,
-    parse,
-    polyak,
-    sample,
-    sample_tanh_normal,
-    share_at_bounds,
-    tanh_log_det,
-)
-from experiment import Run
+from common import BatchSize, Count, InsideUnit, NonNegative, Number, Positive, PositiveShare, Seed
+from common import Share, ShareBelow1, InputError, RunArgs, Adam, MLP, ScalarMLP, Scaling
+from common import dequantize, normal_log_prob, sample_tanh_normal, share_at_bounds, tanh_log_det
+from common import graphed, largest_value, minimize, normalize_obs, polyak, sample
 
 
 @dataclass
-class Args:
+class Args(RunArgs):
+    phases = {"behavior": "bc_steps", "train": "steps"}
     env: str = "hopper-replay-demo"
     """dataset: bundled name, D4RL name, Minari id, or path of an .hdf5 or .npz file"""
-    seed: int = 0
+    seed: Seed = 0
     """seeds networks, batches and evaluation"""
-    steps: int = 1_000_000
-    """gradient steps"""
-    batch_size: int = 256
+    steps: Count = 1_000_000
+    """gradient steps of actor and critics, after the clone's"""
+    batch_size: BatchSize = 256
     """transitions per gradient step"""
-    device: str = "auto"
-    """cpu, cuda, or auto: cuda where there is one"""
-    precision: str = "auto"
-    """fp32 products: highest, high, medium, or auto: the fastest that does not round"""
-    compile: bool = False
-    """compile the whole update: faster after half a minute"""
-    eval_every: int = 5_000
+    eval_every: Count = 5_000
     """gradient steps between evaluations"""
-    eval_episodes: int = 10
-    """episodes per evaluation"""
-    eval_env: str | None = None
-    """Gymnasium id to evaluate in; None: the dataset's own task; "none": no evaluation"""
-    log_every: int = 1_000
-    """gradient steps between rows of train.csv"""
-    save_every: int = 50_000
-    """gradient steps between checkpoints"""
-    out: str = "runs"
-    """folder of all runs"""
-    name: str = ""
-    """suffix of the run's folder, tells variants apart"""
-    resume: bool = False
-    """continue this run from its checkpoint"""
-    overwrite: bool = False
-    """replace this run's folder"""
-    track: bool = False
-    """mirror the logs to Weights & Biases"""
-
-    setting: str = "code"
-    """paper, code or trust: fills the six numbers below that are not given (see above)"""
-    kl_coef: float | None = None
-    """alpha (Eq. 5), weight of KL(pi || pi_b) in units of reward: infinity is cloning"""
-    shape_coef: float | None = None
+    setting: Literal["paper", "code", "trust"] = "code"
+    """fills the six numbers below that are not typed (see above)"""
+    kl_coef: NonNegative | None = None
+    """alpha (Eq. 5), weight of KL(pi || pi_b) in units of reward: a large number is cloning"""
+    shape_coef: Share | None = None
     """tau (Eq. 5), share of alpha that holds pi at the last pi: 0 is BRAC, 1 forgets pi_b"""
-    bonus: float | None = None
+    bonus: Number | None = None
     """added to every reward: above 0 it pays for survival where episodes can end early"""
-    penalty: float | None = None
+    penalty: NonNegative | None = None
     """weight of the critics' squared action gradient: 0 is the paper's body"""
     ratio_min: float | None = None
     """lower clip of rho(s,a) in the shaping, before its coefficients: -inf is no clip"""
@@ -116,39 +104,41 @@ class Args:
     """upper clip of rho(s,a) in the shaping: inf is no clip"""
     control: bool = False
     """the unshaped method with the same limit: alpha (1 - tau) for alpha, 0 for tau"""
-    samples: int = 10
+    samples: Count = 10
     """actions per state for E_pi of Q and rho: fewer are faster and noisier"""
-    clip: float = 1e-6
+    clip: InsideUnit = 1e-6
     """the data's actions are clipped to +-(1 - clip) where densities are evaluated"""
-    dequantize: float = 0.0
+    dequantize: Share = 0.0
     """width of the band inside the bounds over which actions exactly at a bound are spread"""
-    reward_shift: float = 0.0
+    reward_shift: Number = 0.0
     """added to every reward; unlike the bonus, no setting changes it"""
-    gamma: float = 0.99
+    gamma: ShareBelow1 = 0.99
     """discount"""
-    polyak: float = 0.005
+    polyak: PositiveShare = 0.005
     """share of the online critics that targets take over per step"""
-    lr: float = 3e-4
-    """Adam's learning rate: actor and critics"""
-    bc_steps: int = 1_000_000
+    lr: Positive = 3e-4
+    """Adam's learning rate of the actor and the critics"""
+    bc_steps: Count = 1_000_000
     """gradient steps of the clone pi_b, before all others"""
-    bc_lr: float = 1e-3
-    """its learning rate, and its entropy weight's; divided by 10 after 80% and 90% of bc_steps"""
+    bc_lr: Positive = 1e-3
+    """Adam's learning rate of the clone; a tenth of it after 80% of bc_steps, again after 90%"""
+    normalize_obs: bool = False
+    """shift and scale observations to mean 0 and deviation 1 over the data"""
+
+    def resolve(self):
+        for name, value in SETTINGS[self.setting].items():
+            if getattr(self, name) is None:
+                setattr(self, name, value)
+        if not self.ratio_min <= self.ratio_max:
+            clips = f"--ratio-min is {self.ratio_min} and --ratio-max is {self.ratio_max}"
+            raise InputError(f"{clips}: use a lower clip that is at most the upper one")
+        if self.control:
+            self.kl_coef *= 1 - self.shape_coef
+            self.shape_coef = 0.0
 
 
-PRESETS = {
-    "hopper-replay-demo": dict(  # shortened; faster targets
-        bc_steps=6_000, steps=20_000, eval_every=1_000, samples=4, polyak=0.01
-    ),
-    "antmaze-*": dict(reward_shift=-1.0, bonus=0.0, eval_every=50_000, eval_episodes=100),
-    "D4RL/antmaze/*": dict(reward_shift=-1.0, bonus=0.0, eval_every=50_000, eval_episodes=100),
-    "hopper/*": dict(samples=4),
-    "halfcheetah/*": dict(samples=4, kl_coef=3.0),  # one policy's data: 0.9 is too weak
-}
-
-BODY = dict(
-    kl_coef=0.9, shape_coef=0.03, bonus=0.0, penalty=0.0, ratio_min=-math.inf, ratio_max=math.inf
-)
+BODY = dict(kl_coef=0.9, shape_coef=0.03, bonus=0.0, penalty=0.0)
+BODY |= dict(ratio_min=-math.inf, ratio_max=math.inf)
 CODE = BODY | dict(bonus=5.0, penalty=0.1, ratio_min=-1.0)
 SETTINGS = {"paper": BODY, "code": CODE, "trust": CODE | dict(shape_coef=0.9)}
 
@@ -185,7 +175,8 @@ def draw(pi, samples):
 
 def pre_tanh(a, args):
     """x of the data's actions; an action at a bound, where no density is defined, moves inward."""
-    return torch.atanh(dequantize(a, args.dequantize).clamp(-1 + args.clip, 1 - args.clip))
+    a = dequantize(a, args.dequantize)
+    return torch.atanh(a.clamp(-1 + args.clip, 1 - args.clip))
 
 
 def log_ratio(x, pi, behavior):
@@ -197,57 +188,82 @@ def gaussian_kl(p, q):
     """KL(p || q) (B,) of two tanh-Gaussians: that of the Gaussians, as tanh is one to one."""
     log_ratio_std = p[1] - q[1]
     distance = (p[0] - q[0]) * torch.exp(-q[1])
-    return (0.5 * (torch.exp(2 * log_ratio_std) + distance**2 - 1) - log_ratio_std).sum(-1)
+    squares = torch.exp(2 * log_ratio_std) + distance**2 - 1
+    return (0.5 * squares - log_ratio_std).sum(-1)
 
 
 def behavior_loss(nets, s, a, args):
     """Clone of pi_b: likelihood, plus weighted entropy. Also returns both, means over the batch."""
-    behavior, x = gaussian(nets.behavior, s), pre_tanh(a, args)
-    nll = -(normal_log_prob(x, *behavior) - tanh_log_det(x)).sum(-1).mean()
-    entropy = -sample_tanh_normal(*behavior)[1].mean()
-    loss = nll - nets.log_bc_weight.exp().detach() * entropy
+    behavior = gaussian(nets.behavior, s)
+    x = pre_tanh(a, args)
+    log_prob = normal_log_prob(x, *behavior) - tanh_log_det(x)
+    nll = -log_prob.sum(-1).mean()
+    _, sample_log_prob, _ = sample_tanh_normal(*behavior)
+    entropy = -sample_log_prob.mean()
+    weight = nets.log_bc_weight.exp().detach()
+    loss = nll - weight * entropy
     return loss, nll.detach(), entropy.detach()
 
 
-def entropy_weight_loss(log_weight, entropy, act_dim):
-    """SAC's temperature: grows while the mean entropy is below its target -A."""
-    return log_weight.exp() * (entropy + act_dim)
+def temperature_loss(log_temperature, entropy, act_dim):
+    """L_w: the temperature, here the clone's entropy weight, grows while the mean entropy is below
+    its target -A."""
+    return log_temperature.exp() * (entropy + act_dim)
 
 
-def value(q, s, pi, behavior, args):
-    """<pi, Q - alpha rho> of Eq. 5, (B,), by M samples, whose mean comes before the minimum over
-    critics. pi_b is fixed, but its density at the samples is differentiated."""
+def evaluate(q, s, pi, behavior, args):
+    """Q (E, M, B) and rho (M, B) of M sampled actions of pi. pi_b is fixed, but its density at the
+    samples is differentiated."""
     x = draw(pi, args.samples)  # (M, B, A)
     rows = s.expand(len(x), *s.shape).flatten(0, 1)
-    q = q(rows, x.tanh().flatten(0, 1)).unflatten(1, x.shape[:2])  # (E, M, B)
-    return q.mean(1).amin(0) - args.kl_coef * log_ratio(x, pi, behavior).mean(0)
+    a = x.tanh().flatten(0, 1)
+    q = q(rows, a).unflatten(1, x.shape[:2])
+    rho = log_ratio(x, pi, behavior)
+    return q, rho
+
+
+def value(q, rho, args):
+    """<pi, Q - alpha rho> of Eq. 5, (B,), from Q (E, M, B) and rho (M, B) of M samples; their mean
+    comes before the minimum over critics."""
+    return q.mean(1).amin(0) - args.kl_coef * rho.mean(0)
 
 
 def shaping(rho, args):
     """tau alpha rho of Eq. 5; rho is clipped before the coefficients."""
-    return args.shape_coef * args.kl_coef * rho.clamp(args.ratio_min, args.ratio_max)
+    rho = rho.clamp(args.ratio_min, args.ratio_max)
+    return args.shape_coef * args.kl_coef * rho
+
+
+def target_value(r, terminal, rho, next_value, args):
+    """y of Eq. 5, second line: a terminal masks the next state's value, the shaping never."""
+    next_value = (1 - terminal) * next_value
+    return r + args.bonus + shaping(rho, args) + args.gamma * next_value
 
 
 def critic_loss(nets, s, a, r, s2, terminal, rho, args):
-    """Eq. 5, second line; sum over critics. rho (B,) is that of the data's actions: a terminal
-    masks the next state's value, the shaping never."""
+    """Eq. 5, second line; sum over critics. rho (B,) is that of the data's actions."""
     with torch.no_grad():
-        pi, behavior = gaussian(nets.actor, s2), gaussian(nets.behavior, s2)
-        next_value = (1 - terminal) * value(nets.q_target, s2, pi, behavior, args)
-        y = r + args.bonus + shaping(rho, args) + args.gamma * next_value
+        pi = gaussian(nets.actor, s2)
+        behavior = gaussian(nets.behavior, s2)
+        q2, rho2 = evaluate(nets.q_target, s2, pi, behavior, args)
+        next_value = value(q2, rho2, args)
+        y = target_value(r, terminal, rho, next_value, args)
     q = nets.q(s, a)  # (E, B)
-    return (q - y).square().mean(1).sum(), q.detach().mean(), y.mean()
+    loss = (q - y).square().mean(1).sum()
+    return loss, q.detach().mean(), y.mean()
 
 
 def gradient_penalty(nets, s, a):
     """Sum over critics of E |grad_a Q_i(s,a)|^2."""
-    grad = nets.q.input_gradient(s, a)[..., s.shape[1] :]  # (E, B, A): one per critic
-    return grad.square().sum(-1).mean(1).sum()
+    grad = nets.q.input_gradient(s, a)  # (E, B, S + A): one per critic
+    grad_a = grad[..., s.shape[1] :]
+    return grad_a.square().sum(-1).mean(1).sum()
 
 
 def actor_loss(nets, s, pi, behavior, args):
     """Eq. 5, first line."""
-    return -value(nets.q, s, pi, behavior, args).mean()
+    q, rho = evaluate(nets.q, s, pi, behavior, args)
+    return -value(q, rho, args).mean()
 
 
 def update_behavior(nets, opt, data, args):
@@ -255,8 +271,9 @@ def update_behavior(nets, opt, data, args):
     s, a = sample(data, args.batch_size, ("obs", "action"))
     loss, nll, entropy = behavior_loss(nets, s, a, args)
     minimize(opt.behavior, loss)
-    minimize(opt.bc_weight, entropy_weight_loss(nets.log_bc_weight, entropy, a.shape[1]))
-    return {"nll": nll, "entropy": entropy, "weight": nets.log_bc_weight.detach().exp()}
+    minimize(opt.bc_weight, temperature_loss(nets.log_bc_weight, entropy, a.shape[1]))
+    weight = nets.log_bc_weight.detach().exp()
+    return {"nll": nll, "entropy": entropy, "weight": weight}
 
 
 def update(nets, opt, data, args):
@@ -264,19 +281,28 @@ def update(nets, opt, data, args):
     s, a, r, s2, terminal = sample(data, args.batch_size)
     pi = gaussian(nets.actor, s)  # before its step; critics and actor share it
     with torch.no_grad():
-        behavior, last = gaussian(nets.behavior, s), gaussian(nets.last_actor, s)
-        a_pi = draw(pi, 1).squeeze(0).tanh() if args.penalty else None
+        behavior = gaussian(nets.behavior, s)
+        last = gaussian(nets.last_actor, s)
+        if args.penalty:
+            a_penalty = draw(pi, 1).squeeze(0).tanh()
         rho = log_ratio(pre_tanh(a, args), pi, behavior)  # (B,)
         clipped = (rho < args.ratio_min) | (rho > args.ratio_max)
-    loss, q_data, target = critic_loss(nets, s, a, r, s2, terminal, rho, args)
-    metrics = {"td_loss": loss.detach(), "q_data": q_data, "target": target}
+    td_loss, q_data, target = critic_loss(nets, s, a, r, s2, terminal, rho, args)
+    q_loss, metrics = td_loss, {}
     if args.penalty:
-        penalty = gradient_penalty(nets, s, a_pi)
+        penalty = gradient_penalty(nets, s, a_penalty)
+        q_loss = td_loss + args.penalty * penalty
         metrics["penalty"] = penalty.detach()
-        loss = loss + args.penalty * penalty
-    minimize(opt.q, loss)
-    metrics |= {
-        "actor_loss": minimize(opt.actor, actor_loss(nets, s, pi, behavior, args)),
+    minimize(opt.q, q_loss)
+    pi_loss = actor_loss(nets, s, pi, behavior, args)
+    minimize(opt.actor, pi_loss)
+    polyak(nets.q_target, nets.q, args.polyak)
+    return metrics | {
+        "q_loss": q_loss.detach(),
+        "td_loss": td_loss.detach(),
+        "pi_loss": pi_loss.detach(),
+        "q_data": q_data,
+        "target": target,
         "rho_data": rho.mean(),
         "shaping": shaping(rho, args).mean(),
         "clipped": clipped.float().mean(),
@@ -284,56 +310,40 @@ def update(nets, opt, data, args):
         "kl_step": gaussian_kl(pi, last).detach().mean(),  # since the last row of train.csv
         "std": pi[1].detach().exp().mean(),
     }
-    polyak(nets.q_target, nets.q, args.polyak)
-    return metrics
-
-
-def resolve(args):
-    """Fill in what was not given from the setting and check it; the control replaces it last."""
-    if args.setting not in SETTINGS:
-        raise InputError(f"--setting is {args.setting!r}: give {', '.join(SETTINGS)}")
-    for name, value in SETTINGS[args.setting].items():
-        if getattr(args, name) is None:
-            setattr(args, name, value)
-    if not 0 <= args.shape_coef <= 1:
-        raise InputError(f"--shape-coef is {args.shape_coef}: give a number from 0 to 1")
-    if not 0 < args.clip < 1:
-        raise InputError(f"--clip is {args.clip}: give a number between 0 and 1")
-    if args.control:
-        args.kl_coef, args.shape_coef = args.kl_coef * (1 - args.shape_coef), 0.0
-    shown = ("setting", "control", *SETTINGS[args.setting])
-    args.preset = getattr(args, "preset", {}) | {name: getattr(args, name) for name in shown}
-    return args
 
 
 def policy(nets, obs, args):
     """Raw observations (B, S) to deterministic actions (B, A) in the task's bounds."""
-    return nets.scaling.action(gaussian(nets.actor, nets.scaling.obs(obs))[0].tanh())
+    mean, _ = gaussian(nets.actor, nets.scaling.obs(obs))
+    return nets.scaling.action(mean.tanh())
 
 
 def train_behavior(run, nets, opt, data, args):
     """Phase one: clone the behavior policy, or read the clone of an earlier run."""
     saturated = share_at_bounds(data, args.dequantize)
-    settings = args.bc_steps, args.bc_lr, args.batch_size, args.clip, args.dequantize
-    path, cached = run.cached("clone", nets.behavior, *settings)
+    settings = args.bc_steps, args.bc_lr, args.batch_size, args.clip
+    settings += args.dequantize, args.normalize_obs
+    cached = run.cached("clone", nets.behavior, *settings)
     step = graphed(update_behavior, nets, opt, data, args, compile=args.compile)
     for t in run.loop(0 if cached else args.bc_steps, phase="behavior"):
-        decay = 0.1 ** ((t > 0.8 * args.bc_steps) + (t > 0.9 * args.bc_steps))
-        opt.behavior.lr.fill_(args.bc_lr * decay)
-        opt.bc_weight.lr.fill_(args.bc_lr * decay)
-        run.after(t, step() | {"saturated_actions": saturated})
+        decays = (t > 0.8 * args.bc_steps) + (t > 0.9 * args.bc_steps)
+        lr = args.bc_lr * 0.1**decays
+        opt.behavior.lr.fill_(lr)
+        opt.bc_weight.lr.fill_(lr)
+        metrics = step()
+        run.after(t, metrics | {"saturated_actions": saturated})
         if t == args.bc_steps:
-            run.share(path, nets.behavior)
+            run.share("clone", nets.behavior)
     clone = SimpleNamespace(actor=nets.behavior, scaling=nets.scaling)
     run.reference("its clone (BC)", lambda obs: policy(clone, obs, args))
 
 
-def train(args):
-    """Train, log and save; returns the mean score of the last 10 evaluations."""
-    args = resolve(args)
-    run = Run(args)
-    data, task = load_dataset(args.env, run.device, args.eval_env)
+def train(run, data, args):
+    """Train on `data`; `run` logs, evaluates and saves."""
+    args.resolve()
     data.reward += args.reward_shift
+    if args.normalize_obs:
+        normalize_obs(data, eps=1e-3)
     nets = Nets(data, args).to(run.device)
     opt = SimpleNamespace(
         behavior=Adam(nets.behavior.parameters(), args.bc_lr),
@@ -341,15 +351,38 @@ def train(args):
         q=Adam(nets.q.parameters(), args.lr),
         actor=Adam(nets.actor.parameters(), args.lr),
     )
-    run.start(data, task, nets, opt)
+    largest = largest_value(data, args.gamma, args.bonus)
+    run.start(nets, opt, q_data=largest, target=largest)
     train_behavior(run, nets, opt, data, args)
     step = graphed(update, nets, opt, data, args, compile=args.compile)
     for t in run.loop(args.steps):
-        run.after(t, step(), lambda obs: policy(nets, obs, args))
+        metrics = step()
+        run.after(t, metrics, lambda obs: policy(nets, obs, args))
         if t % args.log_every == 0:
             nets.last_actor.load_state_dict(nets.actor.state_dict())
-    return run.finish()
 
+
+PRESETS = {
+    "hopper-medium-expert-demo": dict(  # shortened; faster targets
+        bc_steps=6_000, steps=20_000, eval_every=1_000, samples=4, polyak=0.01
+    ),
+    "hopper-replay-demo": dict(  # shortened; faster targets
+        bc_steps=6_000, steps=20_000, eval_every=1_000, samples=4, polyak=0.01
+    ),
+    "pointmaze-medium-demo": dict(  # shortened; faster targets; AntMaze's reward and bonus
+        bc_steps=6_000,
+        steps=20_000,
+        eval_every=1_000,
+        samples=4,
+        polyak=0.01,
+        reward_shift=-1.0,
+        bonus=0.0,
+    ),
+    "antmaze-*": dict(reward_shift=-1.0, bonus=0.0, eval_every=50_000, eval_episodes=100),
+    "D4RL/antmaze/*": dict(reward_shift=-1.0, bonus=0.0, eval_every=50_000, eval_episodes=100),
+}
 
 if __name__ == "__main__":
-    train(parse(Args, PRESETS))
+    from harness import main
+
+    main(Args, PRESETS, train)
