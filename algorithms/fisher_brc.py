@@ -129,7 +129,8 @@ class Nets(nn.Module):
 
 def pre_tanh(a, args):
     """x of the data's actions, infinite at a bound, where log_mu clips it; dequantized if asked."""
-    return torch.atanh(dequantize(a, args.dequantize))
+    a = dequantize(a, args.dequantize)
+    return torch.atanh(a.clamp(-1, 1))  # rounding may have left the bounds
 
 
 def largest_x(dtype):
