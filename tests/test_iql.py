@@ -1,4 +1,4 @@
-"""iql.py: expectiles, both extractions, one whole step in its order, the fixed point on a table."""
+"""iql.py: expectiles, both extractions, one whole update, the fixed point on a table."""
 
 import copy
 import math
@@ -11,20 +11,26 @@ import pytest
 import td3_bc
 import torch
 import torch.distributions as D
+from golden.tools import Inject
 from iql import Args, Nets, awr_loss, critic_loss, ddpg_bc_loss, scale_rewards, update, value_loss
-from oracles import SGD, assert_same, in_double, rows, stack
+from oracles import SGD, in_double, rows, stack
+from stand_in import PlainRun
 from torch import nn
 from torch.testing import assert_close
 
-from common import Adam, parse
+from common import Adam, Data, InputError
+from harness import parse
 
 EXTRACTIONS = pytest.mark.parametrize("extraction", ["awr", "ddpg_bc"])
 
 
-def optimizers(nets, args, optimizer, lr):
-    actor = [*nets.actor.parameters(), *([nets.log_std] if args.extraction == "awr" else [])]
-    params = {"v": nets.v.parameters(), "actor": actor, "q": nets.q.parameters()}
-    return SimpleNamespace(**{k: optimizer(p, lr) for k, p in params.items()})
+def optimizers(nets, args, optimizer=Adam, lr=3e-4):
+    free_std = [nets.log_std] if args.extraction == "awr" else []
+    return SimpleNamespace(
+        v=optimizer(nets.v.parameters(), lr),
+        actor=optimizer([*nets.actor.parameters(), *free_std], lr),
+        q=optimizer(nets.q.parameters(), lr),
+    )
 
 
 def make(data, optimizer=Adam, lr=3e-4, **values):
@@ -44,8 +50,9 @@ def data(tiny_data):
     return in_double(tiny_data(obs_dim=3, act_dim=2, n=16))
 
 
-def all_rows(monkeypatch):
-    monkeypatch.setattr(iql, "sample", lambda data, n: rows(data))
+def every_row(n=16, **noise):
+    """Inside, a batch of n is rows 0 to n - 1 in their order, and no other noise is drawn."""
+    return Inject(randint=[torch.arange(n)], **noise)
 
 
 # ---- expectiles ------------------------------------------------------------------------------
@@ -77,9 +84,8 @@ def test_gradient_of_the_value_loss_is_a_difference_quotient():
 
     (grad,) = torch.autograd.grad(loss(v), v)
     for i, step in enumerate(torch.eye(8).double() * h):
-        assert_close(
-            grad[i], (loss(v + step) - loss(v - step)).detach() / (2 * h), rtol=1e-6, atol=0
-        )
+        quotient = (loss(v + step) - loss(v - step)).detach() / (2 * h)
+        assert_close(grad[i], quotient, rtol=1e-6, atol=0)
 
 
 @pytest.mark.parametrize("tau", [0.1, 0.5, 0.7, 0.9, 0.99])
@@ -168,7 +174,7 @@ def test_awr_on_a_bandit_is_a_weighted_mean():
     assert abs(log_std.exp().item() - variance**0.5) < 1e-3
 
 
-def test_beta_zero_is_behavior_cloning(data, monkeypatch):
+def test_beta_zero_is_behavior_cloning(data):
     """The same start and batches as bc.py with a Gaussian: actors stay equal, step for step."""
     nets, opt, args = make(data, beta=0.0)
     clone_args = bc.Args(batch_size=16, gaussian=True)
@@ -180,10 +186,10 @@ def test_beta_zero_is_behavior_cloning(data, monkeypatch):
     ours = torch.autograd.grad(loss, opt.actor.params)
     theirs = bc.actor_loss(clone, data.obs, data.action, clone_args)
     assert_close(ours, torch.autograd.grad(theirs, params))
-    all_rows(monkeypatch)
-    monkeypatch.setattr(bc, "sample", lambda data, n, fields: (data.obs, data.action))
-    for _ in range(5):
+    for seed in range(5):
+        torch.manual_seed(seed)
         update(nets, opt, data, args)
+        torch.manual_seed(seed)
         bc.update(clone, clone_opt, data, clone_args)
         for p, q in zip(opt.actor.params, params):
             assert_close(p, q, atol=1e-12, rtol=0)
@@ -242,6 +248,7 @@ def test_ddpg_bc_is_td3_bc_with_equal_twins(data):
 
 
 def test_initial_networks(data):
+    """Orthogonal weights times the root of 2, in the last layers too, and biases of 0."""
     torch.manual_seed(0)
     nets = Nets(data, Args())
     shapes = {k: [w.shape for w in getattr(nets, k).weights] for k in ("actor", "v", "q")}
@@ -265,64 +272,42 @@ def test_mean_is_the_tanh_of_a_stack(data):
     assert (nets.pi(1e6 * data.obs).abs() <= 1).all()
 
 
-def test_dropout_zeroes_hidden_units_and_keeps_their_mean(data, monkeypatch):
+def test_dropout_zeroes_hidden_units_and_keeps_their_mean(data):
     nets, *_ = make(data)
-    drawn = []
-
-    def draw(x):
-        drawn.append(torch.rand(x.shape, dtype=x.dtype))
-        return drawn[-1]
-
-    monkeypatch.setattr(torch, "rand_like", draw)
-    found = nets.pi(data.obs, 0.25)
+    u1, u2 = torch.rand(2, 16, 256, dtype=torch.float64)
+    with Inject(rand_like=[u1, u2]):
+        found = nets.pi(data.obs, 0.25)
     first, _, second, _, last = stack(nets.actor)
-    x = first(data.obs).relu() * (drawn[0] > 0.25) / 0.75
-    x = second(x).relu() * (drawn[1] > 0.25) / 0.75
-    assert len(drawn) == 2 and [x.shape for x in drawn] == [(16, 256)] * 2
+    x = first(data.obs).relu() * (u1 > 0.25) / 0.75
+    x = second(x).relu() * (u2 > 0.25) / 0.75
     assert_close(found, last(x).tanh())
 
 
 @EXTRACTIONS
-def test_dropout_is_in_the_actors_loss_only(data, monkeypatch, extraction):
-    """Two draws, one for each hidden layer, between the steps of V and Q; none when it acts."""
+def test_dropout_is_in_the_actors_loss_only(data, extraction):
+    """One draw for each hidden layer; V, critics and targets move as they do without dropout."""
     nets, opt, args = make(data, extraction=extraction, dropout=0.1)
-    events, uniform = [], torch.rand_like
-    real = iql.minimize
-
-    def note(o, loss):
-        events.append(next(k for k, v in vars(opt).items() if v is o))
-        return real(o, loss)
-
-    monkeypatch.setattr(torch, "rand_like", lambda x: events.append("draw") or uniform(x))
-    monkeypatch.setattr(iql, "minimize", note)
-    plain = copy.deepcopy(nets)
-    torch.manual_seed(3)
-    update(nets, opt, data, args)
-    assert events == ["v", "draw", "draw", "actor", "q"]
-    events.clear()
-    obs = data.obs
-    assert_close(iql.policy(plain, obs, args), stack(plain.actor)(obs).tanh())
-    assert torch.equal(iql.policy(nets, obs, args), iql.policy(nets, obs, Args()))
-    assert not events
-    other, opt, args = make(data, extraction=extraction)
-    torch.manual_seed(3)
-    update(other, opt, data, args)
-    assert events == ["v", "actor", "q"]
+    other, other_opt, other_args = make(data, extraction=extraction)
+    with every_row(rand_like=list(torch.rand(2, 16, 256))):
+        update(nets, opt, data, args)
+    with every_row():
+        update(other, other_opt, data, other_args)
     for name in ("v", "q", "q_target"):
         pairs = zip(getattr(nets, name).parameters(), getattr(other, name).parameters())
-        assert all(torch.equal(p, q) for p, q in pairs), "dropout reached more than the actor"
+        assert all(torch.equal(p, q) for p, q in pairs), name
     pairs = zip(nets.actor.parameters(), other.actor.parameters())
     assert not all(torch.equal(p, q) for p, q in pairs)
 
 
 def test_policy_stands_between_raw_observations_and_the_bounds(tiny_data):
+    """Without dropout: nothing is drawn."""
     data, args = tiny_data(obs_dim=2, act_dim=1), Args(dropout=0.5)
     data.obs_mean, data.obs_std = torch.tensor([1.0, 2.0]), torch.tensor([0.5, 4.0])
     data.action_low, data.action_high = torch.tensor([-2.0]), torch.tensor([6.0])
     nets, raw = Nets(data, args), torch.randn(5, 2)
     a = stack(nets.actor)((raw - data.obs_mean) / data.obs_std).tanh()
-    assert_close(iql.policy(nets, raw, args), 2 + 4 * a)
-    assert torch.equal(iql.policy(nets, raw, args), iql.policy(nets, raw, args))
+    with Inject():
+        assert_close(iql.policy(nets, raw, args), 2 + 4 * a)
 
 
 # ---- update ----------------------------------------------------------------------------------
@@ -333,16 +318,15 @@ def test_which_parameters_each_loss_reaches(data):
     s, a, r, s2, terminal = rows(data)
     u, v2 = torch.randn(2, 16).double()
     loss, weight = awr_loss(nets, s, a, u, args)
-    assert not weight.requires_grad
     other, bc_loss = ddpg_bc_loss(nets, s, a, args)
-    assert not bc_loss.requires_grad
-    online = [(k, p) for k, p in nets.named_parameters() if p.requires_grad]
+    assert not weight.requires_grad and not bc_loss.requires_grad
     reached = {
         "v": value_loss(nets, s, u, args),
         "actor log_std": loss,
-        "actor q": other,  # its gradient in q is never taken: see below
+        "actor q": other,  # its gradient in q is never taken: the next test
         "q": critic_loss(nets, s, a, r, v2, terminal, args),
     }
+    online = [(k, p) for k, p in nets.named_parameters() if p.requires_grad]
     for names, loss in reached.items():
         grads = torch.autograd.grad(loss, [p for _, p in online], allow_unused=True)
         found = {k.split(".")[0] for (k, _), g in zip(online, grads) if g is not None}
@@ -378,93 +362,50 @@ def test_targets_approach_frozen_critics(data):
         assert_close(q - t, 0.9**5 * gap)
 
 
-def oracle_step(o, data, args, old_v=False, online=False):
-    """One iteration written again on nn.Linear stacks; `old_v` and `online` are two mistakes."""
-    s, a, r, s2, terminal = rows(data)
-
-    def twins(nets, a):
-        return torch.stack([net(torch.cat([s, a], 1)).squeeze(1) for net in nets])
-
-    with torch.no_grad():
-        q = torch.minimum(*twins(o.q if online else o.q_target, a))
-        v, v2 = o.v(s).squeeze(1), o.v(s2).squeeze(1)
-    u = q - o.v(s).squeeze(1)
-    o.v_opt.zero_grad()
-    weight = torch.where(u > 0, args.tau, 1 - args.tau).double()
-    (weight * u**2).mean().backward()
-    o.v_opt.step()
-    if not old_v:
-        with torch.no_grad():
-            v, v2 = o.v(s).squeeze(1), o.v(s2).squeeze(1)
-    o.actor_opt.zero_grad()
-    pi = o.actor(s).tanh()
-    if args.extraction == "awr":
-        weight = torch.exp(args.beta * (q - v)).clamp(max=args.max_weight)
-        loss = -(weight * D.Normal(pi, o.log_std.exp()).log_prob(a).sum(1)).mean()
-    else:
-        q_pi = torch.minimum(*twins(o.q, pi))
-        log_prob = D.Normal(pi, 1.0).log_prob(a).sum(1).mean()
-        loss = -q_pi.mean() / (q_pi.abs().mean().detach() + 1e-6) - args.alpha_bc * log_prob
-    loss.backward()
-    o.actor_opt.step()
-    o.q_opt.zero_grad()
-    y = r + 0.99 * (1 - terminal) * v2
-    (twins(o.q, a) - y).square().mean(1).sum().backward()
-    o.q_opt.step()
-    for q, target in zip(o.q, o.q_target):
-        for p, t in zip(q.parameters(), target.parameters()):
-            t.data = args.polyak * p.data + (1 - args.polyak) * t.data
-    return weight
-
-
-def oracle(nets, optimizer, lr):
-    o = SimpleNamespace(actor=stack(nets.actor), v=stack(nets.v))
-    o.q, o.q_target = ([stack(x, e) for e in range(2)] for x in (nets.q, nets.q_target))
-    o.log_std = nets.log_std.detach().clone().requires_grad_()
-    o.v_opt = optimizer(o.v.parameters(), lr=lr)
-    o.actor_opt = optimizer([*o.actor.parameters(), o.log_std], lr=lr)
-    o.q_opt = optimizer([p for q in o.q for p in q.parameters()], lr=lr)
-    return o
+def descend(params, loss, lr):
+    params = list(params)
+    for p, g in zip(params, torch.autograd.grad(loss, params)):
+        p.data -= lr * g
 
 
 @EXTRACTIONS
-@pytest.mark.parametrize(("optimizer", "lr"), [(SGD, 3e-3), (Adam, 2**-10)])  # exact in fp32
-def test_step_by_hand(data, monkeypatch, optimizer, lr, extraction):
-    more = dict(tau=0.8, polyak=0.1, max_weight=1.2)
-    nets, opt, args = make(data, optimizer, lr, extraction=extraction, **more)
-    o = oracle(nets, {SGD: torch.optim.SGD, Adam: torch.optim.Adam}[optimizer], lr)
-    all_rows(monkeypatch)
-    for _ in range(3):
+def test_one_update_is_four_steps(data, extraction):
+    """V by the targets' Q; the actor and the critics by V after its step; the targets last."""
+    lr, values = 3e-3, dict(tau=0.8, polyak=0.1, max_weight=1.2, extraction=extraction)
+    nets, opt, args = make(data, SGD, lr, **values)
+    o = copy.deepcopy(nets)
+    s, a, r, s2, terminal = rows(data)
+    q = o.q_target(s, a).amin(0).detach()
+    descend(o.v.parameters(), value_loss(o, s, q, args), lr)
+    u, v2 = q - o.v(s).detach(), o.v(s2).detach()
+    if extraction == "awr":
+        loss, weight = awr_loss(o, s, a, u, args)
+        descend([*o.actor.parameters(), o.log_std], loss, lr)
+    else:
+        loss, bc_loss = ddpg_bc_loss(o, s, a, args)
+        descend(o.actor.parameters(), loss, lr)
+    descend(o.q.parameters(), critic_loss(o, s, a, r, v2, terminal, args), lr)
+    for t, p in zip(o.q_target.parameters(), o.q.parameters()):
+        t.data = 0.1 * p.data + 0.9 * t.data
+
+    with every_row():
         metrics = update(nets, opt, data, args)
-        weight = oracle_step(o, data, args)
-        if extraction == "awr":
-            share = (weight == args.max_weight).double().mean()
-            assert 0 < share < 1, "some weights are capped, some are not"
-            assert_close(metrics["capped_weights"].double(), share)
-            effective = weight.sum() ** 2 / (16 * weight.square().sum())
-            assert_close(metrics["effective_share"], effective)
-        assert_same(nets.v, o.v)
-        assert_same(nets.actor, o.actor)
-        assert_same(nets.q, *o.q)
-        assert_same(nets.q_target, *o.q_target)
-        if extraction == "awr":
-            assert_close(nets.log_std, o.log_std)
-        assert all(x.ndim == 0 and not x.requires_grad for x in metrics.values())
-
-
-@pytest.mark.parametrize(
-    ("mistake", "name"), [("old_v", "actor"), ("old_v", "q"), ("online", "actor"), ("online", "v")]
-)
-def test_order_and_targets_matter(data, monkeypatch, mistake, name):
-    """The V before its step, or the online critics in Eqs. 5 and 7, would give other weights."""
-    nets, opt, args = make(data, SGD, 3e-3)
-    o = oracle(nets, torch.optim.SGD, 3e-3)
-    all_rows(monkeypatch)
-    update(nets, opt, data, args)
-    oracle_step(o, data, args, **{mistake: True})
-    stacks = o.q if name == "q" else [getattr(o, name)]
-    with pytest.raises(AssertionError):
-        assert_same(getattr(nets, name), *stacks)
+    for (name, found), expected in zip(nets.named_parameters(), o.parameters()):
+        assert_close(found, expected, atol=1e-12, rtol=1e-10, msg=name)
+    assert all(x.ndim == 0 and not x.requires_grad for x in metrics.values())
+    assert_close(metrics["q_mean"], q.mean())
+    assert_close(metrics["advantage"], u.mean())
+    v = o.v(s).detach()
+    found = [metrics[name] for name in ("v_mean", "v_min", "v_max")]
+    assert_close(found, [v.mean(), v.min(), v.max()])
+    if extraction == "awr":
+        capped = (weight == 1.2).float().mean()
+        assert 0 < capped < 1, "some weights are capped, some are not"
+        assert_close(metrics["capped_weights"], capped)
+        share = weight.sum() ** 2 / (16 * weight.square().sum())
+        assert_close(metrics["effective_share"], share)
+    else:
+        assert_close(metrics["bc_loss"], bc_loss)
 
 
 def test_weights_that_underflow_leave_finite_metrics(data):
@@ -472,7 +413,7 @@ def test_weights_that_underflow_leave_finite_metrics(data):
     nets.v.biases[-1].data.fill_(1e3)
     metrics = update(nets, opt, data, args)
     assert all(x.isfinite() for x in metrics.values())
-    assert metrics["effective_share"] == metrics["actor_loss"] == 0
+    assert metrics["effective_share"] == metrics["pi_loss"] == 0
 
 
 # ---- the fixed point on a table --------------------------------------------------------------
@@ -483,9 +424,9 @@ STATES, ACTIONS, GAMMA = 4, 3, 0.8
 class Table(nn.Module):
     """One parameter for each entry; a state is one-hot, an action its number."""
 
-    def __init__(self, *shape, fill=0.0):
+    def __init__(self, *shape):
         super().__init__()
-        self.values = nn.Parameter(torch.full(shape, fill).double())
+        self.values = nn.Parameter(torch.zeros(shape, dtype=torch.float64))
 
     def forward(self, s, a=None):
         if a is None:
@@ -528,14 +469,13 @@ def value_iteration(table, backup):
 
 
 @pytest.mark.parametrize("tau", [0.5, 0.7, 0.9])
-def test_fixed_point_is_that_of_expectile_value_iteration(monkeypatch, tau):
+def test_fixed_point_is_that_of_expectile_value_iteration(tau):
     """Whole updates on tables. Unseen actions start at one million, and nobody ever asks."""
     table = tabular_data()
-    state, action, reward, following, terminal = (torch.as_tensor(x) for x in table)
     q_exact, v_exact = value_iteration(table, lambda x: expectile(x, tau))
+    state, action, reward, following, terminal = (torch.as_tensor(x) for x in table)
     one_hot = torch.eye(STATES).double()
-    batch = one_hot[state], action[:, None].double(), reward, one_hot[following], terminal
-    monkeypatch.setattr(iql, "sample", lambda data, n: batch)
+    data = Data(one_hot[state], action[:, None].double(), reward, one_hot[following], terminal)
 
     nets = SimpleNamespace(v=Table(STATES), q=Table(2, STATES, ACTIONS), actor=Table(STATES, 1))
     nets.log_std = torch.zeros(1).double().requires_grad_()
@@ -544,11 +484,12 @@ def test_fixed_point_is_that_of_expectile_value_iteration(monkeypatch, tau):
     assert unseen.sum() == 2
     nets.q.values.data[:, unseen] = 1e6
     nets.q_target = copy.deepcopy(nets.q)
-    args = Args(tau=tau, gamma=GAMMA, polyak=0.5, beta=0.1)
+    args = Args(tau=tau, gamma=GAMMA, polyak=0.5, beta=0.1, batch_size=32)
     opt = optimizers(nets, args, SGD, 4.0)  # a state has an eighth of the loss's mean, or less
     opt.actor.lr = 0.05
-    for _ in range(1200):
-        update(nets, opt, None, args)
+    with Inject(randint=[torch.arange(32)] * 1200):
+        for _ in range(1200):
+            update(nets, opt, data, args)
     assert_close(nets.v.values.data, torch.as_tensor(v_exact), atol=1e-3, rtol=0)
     for q in (*nets.q.values.data, *nets.q_target.values.data):
         assert_close(q[~unseen], torch.as_tensor(q_exact)[~unseen], atol=1e-3, rtol=0)
@@ -570,7 +511,7 @@ def test_expectile_value_iteration_tends_to_the_in_sample_optimum():
     assert (values[2] < best).all() and np.abs(values[2] - best).max() < 0.02
 
 
-# ---- behavior --------------------------------------------------------------------------------
+# ---- training --------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -588,77 +529,51 @@ def test_bandit(tiny_data, method, low, high):
     data.obs[:], data.next_obs[:], data.terminal[:] = 1, 1, 1
     data.action = torch.linspace(-1, 0.98, 100)[:, None]
     data.reward = 1 - 4 * (data.action[:, 0] - 0.5).square()
-    args = Args(batch_size=64, polyak=0.05, **method)
     torch.manual_seed(0)
-    nets = Nets(data, args)
-    opt = optimizers(nets, args, Adam, 1e-3)
-    for _ in range(350):
-        metrics = update(nets, opt, data, args)
-    assert all(x.isfinite() and x.ndim == 0 for x in metrics.values())
-    q = nets.q(data.obs, data.action)
-    assert (q - data.reward).abs().mean() < 0.2
-    v = nets.v(data.obs[:1]).item()
-    assert data.reward.mean() + 0.3 < v < 1 and metrics["advantage"] < 0
-    assert low < iql.policy(nets, data.obs[:1], args).item() < high
+    args, run = Args(batch_size=64, polyak=0.05, lr=1e-3, steps=500, **method), PlainRun()
+    iql.train(run, data, args)
+    assert (run.nets.q(data.obs, data.action) - data.reward).abs().mean() < 0.2
+    v = run.nets.v(data.obs[:1]).item()
+    assert data.reward.mean() + 0.3 < v < 1 and run.rows[-1]["advantage"] < 0
+    assert low < run.act(data.obs[:1]).item() < high
 
 
-def run_train(monkeypatch, data, args, step):
-    """The file's own `train` on `data`, with `step` in place of its update."""
+def test_actors_learning_rate_is_a_cosine(tiny_data):
+    """lr at the first update, lr / 2 halfway, 0 after the last; the others' never moves."""
 
-    class FakeRun:
-        device = torch.device("cpu")
+    class RatesRun(PlainRun):
+        rates = []
 
-        def __init__(self, args):
-            self.loop = lambda steps, phase="train": range(1, steps + 1)
+        def after(self, t, metrics, act=None):
+            self.rates.append([getattr(self.opt, k).lr.item() for k in ("v", "actor", "q")])
 
-        def __getattr__(self, name):
-            return lambda *_, **__: None
-
-    monkeypatch.setattr(iql, "Run", FakeRun)
-    monkeypatch.setattr(iql, "load_dataset", lambda *_: (data, None))
-    monkeypatch.setattr(iql, "update", step)
-    iql.train(args)
-
-
-def test_actors_learning_rate_is_a_cosine(tiny_data, monkeypatch):
-    """lr at update 0, lr / 2 halfway, 0 after the last; the others' never moves."""
-    seen = []
-
-    def step(nets, opt, data, args):
-        seen.append([getattr(opt, k).lr.item() for k in ("v", "actor", "q")])
-        return {}
-
-    run_train(monkeypatch, tiny_data(), Args(steps=8, lr=0.2), step)
-    v, actor, q = zip(*seen)
+    run = RatesRun()
+    iql.train(run, tiny_data(), Args(steps=8, lr=0.2, batch_size=4))
+    v, actor, q = zip(*run.rates)
     assert_close(torch.tensor(v + q), torch.full((16,), 0.2))
-    params = [nn.Parameter(torch.zeros(1))]
-    torch_opt = torch.optim.SGD(params, lr=0.2)
+    torch_opt = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.2)
     schedule, expected = torch.optim.lr_scheduler.CosineAnnealingLR(torch_opt, T_max=8), []
     for _ in range(8):
         expected.append(torch_opt.param_groups[0]["lr"])
         torch_opt.step()
         schedule.step()
     assert_close(torch.tensor(actor), torch.tensor(expected))
-    assert_close(actor[0], 0.2), assert_close(actor[4], 0.1, rtol=1e-6, atol=0)
+    assert_close(actor[0], 0.2)
+    assert_close(actor[4], 0.1, rtol=1e-6, atol=0)
     assert actor[7] < 0.01
 
 
-@pytest.mark.parametrize("extraction", ["awr", "ddpg_bc"])
-def test_optimizers_hold_what_their_losses_reach(tiny_data, monkeypatch, extraction):
-    held = {}
-
-    def step(nets, opt, data, args):
-        names = {id(p): name for name, p in nets.named_parameters()}
-        for k, o in vars(opt).items():
-            held[k] = {names[id(p)].split(".")[0] for p in o.params}
-        return {}
-
-    run_train(monkeypatch, tiny_data(), Args(steps=1, extraction=extraction), step)
+@EXTRACTIONS
+def test_optimizers_hold_what_their_losses_reach(tiny_data, extraction):
+    run = PlainRun()
+    iql.train(run, tiny_data(), Args(steps=1, batch_size=4, extraction=extraction))
+    names = {id(p): name for name, p in run.nets.named_parameters()}
+    held = {k: {names[id(p)].split(".")[0] for p in o.params} for k, o in vars(run.opt).items()}
     std = {"log_std"} if extraction == "awr" else set()
     assert held == {"v": {"v"}, "actor": {"actor"} | std, "q": {"q"}}
 
 
-# ---- rewards, presets, bad input -------------------------------------------------------------
+# ---- rewards, observations, flags ------------------------------------------------------------
 
 
 @pytest.mark.parametrize("unit", [1.0, 37.0])
@@ -679,81 +594,64 @@ def test_rewards_are_raw_unless_asked(tiny_data):
     reward = data.reward.clone()
     scale_rewards(data, Args())
     assert torch.equal(data.reward, reward)
-    scale_rewards(data, Args(reward_shift=-1.0))
-    assert torch.equal(data.reward, reward - 1)
-
-
-def test_training_sees_the_scaled_rewards(tiny_data, monkeypatch):
-    """Once: the rows that updates draw from hold r - 1."""
-    data, seen = tiny_data(), []
-    reward = data.reward.clone()
-
-    def step(nets, opt, data, args):
-        return seen.append(data.reward.clone()) or {}
-
-    run_train(monkeypatch, data, Args(steps=3, reward_shift=-1.0), step)
-    assert all(torch.equal(r, reward - 1) for r in seen) and len(seen) == 3
-
-
-@pytest.mark.parametrize("normalize", [True, False])
-def test_normalized_observations(data, monkeypatch, normalize):
-    """train() shifts and scales the data, and the policy what it sees, by the same constants."""
-    mean, seen = data.obs.mean(0), {}
-    run = SimpleNamespace(
-        device=torch.device("cpu"), start=lambda data, task, nets, opt: seen.update(nets=nets),
-        loop=lambda steps: range(1, 3), after=lambda *_: None, finish=lambda: None,
-    )  # fmt: skip
-    monkeypatch.setattr(iql, "Run", lambda args: run)
-    monkeypatch.setattr(iql, "load_dataset", lambda *_: (data, None))
-    monkeypatch.setattr(iql, "graphed", lambda *_, **__: dict)
-    iql.train(Args(env="hopper/x", steps=2, normalize_obs=normalize))
-    assert_close(seen["nets"].scaling.obs_mean, mean if normalize else torch.zeros_like(mean))
-    assert_close(data.obs.mean(0), torch.zeros_like(mean) if normalize else mean)
-
-
-@pytest.mark.parametrize(
-    ("envs", "tau", "beta", "dropout", "normalize_reward", "reward_shift"),
-    [
-        ("hopper-medium-v2 mujoco/walker2d/expert-v0 hopper-replay-demo",
-         0.7, 3.0, 0.0, True, 0.0),
-        ("ant-medium-v2 log.npz maze2d-umaze-v1 halfcheetah/medium-v0", 0.7, 3.0, 0.0, False, 0.0),
-        ("antmaze-umaze-v2 D4RL/antmaze/umaze-v1 pointmaze/medium-v0", 0.9, 10.0, 0.0, False, -1.0),
-        ("pen-human-v1 door-cloned-v1", 0.8, 3.0, 0.1, False, 0.0),
-        ("D4RL/pointmaze/umaze-v2", 0.9, 10.0, 0.0, False, -1.0),
-        ("D4RL/pointmaze/umaze-dense-v2", 0.7, 3.0, 0.0, False, 0.0),
-        ("pen-human-v0 door/human-v0 D4RL/relocate/human-v2 kitchen-mixed-v0 D4RL/kitchen/mixed-v2",
-         0.7, 0.5, 0.1, False, 0.0),
-    ],
-)  # fmt: skip
-def test_presets(envs, tau, beta, dropout, normalize_reward, reward_shift):
-    for env in envs.split():
-        args = parse(Args, iql.PRESETS, ["--env", env])
-        found = args.tau, args.beta, args.dropout, args.normalize_reward, args.reward_shift
-        assert args.normalize_obs == env.startswith(("hopper/", "halfcheetah/"))
-        assert found == (tau, beta, dropout, normalize_reward, reward_shift), env
-        rare = env.startswith(("antmaze", "D4RL/antmaze"))
-        assert (args.eval_every == 100_000) == rare
-
-
-@pytest.mark.parametrize(
-    ("values", "says"),
-    [
-        ({"extraction": "td3"}, "--extraction is 'td3': give awr or ddpg_bc"),
-        ({"tau": 1.0}, "--tau is 1.0"),
-        ({"tau": 0.0}, "--tau is 0.0"),
-        ({"dropout": 1.0}, "--dropout is 1.0"),
-        ({"dropout": -0.1}, "--dropout is -0.1"),
-    ],
-)
-def test_bad_values_are_one_line(values, says):
-    with pytest.raises(iql.InputError, match=says) as caught:
-        iql.train(Args(**values))
-    assert "\n" not in str(caught.value)
 
 
 def test_equal_returns_cannot_be_normalized(tiny_data):
     data = tiny_data()
     data.episode_return[:] = 5
-    with pytest.raises(iql.InputError, match="add --no-normalize-reward") as caught:
+    with pytest.raises(InputError, match="use --no-normalize-reward") as caught:
         scale_rewards(data, Args(normalize_reward=True))
     assert "\n" not in str(caught.value)
+
+
+def test_training_scales_the_rewards_once(tiny_data):
+    data, run = tiny_data(), PlainRun()
+    reward = data.reward.clone()
+    iql.train(run, data, Args(steps=3, batch_size=4, reward_shift=-1.0))
+    assert torch.equal(data.reward, reward - 1)
+    assert_close(run.largest["q_mean"], (reward - 1).abs().max().item() * 100)
+
+
+@pytest.mark.parametrize("normalize", [True, False])
+def test_normalized_observations(data, normalize):
+    """train() shifts and scales the data, and the policy what it sees, by the same constants."""
+    mean, run = data.obs.mean(0), PlainRun()
+    data = Data(*(x.float() for x in rows(data)))
+    iql.train(run, data, Args(steps=2, batch_size=4, normalize_obs=normalize))
+    mean, zeros = mean.float(), torch.zeros(3)
+    assert_close(run.nets.scaling.obs_mean, mean if normalize else zeros)
+    assert_close(data.obs.mean(0), zeros if normalize else mean)
+
+
+@pytest.mark.parametrize(
+    ("envs", "expected"),
+    [
+        ("hopper-medium-v2 mujoco/walker2d/expert-v0 hopper-replay-demo hopper-medium-expert-demo",
+         dict(normalize_reward=True)),
+        ("ant-medium-v2 log.npz maze2d-umaze-v1 halfcheetah/medium-v0 pointmaze/medium-v0 "
+         "D4RL/pointmaze/umaze-dense-v2 door/human-v0", {}),
+        ("antmaze-umaze-v2 D4RL/antmaze/umaze-v1",
+         dict(tau=0.9, beta=10.0, reward_shift=-1.0, eval_every=100_000, eval_episodes=100)),
+        ("D4RL/pointmaze/umaze-v2 pointmaze-medium-demo",
+         dict(tau=0.9, beta=10.0, reward_shift=-1.0, alpha_bc=0.003)),
+        ("pen-human-v0 D4RL/relocate/human-v2 kitchen-mixed-v0 D4RL/kitchen/mixed-v2",
+         dict(beta=0.5, dropout=0.1)),
+        ("pen-human-v1 door-cloned-v1", dict(tau=0.8, beta=3.0, normalize_obs=True)),
+    ],
+)  # fmt: skip
+def test_presets(envs, expected):
+    """The paper's settings for AntMaze, Adroit and the kitchen, CORL's for Adroit's v1 data."""
+    for env in envs.split():
+        args, _ = parse(Args, iql.PRESETS, ["--env", env])
+        assert (args.steps < 1_000_000) == env.endswith("-demo")
+        if env.endswith("-demo"):
+            args.steps, args.eval_every = 1_000_000, 5_000
+        assert args == Args(env=env, **expected), env
+
+
+@pytest.mark.parametrize(
+    "flag", ["--tau 1", "--tau 0", "--dropout 1", "--dropout -0.1", "--extraction td3"]
+)
+def test_values_that_mean_nothing_are_refused(flag, capsys):
+    with pytest.raises(SystemExit):
+        parse(Args, iql.PRESETS, flag.split())
