@@ -1,0 +1,267 @@
+"""awac.py: target, advantage, weights, one whole update, a bandit."""
+
+import copy
+from types import SimpleNamespace
+
+import awac
+import awr
+import bc
+import pytest
+import torch
+from awac import Args, Nets, awr_loss, critic_loss, q_advantage, sample_action, update
+from golden.tools import Inject
+from oracles import SGD, in_double, rows, stack
+from stand_in import PlainRun
+from torch.testing import assert_close
+
+from common import Adam, orthogonal_
+from harness import parse
+
+
+def optimizers(nets, optimizer=Adam, lr=3e-4):
+    return SimpleNamespace(
+        q=optimizer(nets.q.parameters(), lr),
+        actor=optimizer([*nets.actor.parameters(), nets.log_std], lr),
+    )
+
+
+def make(data, optimizer=Adam, lr=3e-4, **values):
+    """Networks in float64 with outputs of size one, whose targets differ from the critics."""
+    args = Args(batch_size=16, **values)
+    torch.manual_seed(0)
+    nets = Nets(data, args)
+    nets.log_std.data.copy_(torch.linspace(-0.5, 0.2, len(nets.log_std)))
+    for net in (nets.actor, nets.q, nets.q_target):
+        orthogonal_(net, 1.0, 0.7)
+    nets = nets.double()
+    return nets, optimizers(nets, optimizer, lr), args
+
+
+@pytest.fixture
+def data(tiny_data):
+    return in_double(tiny_data(obs_dim=3, act_dim=2, n=16))
+
+
+# ---- critics ---------------------------------------------------------------------------------
+
+
+def test_target_by_hand():
+    """y = r + 0.9 min(Q'_1, Q'_2) where the episode goes on, r where it ended; loss summed over
+    critics: rows y = (1 + 0.9 * 2, 5) against Q = (1, 1) and (2, 5)."""
+    s = torch.zeros(2, 1)
+    nets = SimpleNamespace(
+        pi=lambda s2: (torch.zeros(2, 1), torch.zeros(1)),
+        q_target=lambda s2, a2: torch.tensor([[2.0, 7.0], [3.0, 6.0]]),
+        q=lambda s, a: torch.tensor([[1.0, 1.0], [2.0, 5.0]]),
+    )
+    r, terminal = torch.tensor([1.0, 5.0]), torch.tensor([0.0, 1.0])
+    loss, q_mean = critic_loss(nets, s, s, r, s, terminal, Args(gamma=0.9))
+    assert_close(loss, torch.tensor((1.8**2 + 4**2) / 2 + (0.8**2 + 0**2) / 2))
+    assert_close(q_mean, torch.tensor(9 / 4))
+
+
+def test_next_actions_are_the_policys_clipped(data):
+    """At mean(s') + deviation times noise, within the bounds."""
+    nets, _, args = make(data)
+    s, a, r, s2, terminal = rows(data)
+    noise = torch.randn(16, 2).double() * 3
+    a2 = (stack(nets.actor)(s2).tanh() + nets.log_std.exp() * noise).clamp(-1, 1)
+    assert (a2.abs() == 1).any() and (a2.abs() < 1).any()
+    q2 = [stack(nets.q_target, e)(torch.cat([s2, a2], 1))[:, 0] for e in range(2)]
+    y = (r + 0.99 * (1 - terminal) * torch.minimum(*q2)).detach()
+    q = [stack(nets.q, e)(torch.cat([s, a], 1))[:, 0] for e in range(2)]
+    with Inject(randn_like=[noise]):
+        loss, _ = critic_loss(nets, s, a, r, s2, terminal, args)
+    assert_close(loss, sum(torch.nn.functional.mse_loss(x, y) for x in q))
+
+
+def test_sampled_actions_are_a_clipped_gaussian():
+    torch.manual_seed(0)
+    a = sample_action(torch.full((20_000, 2), 0.4), torch.tensor([0.1, 1.0]).log())
+    assert abs(a[:, 0].mean() - 0.4) < 0.01 and abs(a[:, 0].std() - 0.1) < 0.01
+    assert a.abs().max() == 1 and abs((a[:, 1] == 1).float().mean() - 0.2743) < 0.015
+    assert abs((a[:, 1] == -1).float().mean() - 0.0808) < 0.015
+
+
+# ---- actor -----------------------------------------------------------------------------------
+
+
+def test_advantage_by_hand():
+    """Rows Q(s,a) = min(5, 4), min(1, 7); V = min(2, 9), min(8, 3)."""
+    found = []
+    nets = SimpleNamespace(
+        q=lambda s, a: found.append((s, a)) or torch.tensor([[5.0, 1, 2, 8], [4.0, 7, 9, 3]])
+    )
+    s, a = torch.tensor([[1.0], [2.0]]), torch.tensor([[0.3], [0.4]])
+    pi = torch.tensor([[-0.5], [3.0]]), torch.tensor([-30.0])
+    assert q_advantage(nets, s, a, pi).tolist() == [2.0, -2.0]
+    assert_close(found[0][0][:, 0], torch.tensor([1.0, 2.0, 1.0, 2.0]))
+    assert_close(found[0][1][:, 0], torch.tensor([0.3, 0.4, -0.5, 1.0]))
+
+
+def actor_gradient(nets, loss):
+    grads = torch.autograd.grad(loss, [*nets.actor.parameters(), nets.log_std])
+    return torch.cat([g.flatten() for g in grads])
+
+
+def test_loss_is_that_of_awr(data):
+    """For the same advantages; some weights are capped, some are not."""
+    nets, *_ = make(data)
+    s, a, advantage = data.obs, data.action, torch.randn(16).double()
+    values = dict(temperature=0.7, max_weight=3.0)
+    loss, weight = awr_loss(nets.pi(s), a, advantage, Args(**values))
+    other, other_weight = awr.awr_loss(nets, s, a, advantage, awr.Args(**values))
+    assert (weight == 3).any() and (weight < 3).any()
+    assert torch.equal(weight, other_weight)
+    assert torch.equal(actor_gradient(nets, loss), actor_gradient(nets, other))
+
+
+def test_a_very_large_temperature_is_behavior_cloning(data):
+    nets, *_ = make(data)
+    s, a, advantage = data.obs, data.action, torch.linspace(-50, 50, 16).double()
+    loss, weight = awr_loss(nets.pi(s), a, advantage, Args(temperature=1e30))
+    assert torch.equal(weight, torch.ones(16).double())
+    clone = bc.actor_loss(nets, s, a, bc.Args(gaussian=True))
+    assert torch.equal(actor_gradient(nets, loss), actor_gradient(nets, clone))
+
+
+@pytest.mark.parametrize(("value", "clamped"), [(50.0, 2.0), (-50.0, -5.0)])
+def test_log_std_is_clamped(data, value, clamped):
+    nets, *_ = make(data)
+    nets.log_std.data.fill_(value)
+    mean, log_std = nets.pi(data.obs)
+    assert log_std.tolist() == [clamped] * 2
+    assert_close(mean, stack(nets.actor)(data.obs).tanh())
+
+
+def test_policy_stands_between_raw_observations_and_the_bounds(tiny_data):
+    data, args = tiny_data(obs_dim=2, act_dim=1), Args()
+    data.obs_mean, data.obs_std = torch.tensor([1.0, 2.0]), torch.tensor([0.5, 4.0])
+    data.action_low, data.action_high = torch.tensor([-2.0]), torch.tensor([6.0])
+    nets, raw = Nets(data, args), torch.randn(5, 2)
+    a = stack(nets.actor)((raw - data.obs_mean) / data.obs_std).tanh()
+    assert_close(awac.policy(nets, raw, args), 2 + 4 * a)
+
+
+# ---- update ----------------------------------------------------------------------------------
+
+
+def test_which_parameters_each_loss_reaches(data):
+    nets, _, args = make(data)
+    s, a, *_ = rows(data)
+    pi = nets.pi(s)
+    advantage = q_advantage(nets, s, a, pi)
+    critics, _ = critic_loss(nets, *rows(data), args)
+    actor, weight = awr_loss(pi, a, advantage, args)
+    assert not advantage.requires_grad and not weight.requires_grad
+    online = [(k, p) for k, p in nets.named_parameters() if p.requires_grad]
+    assert {k.split(".")[0] for k, _ in online} == {"actor", "log_std", "q"}
+    for loss, reached in ((critics, {"q"}), (actor, {"actor", "log_std"})):
+        grads = torch.autograd.grad(loss, [p for _, p in online], allow_unused=True)
+        for (name, _), g in zip(online, grads):
+            assert (g is not None and g.any().item()) == (name.split(".")[0] in reached), name
+
+
+def descend(params, loss, lr):
+    params = list(params)
+    for p, g in zip(params, torch.autograd.grad(loss, params)):
+        p.data -= lr * g
+
+
+def test_one_update_is_three_steps(data):
+    """The critics; the actor, by the critics after their step; the targets."""
+    lr, values = 0.1, dict(temperature=0.1, max_weight=1.0, polyak=0.1)
+    nets, opt, args = make(data, SGD, lr, **values)
+    o = copy.deepcopy(nets)
+    s, a, *_ = rows(data)
+    z_next, z_pi = torch.randn(2, 16, 2).double()
+    with Inject(randn_like=[z_next, z_pi]):
+        q_loss, q_mean = critic_loss(o, *rows(data), args)
+        descend(o.q.parameters(), q_loss, lr)
+        advantage = q_advantage(o, s, a, o.pi(s))
+    pi_loss, weight = awr_loss(o.pi(s), a, advantage, args)
+    descend([*o.actor.parameters(), o.log_std], pi_loss, lr)
+    for t, p in zip(o.q_target.parameters(), o.q.parameters()):
+        t.data = 0.1 * p.data + 0.9 * t.data
+
+    with Inject(randint=[torch.arange(16)], randn_like=[z_next, z_pi]):
+        metrics = update(nets, opt, data, args)
+    for (name, found), expected in zip(nets.named_parameters(), o.parameters()):
+        assert_close(found, expected, atol=1e-12, rtol=1e-10, msg=name)
+    assert all(x.ndim == 0 and not x.requires_grad for x in metrics.values())
+    assert all(p.grad is None for p in nets.parameters())
+    expected = {"q_loss": q_loss, "pi_loss": pi_loss, "q_mean": q_mean}
+    expected |= {"advantage": advantage.mean(), "log_std": o.log_std.mean()}
+    expected["capped_weights"] = (weight == 1).float().mean()
+    expected["effective_share"] = weight.sum() ** 2 / (16 * weight.square().sum())
+    assert 0 < expected["capped_weights"] < 1
+    assert_close(metrics, {k: expected[k].detach() for k in metrics})
+
+
+def test_weights_that_all_underflow_leave_finite_metrics(data):
+    """A batch that is the worst row 16 times."""
+    nets, opt, args = make(data, temperature=1e-30)
+    opt.q.lr.zero_()
+    zeros = torch.zeros(16, 2).double()
+    with Inject(randn_like=[zeros]):
+        advantage = q_advantage(nets, data.obs, data.action, nets.pi(data.obs))
+    worst = advantage.argmin()
+    assert advantage[worst] < 0
+    with Inject(randint=[worst.expand(16)], randn_like=[zeros, zeros]):
+        metrics = update(nets, opt, data, args)
+    assert all(x.isfinite() for x in metrics.values())
+    assert metrics["effective_share"] == metrics["pi_loss"] == 0
+
+
+# ---- training --------------------------------------------------------------------------------
+
+
+def test_rewards_are_shifted_once(tiny_data):
+    data, run = tiny_data(), PlainRun()
+    reward = data.reward.clone()
+    awac.train(run, data, Args(steps=2, batch_size=8, reward_shift=-1.0))
+    assert torch.equal(data.reward, reward - 1)
+    assert_close(run.largest["q_mean"], (reward - 1).abs().max().item() * 100)
+
+
+def test_optimizers_hold_what_their_losses_reach(tiny_data):
+    run = PlainRun()
+    awac.train(run, tiny_data(), Args(steps=1, batch_size=4))
+    names = {id(p): name for name, p in run.nets.named_parameters()}
+    held = {k: {names[id(p)].split(".")[0] for p in o.params} for k, o in vars(run.opt).items()}
+    assert held == {"q": {"q"}, "actor": {"actor", "log_std"}}
+
+
+def test_targets_start_as_copies(tiny_data):
+    nets = Nets(tiny_data(), Args())
+    for p, t in zip(nets.q.parameters(), nets.q_target.parameters()):
+        assert torch.equal(p, t) and p is not t and not t.requires_grad
+
+
+def test_bandit(tiny_data):
+    """One state, r = 1 - (a - 0.5)^2: the policy is the mean and the deviation of the data's
+    actions, weighted by exp(r / temperature)."""
+    data = tiny_data(obs_dim=1, act_dim=1, n=65)
+    data.obs[:], data.next_obs[:], data.terminal[:] = 0, 0, 1
+    data.action = torch.linspace(-1, 1, 65)[:, None]
+    data.reward = 1 - (data.action[:, 0] - 0.5).square()
+    args = Args(batch_size=128, temperature=0.3, max_weight=100.0)
+    torch.manual_seed(0)
+    nets = Nets(data, args)
+    nets.log_std.data.fill_(-0.8)  # it moves by lr a step
+    opt = optimizers(nets, lr=1e-3)
+    for t in range(500):
+        opt.actor.lr.fill_(1e-3 if t < 400 else 2e-4)
+        update(nets, opt, data, args)
+    weight, a = (data.reward / 0.3).exp(), data.action[:, 0]
+    best = (weight * a).sum() / weight.sum()
+    deviation = ((weight * (a - best) ** 2).sum() / weight.sum()).sqrt()
+    assert best > 0.25
+    assert abs(awac.policy(nets, data.obs[:1], args).item() - best) < 0.08
+    assert abs(nets.log_std.exp().item() - deviation) < 0.08
+
+
+@pytest.mark.parametrize("flag", ["--temperature 0", "--temperature nan", "--max-weight -1"])
+def test_values_that_mean_nothing_are_refused(flag):
+    with pytest.raises(SystemExit, match=flag.split()[0]):
+        parse(Args, awac.PRESETS, flag.split())
