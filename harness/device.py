@@ -72,14 +72,15 @@ def seconds_of(product, device) -> float:
     return (time.perf_counter() - start) / 3
 
 
-def choose_route(plain, other, device, rounds: int = 9) -> tuple[bool, str]:
+def choose_route(plain, other, device, rounds: int = 9, seconds=seconds_of) -> tuple[bool, str]:
     """Whether products by `other` replace those by `plain`, and why: their error may be four times
-    as large, and in the median of `rounds` timings they must be 15% faster."""
+    as large, and in the median of `rounds` timings they must be 15% faster. `seconds(product,
+    device)` measures one timing."""
     error_ratio = error_of(other, device) / error_of(plain, device)
     if error_ratio > 4:
         return False, f"the other way rounds: its error is {error_ratio:.0f} times as large"
-    seconds_of(plain, device), seconds_of(other, device)  # the first call prepares
-    pairs = [(seconds_of(plain, device), seconds_of(other, device)) for _ in range(rounds)]
+    seconds(plain, device), seconds(other, device)  # the first call prepares
+    pairs = [(seconds(plain, device), seconds(other, device)) for _ in range(rounds)]
     speed_up = statistics.median(a / b for a, b in pairs)
     reason = f"the other way is {speed_up:.2f} times as fast at {error_ratio:.1f} times the error"
     if speed_up >= 1.15:

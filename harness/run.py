@@ -211,13 +211,18 @@ class Run:
         self.settings |= {"algorithm": self.algorithm, "torch": torch.__version__}
         self.settings |= {f"code of {k}": v for k, v in code_hashes(self.file).items()}
         self.device = prepare_device(args.device)
-        precision = args.precision
-        if args.resume and self.folder.exists():  # the way that the run began with
-            precision = str(self.folder.config().get("precision", precision))
-        if precision not in ("auto", "highest", "high", "medium"):
-            precision = args.precision
+        precision = self._precision()
         self.precision, self.precision_reason = set_precision(precision, self.device)
+        if precision != args.precision:
+            self.precision_reason = "as the run began"
         seed_everything(args.seed)
+
+    def _precision(self) -> str:
+        """The way to compute products: with --resume, the one that the run began with."""
+        began = None
+        if self.args.resume and self.folder.exists():
+            began = self.folder.config().get("precision")
+        return began if began in ("highest", "high", "medium") else self.args.precision
 
     def load(self):
         """Read the dataset and its evaluation task; returns the data. With --resume, a finished

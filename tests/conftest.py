@@ -29,6 +29,17 @@ def pytest_collection_modifyitems(config, items):
 
 
 @pytest.fixture
+def here(tmp_path, monkeypatch):
+    """An empty current folder with a tiny log."""
+    from short_runs import no_stray_signal, write_log
+
+    monkeypatch.chdir(tmp_path)
+    write_log("log.npz")
+    with no_stray_signal():
+        yield tmp_path
+
+
+@pytest.fixture
 def tiny_data():
     """Factory of a Data made by hand: a terminal episode, then one that a time limit cut."""
     from common import Data

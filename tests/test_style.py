@@ -1,4 +1,4 @@
-"""STYLE.md by machine: order, lengths, names and citations of every file in algorithms/."""
+"""STYLE by machine, where that helps the writer: order, density, names, help lines, citations."""
 
 import ast
 import dataclasses
@@ -6,33 +6,42 @@ import importlib
 import io
 import re
 import tokenize
-from pathlib import Path
+import typing
 
 import pytest
+from short_runs import ROOT, SCRIPTS, tracked
 
-ROOT = Path(__file__).resolve().parents[1]
-FILES = sorted((ROOT / "algorithms").glob("*.py"))
-PRODUCT = [*FILES, *sorted(ROOT.glob("*.py")), *sorted((ROOT / "figures").glob("*.py"))]
-SHARED = """env seed steps batch_size device precision compile eval_every eval_episodes eval_env
-log_every save_every out name resume overwrite track""".split()
-LIMITS = {"common.py": 400, "experiment.py": 480, "datasets.py": 510}
-LIMITS |= {"README.md": 150, "benchmark.sh": 150}
+from common import RunArgs
+from harness.run import number_type
+
+FOLDERS = ("algorithms", "harness", "tools", "figures")
+PRODUCT = [ROOT / "common.py", *(path for folder in FOLDERS for path in tracked(folder))]
+PAPERS = ("env", "seed", "steps", "batch_size", "eval_every")  # the first fields of every Args
+TEXTS = {"env", "device", "eval_env", "out", "name"}  # the flags that take any text
 BRITISH = (
     r"behaviour|normalis|initialis|optimis|regularis|colour|centre|summaris|recognis|analys(e|ing)"
 )
+GUARD = """
+if __name__ == "__main__":
+    from harness import main
 
-algorithm = pytest.mark.parametrize("path", FILES, ids=lambda p: p.stem)
-product = pytest.mark.parametrize("path", PRODUCT, ids=lambda p: p.stem)
+    main(Args, PRESETS, train)
+"""
+LISTS = ("The authors' code, against the paper:", "This file, against the authors' code:")
+TOKENS = {tokenize.NAME, tokenize.OP, tokenize.NUMBER, tokenize.STRING}
+
+algorithm = pytest.mark.parametrize("path", SCRIPTS, ids=lambda p: p.stem)
+product = pytest.mark.parametrize("path", PRODUCT, ids=lambda p: f"{p.parent.name}-{p.stem}")
 
 
-def nodes(path):
-    return ast.parse(path.read_text()).body
+def tree(path):
+    return ast.parse(path.read_text())
 
 
 def names(path):
     """(name, node) of what stands at the top level, imports and docstring left out."""
     out = []
-    for node in nodes(path):
+    for node in tree(path).body:
         if isinstance(node, ast.ClassDef | ast.FunctionDef):
             out.append((node.name, node))
         elif isinstance(node, ast.Assign):
@@ -42,28 +51,15 @@ def names(path):
     return out
 
 
-def span(node):
-    first = min([node.lineno, *[d.lineno for d in getattr(node, "decorator_list", [])]])
-    return node.end_lineno - first + 1
-
-
 def fields(path):
-    """[(name, help or None)] of Args, in order."""
+    """[(name, help or None)] of the file's own Args, in order."""
     body = dict(names(path))["Args"].body
     after = [*body[1:], ast.Pass()]
     return [
         (node.target.id, next_.value.value if isinstance(next_, ast.Expr) else None)
         for node, next_ in zip(body, after)
-        if isinstance(node, ast.AnnAssign)
+        if isinstance(node, ast.AnnAssign) and "ClassVar" not in ast.unparse(node.annotation)
     ]
-
-
-def shared_block(path):
-    """The text of Args from its first field to the help of `track`."""
-    body = dict(names(path))["Args"].body
-    i = [getattr(getattr(x, "target", None), "id", "") for x in body].index("track")
-    lines = path.read_text().splitlines(keepends=True)
-    return "".join(lines[body[0].lineno - 1 : body[i + 1].end_lineno])
 
 
 def comments(text):
@@ -71,88 +67,92 @@ def comments(text):
     return [t.string for t in tokens if t.type == tokenize.COMMENT]
 
 
-def test_there_are_algorithms():
-    assert {"bc", "td3_bc", "fisher_brc"} <= {p.stem for p in FILES}
+# ---- a file, top to bottom -------------------------------------------------------------------
 
 
 @algorithm
 def test_order_of_sections(path):
-    body, order = nodes(path), [name for name, _ in names(path)]
-    assert ast.get_docstring(ast.Module(body, []))
+    body, order = tree(path).body, [name for name, _ in names(path)]
+    assert ast.get_docstring(tree(path)), "the docstring comes first"
     kinds = [type(x) for x in body[1:]]
     first = kinds.index(ast.ClassDef)
     assert set(kinds[:first]) <= {ast.Import, ast.ImportFrom, ast.Expr}, "imports come first"
     assert not {ast.Import, ast.ImportFrom} & set(kinds[first:]), "imports come first"
     lines = [ast.unparse(x) for x in body[1 : first + 1] if isinstance(x, ast.Expr)]
-    assert lines == ["sys.path.insert(0, str(Path(__file__).parents[1]))"]
-    assert order[:2] == ["Args", "PRESETS"]
-    tail = [name for name in order if not name.startswith("train_")][-3:]  # train's own phases
-    assert tail == ["policy", "train", "__main__"], "policy, train and the guard end the file"
+    assert lines == ["sys.path.insert(0, str(Path(__file__).parents[1]))"], "one path line"
+    assert order[0] == "Args", "Args follows the imports"
+    assert order[-2:] == ["PRESETS", "__main__"], "PRESETS and the guard end the file"
+    policy, train = order.index("policy"), order.index("train")
+    between = [name for name in order[policy + 1 : train] if not name.startswith("train_")]
+    assert policy < train and not between, "train and its phases follow policy"
+    assert all(name.isupper() for name in order[train + 1 : -1]), "tables follow train"
     nets, update = order.index("Nets"), order.index("update")
-    assert update < order.index("policy")
+    assert update < order.index("policy"), "update stands before policy"
     for i, name in enumerate(order):
         if re.search(r"_loss$|^update_", name):
             assert nets < i < update, f"{name} stands between Nets and update"
-    for a, b in zip(order[:nets][2:], names(path)[2:nets]):
-        assert isinstance(b[1], ast.Assign), (
-            f"only constants stand between PRESETS and Nets, not {a}"
-        )
+    for name, node in names(path)[1:nets]:
+        assert isinstance(node, ast.Assign), f"{name}: only constants stand before Nets"
+    assert path.read_text().endswith(f"\n{GUARD}"), "the guard is from harness import main"
 
 
 @algorithm
-def test_guard_is_two_lines(path):
-    assert path.read_text().endswith(
-        '\n\nif __name__ == "__main__":\n    train(parse(Args, PRESETS))\n'
-    )
+def test_a_reader_meets_the_equations_soon(path):
+    """Imports and Args alone stand between the docstring and Nets."""
+    node = dict(names(path))["Nets"]
+    lines = node.lineno - tree(path).body[0].end_lineno - 1
+    most = 90 if path.stem in ("arq", "brac_plus") else 60
+    assert lines <= most, f"{lines} lines: keep the fields that the paper has and the text uses"
 
 
 @algorithm
-def test_lengths(path):
-    text, parts = path.read_text(), dict(names(path))
-    assert len(nodes(path)[0].value.value.splitlines()) <= 40, "docstring"
-    assert span(parts["train"]) <= 40, "train"
-    limit = 500 if path.stem == "arq" else 350
-    assert len(text.splitlines()) - span(parts["PRESETS"]) <= limit
+def test_nothing_of_the_project_is_imported_but_common(path):
+    project = {"harness", "tools", "figures", *(p.stem for p in SCRIPTS)}
+    guard = dict(names(path))["__main__"]
+    inside = {id(node) for node in ast.walk(guard)}
+    for node in ast.walk(tree(path)):
+        if isinstance(node, ast.Import | ast.ImportFrom) and node.lineno < guard.lineno:
+            assert id(node) not in inside
+            modules = [x.name for x in node.names] if isinstance(node, ast.Import) else []
+            modules += [node.module] if isinstance(node, ast.ImportFrom) else []
+            for name in modules:
+                assert name.split(".")[0] not in project, f"line {node.lineno}: import {name}"
 
 
-@pytest.mark.parametrize("name", LIMITS)
-def test_lengths_of_shared_files(name):
-    if not (ROOT / name).exists():
-        pytest.skip(f"no {name}")
-    assert len((ROOT / name).read_text().splitlines()) <= LIMITS[name]
-
-
-@algorithm
-def test_shared_block_is_identical(path):
-    assert [name for name, _ in fields(path)][: len(SHARED)] == SHARED
-    assert shared_block(path) == shared_block(ROOT / "algorithms" / "bc.py")
-
-
-@algorithm
-def test_every_field_has_one_line_of_help(path):
-    for name, text in fields(path):
-        assert text and text.strip() and "\n" not in text, f"{name} needs one line of help"
-
-
-@algorithm
-def test_every_own_field_is_used(path):
-    text = path.read_text()
-    for name, _ in fields(path)[len(SHARED) :]:
-        assert re.search(rf"\bargs\.{name}\b", text), f"{name} is a flag without effect"
+def density(path):
+    """Tokens in a line of function bodies, without docstrings and comments."""
+    text, lines = path.read_text(), set()
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.FunctionDef):
+            skipped = 1 if ast.get_docstring(node) and len(node.body) > 1 else 0
+            lines |= set(range(node.body[skipped].lineno, node.end_lineno + 1))
+    tokens = tokenize.generate_tokens(io.StringIO(text).readline)
+    rows = [t.start[0] for t in tokens if t.type in TOKENS and t.start[0] in lines]
+    return len(rows) / max(len(set(rows)), 1)
 
 
 @algorithm
-def test_presets_name_fields_of_args(path):
-    module = importlib.import_module(path.stem)
-    known = {f.name for f in dataclasses.fields(module.Args)}
-    for pattern, values in module.PRESETS.items():
-        assert values and set(values) <= known, pattern
-        assert not {"env", "seed"} & set(values), pattern
+def test_lines_are_not_dense(path):
+    found = density(path)
+    assert found <= 13, f"{found:.1f} tokens a line in function bodies: give steps their own lines"
+
+
+@algorithm
+def test_docstring_lists_the_departures_and_ends_with_the_command(path):
+    text = ast.get_docstring(tree(path))
+    lines = text.splitlines()
+    assert lines[-1] == f"    python algorithms/{path.name}", "the bare command ends the docstring"
+    where = [lines.index(title) if title in lines else None for title in LISTS]
+    assert None not in where and where == sorted(where), f"two lists, titled {LISTS}"
+    for start, end in zip(where, [where[1], len(lines) - 1]):
+        bullets = [line for line in lines[start + 1 : end] if line]
+        assert bullets and bullets[0].startswith("- "), lines[start]
+        assert all(line.startswith(("- ", "  ")) for line in bullets), lines[start]
 
 
 @algorithm
 def test_every_equation_number_is_cited(path):
-    text, body = path.read_text(), nodes(path)
+    text, body = path.read_text(), tree(path).body
     equations = [x for x in body[0].value.value.splitlines() if x.startswith("    ") and "=" in x]
     numbers = {n for x in equations for n in re.findall(r"\(([A-Z]?\.?\d+[a-z]?)\)\s*$", x)}
     functions = [x for x in ast.walk(ast.Module(body[1:], [])) if isinstance(x, ast.FunctionDef)]
@@ -169,6 +169,58 @@ def test_every_equation_number_is_cited(path):
         assert cited, f"no function's docstring or comment cites Eq. {n}"
 
 
+# ---- flags -----------------------------------------------------------------------------------
+
+
+@algorithm
+def test_args_begin_with_the_papers_five_fields(path):
+    assert tuple(name for name, _ in fields(path)[:5]) == PAPERS
+    assert [ast.unparse(base) for base in dict(names(path))["Args"].bases] == ["RunArgs"]
+
+
+@pytest.mark.parametrize("path", [*SCRIPTS, ROOT / "common.py"], ids=lambda p: p.stem)
+def test_every_field_has_one_line_of_help_that_stands_alone(path):
+    args = "RunArgs" if path.stem == "common" else "Args"
+    body = dict(names(path))[args].body
+    after = [*body[1:], ast.Pass()]
+    for node, next_ in zip(body, after):
+        if not isinstance(node, ast.AnnAssign) or "ClassVar" in ast.unparse(node.annotation):
+            continue
+        text = next_.value.value if isinstance(next_, ast.Expr) else ""
+        name = node.target.id
+        assert text.strip() and "\n" not in text, f"{name} needs one line of help"
+        alone = not re.match(r"(its|their|the same|as above)\b", text, re.I)
+        assert alone, f"{name}: {text!r} says nothing in --help, where the lines stand alone"
+
+
+@algorithm
+def test_every_own_field_is_used(path):
+    text = path.read_text()
+    for name, _ in fields(path):
+        if name not in PAPERS and name not in {f.name for f in dataclasses.fields(RunArgs)}:
+            used = re.search(rf"\b(args|self)\.{name}\b", text)
+            assert used, f"{name} is a flag without effect"
+
+
+@algorithm
+def test_every_number_has_a_range_and_every_choice_is_a_literal(path):
+    module = importlib.import_module(path.stem)
+    text = path.read_text()
+    for field in dataclasses.fields(module.Args):
+        kind, allowed = number_type(field.type)
+        options = [field.type, *typing.get_args(field.type)]
+        if kind is int:
+            assert allowed, f"{field.name} needs Count, CountOrZero, Seed or BatchSize of common.py"
+        elif kind is float:  # where infinity makes sense
+            checked = allowed or re.search(rf"def resolve.*\bself\.{field.name}\b", text, re.S)
+            assert checked, f"{field.name} needs a range of common.py, or a check in resolve"
+        elif str in options:
+            assert field.name in TEXTS, f"{field.name}: a choice is a Literal"
+
+
+# ---- every file of the product ---------------------------------------------------------------
+
+
 @product
 def test_lines_fit(path):
     wide = [i for i, x in enumerate(path.read_text().splitlines(), 1) if len(x) > 100]
@@ -177,7 +229,7 @@ def test_lines_fit(path):
 
 @product
 def test_names(path):
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in ast.walk(tree(path)):
         for key in ("id", "arg", "attr", "name"):
             name = getattr(node, key, None)
             assert name not in ("done", "dones", "data2", "x_t"), f"line {node.lineno}: {name}"
@@ -191,6 +243,16 @@ def test_words(path):
     for word in (r"\b(TODO|FIXME|XXX)\b", r"/(work|home|root|Users)/", rf"(?i)\b({BRITISH})"):
         found = re.search(word, text)
         assert not found, f"{path.name}: {found}"
+
+
+@algorithm
+def test_one_name_for_a_quantity(path):
+    """Metrics that several files log have one name."""
+    old = {"actor_loss", "critic_loss", "policy_loss"}
+    for node in ast.walk(tree(path)):
+        if isinstance(node, ast.Dict):
+            keys = {key.value for key in node.keys if isinstance(key, ast.Constant)}
+            assert not keys & old, f"line {node.lineno}: {keys & old}; use q_loss, pi_loss, ..."
 
 
 @algorithm
@@ -212,33 +274,27 @@ def test_no_host_read_inside_an_update(path):
 
 
 def imported(path):
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in ast.walk(tree(path)):
         if isinstance(node, ast.Import):
             yield from (x.name.split(".")[0] for x in node.names)
         elif isinstance(node, ast.ImportFrom):
-            yield from [node.module.split(".")[0], *(x.name for x in node.names)]
-
-
-@algorithm
-def test_no_algorithm_imports_another(path):
-    assert not set(imported(path)) & ({p.stem for p in FILES} | {"algorithms"})
+            yield node.module.split(".")[0]
 
 
 def test_arrows_go_one_way():
-    """algorithms/* -> experiment.py -> common.py -> datasets.py -> tasks.py"""
-    chain, algorithms = ["tasks", "datasets", "common", "experiment"], {p.stem for p in FILES}
-    for i, name in enumerate(chain):
-        upward = {*chain[i + 1 :], *algorithms, "algorithms", "collect", "report"}
-        assert not set(imported(ROOT / f"{name}.py")) & upward, name
-    for name in ("collect", "report"):
-        if (ROOT / f"{name}.py").exists():
-            assert not set(imported(ROOT / f"{name}.py")) & (algorithms | {"algorithms"}), name
+    """algorithms/* -> common.py; harness/* -> common.py; tools/*, figures/* -> all of them."""
+    algorithms = {path.stem for path in SCRIPTS} | {"algorithms"}
+    assert not set(imported(ROOT / "common.py")) & (algorithms | {"harness", "tools", "figures"})
+    allowed = {"torch", "math", "sys", "dataclasses", "typing"}
+    assert set(imported(ROOT / "common.py")) <= allowed, "common.py needs torch alone"
+    for path in tracked("harness"):
+        assert not set(imported(path)) & (algorithms | {"tools", "figures"}), path.name
 
 
 def test_no_global_state_at_import():
     """No statement at the top level of a module but definitions, constants and the path line."""
     for path in PRODUCT:
-        for node in nodes(path):
+        for node in tree(path).body:
             line = ast.unparse(node)
             if isinstance(node, ast.Expr) and not isinstance(node.value, ast.Constant):
                 assert line.startswith("sys.path.insert(0, "), f"{path.name}: {line}"
