@@ -3,29 +3,54 @@
 Idea: clone the behavior policy first, then pay for every divergence from the clone b: in the
 policy's loss alone (BRAC-p), or in the value too (BRAC-v), so that Q counts what leaving b costs.
 
-    L_b  = E[ -log b(a|s) + weight log b(a~|s) ],  a~ ~ b                    (clone, entropy >= -A)
-    y    = r + gamma (min_i Q'_i(s',a') - alpha D(pi, b; s')),  a' ~ pi      (value penalty)
+    L_b  = E[ -log b(a|s) + weight log b(a~|s) ],  a~ ~ b(s)                 (clone)
+    y    = r + gamma (1 - terminal) (min_i Q'_i(s',a') - alpha D(s')),       (BRAC-v's target)
+           a' ~ pi(s')
     L_Q  = sum_i E[ (Q_i(s,a) - y)^2 ]                                       (critics)
-    L_pi = E[ alpha D(pi, b; s) - min_i Q_i(s,a_pi) ]                        (policy)
-    KL   = mean_j log pi(a_j|s) - log b(a_j|s),  a_j ~ pi                    (D)
-    MMD  = mean k(a,a) + mean k(b,b) - 2 mean k(a,b),  k(u,v) = exp(-|u - v|_1 / sigma)
+    L_pi = E[ alpha D(s) - min_i Q_i(s,a_pi) ],  a_pi ~ pi(s)                (policy)
+    D    = mean_j log pi(a_j|s) - log b(a_j|s),  a_j ~ pi(s)                 (kl)
+    D    = mean k(a,a) + mean k(b,b) - 2 mean k(a,b),  a ~ pi, b ~ b,        (mmd)
+           k(u,v) = exp(-|u - v|_1 / sigma)
 
---no-value-penalty leaves alpha D out of y. For `warm_start` steps the policy imitates, without Q.
-With KL the policy aimed at is b exp(Q / alpha), normalized: alpha is in units of reward. MMD is at
-most 2: it needs a larger one. --tune-alpha: the dual variable of E[D] <= --target-divergence.
+--no-value-penalty takes alpha D out of y; that is BRAC-p. The `weight` of the clone's entropy is
+learned: it grows while the entropy is below -A, for A action dimensions, and it is never below 0.
+In the first `warm_start` steps the policy's loss is alpha D alone, and the critics learn as ever.
 
-Defaults are those of D4RL's BRAC script, but for BRAC-v (there off); the alphas behind its tables
-are not public. The BRAC code's own example has alpha 0.1, policy lr 3e-4, 300k steps of the clone.
+With kl the policy aimed at is b exp(Q / alpha), normalized, so alpha is in units of reward. mmd is
+never above 2, so it needs a larger alpha. With --tune-alpha, alpha is the dual variable of the
+constraint E[D] <= target_divergence: it grows while D is above the target.
 
-Departures: a' of Q is the first of the divergence's samples (authors' code: a sample of its own,
-so the same expectation). Both multipliers use the samples of the step before them, not new ones,
-and are put back to their bounds (authors: no gradient across them). Targets start as copies of the
-critics (authors: at random). D4RL's loader drops terminal rows and joins episodes at time limits;
-here both are as recorded. Wasserstein and dual-form divergences are left out. As in the authors'
-code, not the paper: actions are clipped by 1e-3 for log b; log-stds lie in [-5, 0]; targets move
-before the critics. Ours, off by default: --dequantize, and --q-samples above 1.
+Defaults are those of the script behind D4RL's BRAC scores, except that value penalty is off there.
+The alphas behind those scores are not public. The example in the authors' code has an alpha of 0.1
+and a policy's learning rate of 3e-4, and it clones for 300,000 steps.
 
-    python algorithms/brac.py --env hopper-medium-v2  # no flags: 14 ± 2, 3 seeds, 5 min
+The authors' code, against the paper:
+- Where log b is evaluated, actions are clipped to 1e-3 inside their bounds.
+- The log-deviations of clone and policy lie in [-5, 0].
+- The targets move before the critics' step, not after it.
+
+This file, against the authors' code:
+- Adam's epsilon of 1e-7 is added to the root after its bias correction. Keras adds it before: in
+  the form here, that is 1e-7 / sqrt(1 - 0.999^t), 32 times as much at update 1 and 1.3 times at
+  update 1,000, from where on the two forms hardly differ. After 20 updates the critics' weights
+  differ by about 6e-4 of their size with kl, and by 3e-3 with mmd, whose gradients are smaller.
+- The action a' of Q is the first of the divergence's samples; the authors draw one of its own. The
+  expectation is the same.
+- Both multipliers, `weight` and alpha, step on the samples of the network's step before them; the
+  authors draw new ones after it. Here a multiplier that has left its bounds is put back at once.
+  Theirs keeps its value, enters the losses clipped, and gets no gradient further out.
+- Only a tuned alpha is kept at 500 or less; the authors cut a fixed one, too.
+- The policy imitates for `warm_start` steps; the authors' does so for one step more.
+- Targets start as copies of the critics; the authors start them at random.
+- Terminal rows are kept, and no row leads across a time limit into the next episode. D4RL's script
+  drops terminal rows and does lead across.
+- Three options of the authors' code, all off by default, are left out: a mixture of the least and
+  the largest critic in place of the minimum, a trained weight of the policy's entropy, and weight
+  decay. So are the Wasserstein distance, divergences in their dual form, and the root of mmd.
+- The policy acts by its mode. --eval-samples 10 is the authors' second way to act.
+- --normalize-obs, --dequantize and --q-samples above 1 are additions, and off by default.
+
+    python algorithms/brac.py
 """
 
 import copy
@@ -34,116 +59,82 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Literal
 
 import torch
 from torch import nn
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from common import (
-    MLP,
-    Adam,
-    InputError,
-    ScalarMLP,
-    Scaling,
-    dequantize,
-    graphed,
-    load_dataset,
-    minimize,
-    normal_log_prob,
-    parse,
-    polyak,
-    sample,
-    share_at_bounds,
-    tanh_log_det,
-)
-from experiment import Run
+from common import BatchSize, Count, CountOrZero, NonNegative, Positive, PositiveShare, Seed, Share
+from common import MLP, Adam, InputError, RunArgs, ScalarMLP, Scaling, ShareBelow1, dequantize
+from common import graphed, largest_value, minimize, normal_log_prob, normalize_obs, polyak, sample
+from common import share_at_bounds, tanh_log_det
 
 
 @dataclass
-class Args:
+class Args(RunArgs):
+    phases = {"behavior": "bc_steps", "train": "steps"}
+
     env: str = "hopper-replay-demo"
     """dataset: bundled name, D4RL name, Minari id, or path of an .hdf5 or .npz file"""
-    seed: int = 0
+    seed: Seed = 0
     """seeds networks, batches and evaluation"""
-    steps: int = 1_000_000
+    steps: Count = 1_000_000
     """gradient steps"""
-    batch_size: int = 256
+    batch_size: BatchSize = 256
     """transitions per gradient step"""
-    device: str = "auto"
-    """cpu, cuda, or auto: cuda where there is one"""
-    precision: str = "auto"
-    """fp32 products: highest, high, medium, or auto: the fastest that does not round"""
-    compile: bool = False
-    """compile the whole update: faster after half a minute"""
-    eval_every: int = 5_000
+    eval_every: Count = 5_000
     """gradient steps between evaluations"""
-    eval_episodes: int = 10
+    eval_episodes: Count = 20
     """episodes per evaluation"""
-    eval_env: str | None = None
-    """Gymnasium id to evaluate in; None: the dataset's own task; "none": no evaluation"""
-    log_every: int = 1_000
-    """gradient steps between rows of train.csv"""
-    save_every: int = 50_000
-    """gradient steps between checkpoints"""
-    out: str = "runs"
-    """folder of all runs"""
-    name: str = ""
-    """suffix of the run's folder, tells variants apart"""
-    resume: bool = False
-    """continue this run from its checkpoint"""
-    overwrite: bool = False
-    """replace this run's folder"""
-    track: bool = False
-    """mirror the logs to Weights & Biases"""
-
     value_penalty: bool = True
-    """BRAC-v: the target pays for the divergence too; without it BRAC-p, the policy alone"""
-    divergence: str = "kl"
-    """D: kl (sampled) or mmd (squared, Laplacian kernel)"""
-    alpha: float = 1.0
-    """weight of D, in units of reward with kl: 0 is SAC without entropy, infinity cloning"""
+    """BRAC-v: subtract alpha D in the target; without it BRAC-p, D in the policy's loss alone"""
+    divergence: Literal["kl", "mmd"] = "kl"
+    """D: the KL divergence from samples, or the squared MMD with a Laplacian kernel"""
+    alpha: NonNegative = 1.0
+    """weight of D, in units of reward with kl: 0 is SAC without entropy, a large one cloning"""
     tune_alpha: bool = False
-    """move alpha so that D meets the target, starting from the value above"""
-    target_divergence: float = 0.0
-    """bound of the tuned constraint: 0, the authors' default, can not be met: alpha only grows"""
-    alpha_lr: float = 1e-3
-    """Adam's learning rate of alpha, where it is tuned"""
-    samples: int = 4
+    """move alpha so that D meets the target, from the value above"""
+    target_divergence: NonNegative = 0.0
+    """value of D that --tune-alpha aims at: at 0, the authors' default, alpha only grows"""
+    alpha_lr: Positive = 1e-3
+    """Adam's learning rate of alpha in --tune-alpha"""
+    samples: Count = 4
     """actions per state in the estimate of D"""
-    q_samples: int = 1
-    """how many of them Q is averaged over, before the minimum over critics"""
-    sigma: float = 20.0
-    """width of MMD's kernel: small tells every two actions apart, large sees means only"""
-    warm_start: int = 20_000
-    """steps at the start in which the policy imitates, without Q"""
-    entropy_weight: float = 0.0
-    """weight of SAC's entropy in target and policy loss: 0 is none"""
-    gamma: float = 0.99
+    q_samples: Count = 1
+    """how many of these actions Q is averaged over, before the minimum over critics"""
+    sigma: Positive = 20.0
+    """kernel width of mmd: a small one tells any two actions apart, a large one only means"""
+    warm_start: CountOrZero = 20_000
+    """steps at the start in which the policy imitates the clone, without Q"""
+    entropy_weight: NonNegative = 0.0
+    """weight of SAC's entropy in the target and the policy's loss: 0 is none"""
+    gamma: ShareBelow1 = 0.99
     """discount"""
-    polyak: float = 0.005
+    polyak: PositiveShare = 0.005
     """share of the online critics that targets take over per step"""
-    lr: float = 1e-3
+    lr: Positive = 1e-3
     """Adam's learning rate of the critics"""
-    actor_lr: float = 3e-5
-    """the policy's learning rate"""
-    bc_steps: int = 1_000_000
-    """gradient steps of the clone b, before all others"""
-    bc_lr: float = 5e-4
-    """its learning rate, and its entropy weight's"""
-    dequantize: float = 0.0
-    """width of the band inside the bounds over which actions exactly at a bound are spread"""
-    eval_samples: int = 1
-    """1 acts by the policy's mode; more: by the best of so many samples under Q_1 (authors' 10)"""
+    actor_lr: Positive = 3e-5
+    """Adam's learning rate of the policy"""
+    bc_steps: Count = 1_000_000
+    """gradient steps of the clone, before all others"""
+    bc_lr: Positive = 5e-4
+    """Adam's learning rate of the clone and its entropy's weight"""
+    dequantize: Share = 0.0
+    """width of the band inside the bounds over which actions that are at a bound are spread"""
+    normalize_obs: bool = False
+    """shift and scale observations to mean 0 and deviation 1 over the data"""
+    eval_samples: Count = 1
+    """1 acts by the policy's mode; more act by the best of so many samples under Q_1"""
 
+    def resolve(self):
+        if self.q_samples > self.samples:
+            raise InputError(
+                f"--q-samples {self.q_samples} is above --samples {self.samples}: Q is averaged "
+                "over the samples of D, so raise --samples or lower --q-samples"
+            )
 
-PRESETS = {
-    "*": dict(eval_episodes=20),
-    "hopper-replay-demo": dict(  # shortened; the policy rate of the code's example
-        bc_steps=8_000, steps=25_000, warm_start=2_000, actor_lr=3e-4, eval_every=2_500
-    ),
-    "antmaze-*": dict(eval_every=100_000, eval_episodes=100),
-    "D4RL/antmaze/*": dict(eval_every=100_000, eval_episodes=100),
-}
 
 MAX_X = math.atanh(1 - 1e-3)  # log b is evaluated at |a| <= 1 - 1e-3 (authors' code)
 
@@ -175,8 +166,9 @@ def glorot_(net):
 
 def gaussian(net, s):
     """Mean and log-std (B, A) of a tanh-Gaussian policy, before its tanh."""
-    mean, u = net(s).chunk(2, -1)
-    return mean, -5 + 2.5 * (u.tanh() + 1)  # in [-5, 0]
+    mean, out = net(s).chunk(2, -1)
+    log_std = -5 + 2.5 * (out.tanh() + 1)  # in [-5, 0]
+    return mean, log_std
 
 
 def draw(pi, samples):
@@ -187,7 +179,8 @@ def draw(pi, samples):
 
 def pre_tanh(a, args):
     """x of the data's actions, clipped; an action at a bound can be spread inward first."""
-    return torch.atanh(dequantize(a, args.dequantize).clamp(-1 + 1e-3, 1 - 1e-3))
+    a = dequantize(a, args.dequantize)
+    return torch.atanh(a.clamp(-1 + 1e-3, 1 - 1e-3))
 
 
 def log_prob(x, pi):
@@ -199,36 +192,44 @@ def log_ratio(x, pi, behavior):
     """log pi - log b (..., B) at tanh(x), x (..., B, A); the Jacobian cancels below MAX_X."""
     x_b = x.clamp(-MAX_X, MAX_X)
     ratio = normal_log_prob(x, *pi) - normal_log_prob(x_b, *behavior)
-    return (ratio - (tanh_log_det(x) - tanh_log_det(x_b))).sum(-1)
+    jacobian = tanh_log_det(x) - tanh_log_det(x_b)
+    return (ratio - jacobian).sum(-1)
+
+
+def kernel(u, v, args):
+    """Mean Laplacian kernel (B,) over all pairs of u and v, both (N, B, A)."""
+    distance = (u.unsqueeze(1) - v).abs().sum(-1)  # (N, N, B)
+    return torch.exp(-distance / args.sigma).mean((0, 1))
 
 
 def mmd(a, b, args):
     """Squared MMD (B,) of actions a and b, both (N, B, A), over all pairs, (a_i, a_i) included."""
-    distance = lambda u, v: (u.unsqueeze(1) - v).abs().sum(-1)  # (N, N, B)
-    k = lambda u, v: torch.exp(-distance(u, v) / args.sigma).mean((0, 1))
-    return k(a, a) + k(b, b) - 2 * k(a, b)
+    return kernel(a, a, args) + kernel(b, b, args) - 2 * kernel(a, b, args)
 
 
 def divergence(x, pi, behavior, args):
-    """D(pi, b) (B,) from samples x (N, B, A) of pi."""
+    """D (B,) of pi from b, from samples x (N, B, A) of pi."""
     if args.divergence == "kl":
         return log_ratio(x, pi, behavior).mean(0)
-    return mmd(x.tanh(), draw(behavior, len(x)).tanh(), args)
+    x_b = draw(behavior, len(x))
+    return mmd(x.tanh(), x_b.tanh(), args)
 
 
 def policy_value(q, s, x, args):
     """Q of the policy (B,) from samples x (N, B, A): mean over `q_samples`, then minimum over q."""
     x = x[: args.q_samples]
     rows = s.expand(len(x), *s.shape).flatten(0, 1)
-    return q(rows, x.tanh().flatten(0, 1)).unflatten(1, x.shape[:2]).mean(1).amin(0)
+    values = q(rows, x.tanh().flatten(0, 1))  # (2, N B)
+    return values.unflatten(1, x.shape[:2]).mean(1).amin(0)
 
 
 def behavior_loss(nets, s, a, args):
-    """Clone of b: likelihood, plus weighted entropy. Also returns both, means over the batch."""
+    """L_b: likelihood, plus weighted entropy. Also returns both, means over the batch."""
     behavior = gaussian(nets.behavior, s)
     x = torch.cat([pre_tanh(a, args).unsqueeze(0), draw(behavior, 1)])  # (2, B, A)
     nll, entropy = -log_prob(x, behavior).mean(1)
-    return nll - nets.bc_weight.detach() * entropy, nll.detach(), entropy.detach()
+    loss = nll - nets.bc_weight.detach() * entropy
+    return loss, nll.detach(), entropy.detach()
 
 
 def critic_loss(nets, s, a, r, s2, terminal, args):
@@ -243,11 +244,12 @@ def critic_loss(nets, s, a, r, s2, terminal, args):
             value = value - args.entropy_weight * log_prob(x2, pi).mean(0)
         y = r + args.gamma * (1 - terminal) * value  # (B,)
     q = nets.q(s, a)  # (2, B)
-    return (q - y).square().mean(1).sum(), q.detach().mean(), y.mean()
+    loss = (q - y).square().mean(1).sum()
+    return loss, q.detach().mean(), y.mean()
 
 
 def actor_loss(nets, s, pi, behavior, args, imitate=False):
-    """Policy regularization; b is fixed, its density at the samples is not. Also D and samples."""
+    """L_pi; b is fixed, its density at the samples is not. Also returns D and the samples."""
     x = draw(pi, args.samples)
     d = divergence(x, pi, behavior, args)
     loss = nets.alpha.detach() * d
@@ -264,91 +266,122 @@ def multiplier_loss(multiplier, excess):
 
 
 def update_behavior(nets, opt, data, args):
-    """One step of the clone and of its entropy weight."""
+    """One step of the clone and of its entropy's weight."""
     s, a = sample(data, args.batch_size, ("obs", "action"))
     loss, nll, entropy = behavior_loss(nets, s, a, args)
     minimize(opt.behavior, loss)
     minimize(opt.bc_weight, multiplier_loss(nets.bc_weight, -a.shape[1] - entropy))
     with torch.no_grad():
         nets.bc_weight.clamp_(min=0)
-    return {"nll": nll, "entropy": entropy, "weight": nets.bc_weight.detach().clone()}
+    weight = nets.bc_weight.detach().clone()
+    return {"nll": nll, "entropy": entropy, "weight": weight}
 
 
 def update(nets, opt, data, args, imitate):
     """One step of targets, critics, policy and alpha; the policy of `imitate` steps ignores Q."""
     s, a, r, s2, terminal = sample(data, args.batch_size)
     polyak(nets.q_target, nets.q, args.polyak)
-    loss, q_data, target = critic_loss(nets, s, a, r, s2, terminal, args)
-    metrics = {"q_loss": minimize(opt.q, loss), "q_data": q_data, "target": target}
+    q_loss, q_data, target = critic_loss(nets, s, a, r, s2, terminal, args)
+    minimize(opt.q, q_loss)
 
     pi = gaussian(nets.actor, s)
     with torch.no_grad():
         behavior = gaussian(nets.behavior, s)
-    loss, d, x = actor_loss(nets, s, pi, behavior, args, imitate)
-    metrics |= {"actor_loss": minimize(opt.actor, loss), "divergence": d}
+    pi_loss, d, x = actor_loss(nets, s, pi, behavior, args, imitate)
+    minimize(opt.actor, pi_loss)
     if args.tune_alpha:
         minimize(opt.alpha, multiplier_loss(nets.alpha, d - args.target_divergence))
+
     with torch.no_grad():
         if args.tune_alpha:
             nets.alpha.clamp_(0, 500)  # the authors' bounds
-        return metrics | {
-            "kl": d if args.divergence == "kl" else log_ratio(x, pi, behavior).mean(),
-            "log_ratio_data": log_ratio(pre_tanh(a, args), pi, behavior).mean(),
+        kl = d if args.divergence == "kl" else log_ratio(x, pi, behavior).mean()
+        x_data = pre_tanh(a, args)
+        return {
+            "q_loss": q_loss.detach(),
+            "q_data": q_data,
+            "target": target,
+            "pi_loss": pi_loss.detach(),
+            "divergence": d,
+            "kl": kl,
+            "log_ratio_data": log_ratio(x_data, pi, behavior).mean(),
             "entropy": -log_prob(x, pi).mean(),
             "alpha": nets.alpha.clone(),
         }
+
+
+def behavior_policy(nets, obs, args):
+    """The clone's mode, in the task's bounds."""
+    mean, _ = gaussian(nets.behavior, nets.scaling.obs(obs))
+    return nets.scaling.action(mean.tanh())
 
 
 def policy(nets, obs, args):
     """Raw observations (B, S) to the mode, or the best sample under Q_1, in the task's bounds."""
     s = nets.scaling.obs(obs)
     pi = gaussian(nets.actor, s)
-    a = pi[0].tanh()
-    if args.eval_samples > 1:
-        a = draw(pi, args.eval_samples).tanh()
-        q = nets.q(s.expand(len(a), *s.shape), a, member=0)  # (N, B)
-        a = a[q.argmax(0), torch.arange(s.shape[0], device=s.device)]
-    return nets.scaling.action(a)
+    if args.eval_samples == 1:
+        return nets.scaling.action(pi[0].tanh())
+    a = draw(pi, args.eval_samples).tanh()  # (N, B, A)
+    rows = s.expand(len(a), *s.shape)
+    q = nets.q(rows, a, member=0)  # (N, B)
+    best = a[q.argmax(0), torch.arange(len(s), device=s.device)]
+    return nets.scaling.action(best)
 
 
 def train_behavior(run, nets, opt, data, args):
     """Phase one: clone the behavior policy, or read the clone of an earlier run."""
     saturated = share_at_bounds(data, args.dequantize)
-    settings = args.bc_steps, args.bc_lr, args.batch_size, args.dequantize
-    clone, cached = run.cached("clone", nets.behavior, *settings)
+    settings = args.bc_steps, args.bc_lr, args.batch_size, args.dequantize, args.normalize_obs
+    cached = run.cached("clone", nets.behavior, *settings)
     step = graphed(update_behavior, nets, opt, data, args, compile=args.compile)
     for t in run.loop(0 if cached else args.bc_steps, phase="behavior"):
-        run.after(t, step() | {"saturated_actions": saturated})
+        metrics = step()
+        run.after(t, metrics | {"saturated_actions": saturated})
         if t == args.bc_steps:
-            run.share(clone, nets.behavior)
-    mode = lambda obs: gaussian(nets.behavior, nets.scaling.obs(obs))[0].tanh()
-    run.reference("its clone (BC)", lambda obs: nets.scaling.action(mode(obs)))
+            run.share("clone", nets.behavior)
+    run.reference("its clone (BC)", lambda obs: behavior_policy(nets, obs, args))
 
 
-def train(args):
-    """Train, log and save; returns the mean score of the last 10 evaluations."""
-    if args.divergence not in ("kl", "mmd"):
-        raise InputError(f"--divergence is {args.divergence!r}: give kl or mmd")
-    if args.q_samples > args.samples:
-        raise InputError(f"--q-samples {args.q_samples} is above --samples {args.samples}")
-    run = Run(args)
-    data, task = load_dataset(args.env, run.device, args.eval_env)
+def train(run, data, args):
+    """Train on `data`; `run` logs, evaluates and saves."""
+    args.resolve()
+    if args.normalize_obs:
+        normalize_obs(data, eps=1e-3)
     nets = Nets(data, args).to(run.device)
+    adam = lambda params, lr: Adam(params, lr, eps=1e-7)  # Keras' epsilon
     opt = SimpleNamespace(
-        behavior=Adam(nets.behavior.parameters(), args.bc_lr, eps=1e-7),
-        bc_weight=Adam([nets.bc_weight], args.bc_lr, eps=1e-7),
-        q=Adam(nets.q.parameters(), args.lr, eps=1e-7),
-        actor=Adam(nets.actor.parameters(), args.actor_lr, eps=1e-7),
-        alpha=Adam([nets.alpha], args.alpha_lr, eps=1e-7),
+        behavior=adam(nets.behavior.parameters(), args.bc_lr),
+        bc_weight=adam([nets.bc_weight], args.bc_lr),
+        q=adam(nets.q.parameters(), args.lr),
+        actor=adam(nets.actor.parameters(), args.actor_lr),
+        alpha=adam([nets.alpha], args.alpha_lr),
     )
-    run.start(data, task, nets, opt)
+    largest = largest_value(data, args.gamma)
+    run.start(nets, opt, q_data=largest, target=largest)
     train_behavior(run, nets, opt, data, args)
     step = graphed(update, nets, opt, data, args, compile=args.compile)
     for t in run.loop(args.steps):
-        metrics = step(t <= args.warm_start)
+        imitate = t <= args.warm_start
+        metrics = step(imitate)
         run.after(t, metrics, lambda obs: policy(nets, obs, args))
-    return run.finish()
 
+
+PRESETS = {  # the shortened rows take the policy's learning rate from the authors' example
+    "hopper-medium-expert-demo": dict(  # shortened
+        bc_steps=8_000, steps=25_000, warm_start=2_000, actor_lr=3e-4, eval_every=2_500
+    ),
+    "hopper-replay-demo": dict(  # shortened
+        bc_steps=8_000, steps=25_000, warm_start=2_000, actor_lr=3e-4, eval_every=2_500
+    ),
+    "pointmaze-medium-demo": dict(  # shortened
+        bc_steps=8_000, steps=25_000, warm_start=2_000, actor_lr=3e-4, eval_every=2_500
+    ),
+    "antmaze-*": dict(eval_every=100_000, eval_episodes=100),
+    "D4RL/antmaze/*": dict(eval_every=100_000, eval_episodes=100),
+}
 
 if __name__ == "__main__":
-    train(parse(Args, PRESETS))
+    from harness import main
+
+    main(Args, PRESETS, train)

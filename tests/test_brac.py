@@ -14,18 +14,25 @@ import scipy.stats
 import torch
 import torch.distributions as D
 from brac import MAX_X, Args, Nets, actor_loss, critic_loss, divergence, draw, gaussian, log_ratio
+from golden.tools import Inject
 from oracles import SGD, assert_same, in_double, rows, stack
+from stand_in import PlainRun
 from torch.testing import assert_close
 
-from common import Adam, orthogonal_
+from common import Adam, Data, orthogonal_
 
 BOUND = 1 - 1e-3  # actions are clipped to it where log b is evaluated
+EVERY_ROW = torch.arange(16)  # of `data`, in order
 
 
 def optimizers(nets, optimizer, lr):
-    params = {k: getattr(nets, k).parameters() for k in ("behavior", "q", "actor")}
-    params |= {"bc_weight": [nets.bc_weight], "alpha": [nets.alpha]}
-    return SimpleNamespace(**{k: optimizer(p, lr) for k, p in params.items()})
+    return SimpleNamespace(
+        behavior=optimizer(nets.behavior.parameters(), lr),
+        bc_weight=optimizer([nets.bc_weight], lr),
+        q=optimizer(nets.q.parameters(), lr),
+        actor=optimizer(nets.actor.parameters(), lr),
+        alpha=optimizer([nets.alpha], lr),
+    )
 
 
 @pytest.fixture
@@ -158,15 +165,17 @@ def test_mmd_is_a_double_sum():
     assert_close(one, torch.tensor([2 - 2 * math.exp(-1 / 20)]))  # not its root
 
 
-def test_mmd_compares_actions_of_both_policies(monkeypatch):
+def test_mmd_compares_actions_of_both_policies():
     """Samples of the clone are drawn for it, as many, and squashed; identical ones are no NaN."""
-    noise = torch.randn(3, 2, 2).double()
-    monkeypatch.setattr(torch, "randn_like", lambda x: noise)
-    x = draw(PI, 3)
-    expected = brac.mmd(x.tanh(), (B[0] + B[1].exp() * noise).tanh(), Args())
-    assert_close(divergence(x, PI, B, Args(divergence="mmd")), expected)
+    args = Args(divergence="mmd")
+    torch.manual_seed(0)
+    x, noise = draw(PI, 3), torch.randn(3, 2, 2).double()
+    expected = brac.mmd(x.tanh(), (B[0] + B[1].exp() * noise).tanh(), args)
+    with Inject(randn_like=[noise]):
+        assert_close(divergence(x, PI, B, args), expected)
     mean = B[0].clone().requires_grad_()
-    d = divergence(draw((mean, B[1]), 3), None, B, Args(divergence="mmd"))
+    with Inject(randn_like=[noise, noise]):
+        d = divergence(draw((mean, B[1]), 3), None, B, args)
     assert not d.any()
     assert torch.autograd.grad(d.sum(), mean)[0].isfinite().all()
 
@@ -202,15 +211,15 @@ def fixed_nets(alpha=0.5):
 
 
 @pytest.mark.parametrize("value_penalty", [True, False])
-def test_target_by_hand(value_penalty, monkeypatch):
+def test_target_by_hand(value_penalty):
     """Rows: an ordinary one, a terminal, a time limit (which bootstraps like the first)."""
-    monkeypatch.setattr(torch, "randn_like", torch.zeros_like)
     r, terminal = torch.tensor([1.0, 2.0, 3.0]).double(), torch.tensor([0.0, 1.0, 0.0]).double()
     s, args = torch.zeros(3, 1).double(), Args(gamma=0.9, value_penalty=value_penalty)
     d = 0.5 * 0.5 if value_penalty else 0.0
     y = torch.tensor([1 + 0.9 * (4 - d), 2, 3 + 0.9 * (2 - d)]).double()
     q = torch.tensor([[1.0, 2.0, 3.0], [0.0, 0.0, 3.0]]).double()
-    loss, q_mean, y_mean = critic_loss(fixed_nets(), s, s, r, s, terminal, args)
+    with Inject(randn_like=[torch.zeros(4, 3, 1).double()]):
+        loss, q_mean, y_mean = critic_loss(fixed_nets(), s, s, r, s, terminal, args)
     assert_close(loss, (q - y).square().sum() / 3)
     assert_close(q_mean, torch.tensor(1.5).double())
     assert_close(y_mean, y.mean())
@@ -306,34 +315,38 @@ def test_which_parameters_each_loss_reaches(data, kind):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_itrpo_without_shaping_is_brac_v_to_the_bit(data, dtype, monkeypatch):
-    """tau = 0, no bonus, no penalty, as many samples for Q: the same losses."""
+def test_itrpo_without_shaping_is_brac_v(data, dtype):
+    """tau = 0, no bonus, no penalty, as many samples for Q: the same losses to the bit, and the
+    same gradients. iTRPO bounds log-stds otherwise, so its networks say what BRAC's mean."""
     nets, args = make(data, alpha=0.6, samples=5, q_samples=5)
     nets.actor.biases[-1].data[0] = 0.5  # below the clip, which is BRAC's alone
     nets, batch = nets.to(dtype), [x.to(dtype) for x in rows(data)]
     s, rho = batch[0], torch.zeros(16).to(dtype)
+    same = SimpleNamespace(
+        actor=lambda s: torch.cat(gaussian(nets.actor, s), -1),
+        behavior=lambda s: torch.cat(gaussian(nets.behavior, s), -1),
+        q=nets.q,
+        q_target=nets.q_target,
+    )
     other = itrpo.Args(kl_coef=nets.alpha.item(), shape_coef=0.0, bonus=0.0, samples=5)
     other.ratio_min, other.ratio_max = -math.inf, math.inf
-    monkeypatch.setattr(itrpo, "gaussian", brac.gaussian)  # BRAC's bounds of the log-std
 
-    def seeded(f, *inputs):
-        torch.manual_seed(3)
-        return f(*inputs)
-
-    ours, *_ = seeded(critic_loss, nets, *batch, args)
-    theirs, *_ = seeded(itrpo.critic_loss, nets, *batch, rho, other)
+    torch.manual_seed(3)
+    ours, *_ = critic_loss(nets, *batch, args)
+    torch.manual_seed(3)
+    theirs, *_ = itrpo.critic_loss(same, *batch, rho, other)
     assert torch.equal(ours, theirs)
     grads = [torch.autograd.grad(x, list(nets.q.parameters())) for x in (ours, theirs)]
     assert all(map(torch.equal, *grads))
-    with torch.no_grad():
-        behavior = gaussian(nets.behavior, s)
-    found = []
-    for f, a in ((actor_loss, args), (itrpo.actor_loss, other)):
-        loss = seeded(f, nets, s, gaussian(nets.actor, s), behavior, a)
-        loss = loss[0] if isinstance(loss, tuple) else loss
-        found.append((loss, torch.autograd.grad(loss, list(nets.actor.parameters()))))
-    assert torch.equal(found[0][0], found[1][0])
-    for g, h in zip(found[0][1], found[1][1]):  # autograd adds up in another order
+
+    behavior = [x.detach() for x in gaussian(nets.behavior, s)]
+    torch.manual_seed(3)
+    ours, *_ = actor_loss(nets, s, gaussian(nets.actor, s), behavior, args)
+    torch.manual_seed(3)
+    theirs = itrpo.actor_loss(same, s, gaussian(nets.actor, s), behavior, other)
+    assert torch.equal(ours, theirs)
+    grads = [torch.autograd.grad(x, list(nets.actor.parameters())) for x in (ours, theirs)]
+    for g, h in zip(*grads):  # autograd adds up in another order
         assert_close(g, h, rtol=1e-5, atol=1e-5 if dtype == torch.float32 else 1e-12)
 
 
@@ -350,19 +363,18 @@ def test_a_multiplier_grows_while_its_constraint_is_violated(excess):
 @pytest.mark.parametrize(("alpha", "bound", "target"), [(499.9, 500, 0.0), (0.01, 0, 1e6)])
 def test_tuned_alpha_moves_between_its_bounds(data, alpha, bound, target):
     nets, args = make(data, alpha=alpha, tune_alpha=True, target_divergence=target)
-    assert_close(brac.update(nets, optimizers(nets, SGD, 1.0), data, args, False)["alpha"].item(),
-                 float(bound))  # fmt: skip
+    metrics = brac.update(nets, optimizers(nets, SGD, 1.0), data, args, False)
+    assert_close(metrics["alpha"].item(), float(bound))
     alpha *= 3  # a fixed one has no bounds
     nets, args = make(data, alpha=alpha, target_divergence=target)
     metrics = brac.update(nets, optimizers(nets, SGD, 1.0), data, args, False)
     assert torch.equal(nets.alpha, torch.tensor(alpha).double()) and metrics["alpha"] == nets.alpha
 
 
-def optimum(f, b, alpha, noise, monkeypatch):
+def optimum(f, b, alpha, noise):
     """Mean and deviation where the policy's loss is least, and the loss; Q is f(x) of x = atanh a,
     one state; `noise` (N,) stands for the samples."""
-    noise = torch.as_tensor(noise, dtype=torch.float64)
-    monkeypatch.setattr(torch, "randn_like", lambda x: noise.view(-1, 1, 1))
+    noise = torch.as_tensor(noise, dtype=torch.float64).view(-1, 1, 1)
     n, s = len(noise), torch.zeros(1, 1).double()
     nets = SimpleNamespace(q=lambda s, a: f(a.atanh()[:, 0]).expand(2, -1))
     nets.alpha, args = torch.tensor(alpha).double(), Args(samples=n, q_samples=n)
@@ -371,7 +383,8 @@ def optimum(f, b, alpha, noise, monkeypatch):
     solver = torch.optim.LBFGS(pi, max_iter=200, line_search_fn="strong_wolfe", **exact)
 
     def closure():
-        loss = actor_loss(nets, s, pi, b, args)[0]
+        with Inject(randn_like=[noise]):
+            loss = actor_loss(nets, s, pi, b, args)[0]
         for p, g in zip(pi, torch.autograd.grad(loss, pi)):
             p.grad = g
         return loss
@@ -381,13 +394,13 @@ def optimum(f, b, alpha, noise, monkeypatch):
 
 
 @pytest.mark.parametrize("alpha", [0.2, 1.0, 5.0])
-def test_bandit_has_the_closed_form(alpha, monkeypatch):
+def test_bandit_has_the_closed_form(alpha):
     """pi* is proportional to b exp(Q / alpha): with b = N(0.2, 0.5^2) and Q = -(x - 1)^2 / 2 a
     Gaussian of precision 4 + 1 / alpha; its loss is -alpha log E_b exp(Q / alpha). Noise +-1 makes
     the loss of quadratics exact."""
     b = pair([[0.2]], [[math.log(0.5)]])
     q = lambda x: -0.5 * (x - 1) ** 2
-    mean, std, loss = optimum(q, b, alpha, [1.0, -1.0], monkeypatch)
+    mean, std, loss = optimum(q, b, alpha, [1.0, -1.0])
     precision = 4 + 1 / alpha
     assert abs(mean - (0.2 * 4 + 1 / alpha) / precision) < 1e-6
     assert abs(std - precision**-0.5) < 1e-6
@@ -395,12 +408,12 @@ def test_bandit_has_the_closed_form(alpha, monkeypatch):
     assert abs(loss + alpha * math.log(scipy.integrate.quad(density, -5, 5)[0])) < 1e-6
 
 
-def test_bandit_with_q_of_the_squashed_action_is_that_of_quadrature(monkeypatch):
+def test_bandit_with_q_of_the_squashed_action_is_that_of_quadrature():
     """Q = 2 tanh(x): the Gaussian nearest to b exp(Q / alpha), on a grid."""
     b, alpha = pair([[-0.3]], [[math.log(0.6)]]), 0.8
     n = 4000
     noise = scipy.stats.norm.ppf((np.arange(n) + 0.5) / n)
-    mean, std, _ = optimum(lambda x: 2 * x.tanh(), b, alpha, noise, monkeypatch)
+    mean, std, _ = optimum(lambda x: 2 * x.tanh(), b, alpha, noise)
     grid = np.linspace(-6, 6, 4001)
 
     def objective(p):
@@ -413,10 +426,10 @@ def test_bandit_with_q_of_the_squashed_action_is_that_of_quadrature(monkeypatch)
     assert best[0] > 0.1
 
 
-def test_tuned_alpha_settles_where_the_constraint_binds(monkeypatch):
+def test_tuned_alpha_settles_where_the_constraint_binds():
     """Q = 1.5 x against b = N(0, 0.5^2): the mean moves by 1.5 / (4 alpha), so KL = epsilon at
     alpha = 1.5 * 0.5 / sqrt(2 epsilon)."""
-    monkeypatch.setattr(torch, "randn_like", lambda x: torch.tensor([1.0, -1.0]).view(2, 1, 1))
+    noise = torch.tensor([1.0, -1.0]).view(2, 1, 1)
     epsilon, b = 0.18, [p.float() for p in pair([[0.0]], [[math.log(0.5)]])]
     args = Args(samples=2, q_samples=2, target_divergence=epsilon)
     mean, log_std = (torch.tensor([[v]], requires_grad=True) for v in (0.0, -0.7))
@@ -425,7 +438,8 @@ def test_tuned_alpha_settles_where_the_constraint_binds(monkeypatch):
     actor, dual = Adam([mean, log_std], 0.02), Adam([alpha], 0.02)
     history = []
     for _ in range(1200):
-        loss, d, _ = actor_loss(nets, torch.zeros(1, 1), (mean, log_std), b, args)
+        with Inject(randn_like=[noise]):
+            loss, d, _ = actor_loss(nets, torch.zeros(1, 1), (mean, log_std), b, args)
         actor.step(torch.autograd.grad(loss, actor.params))
         dual.step(torch.autograd.grad(brac.multiplier_loss(alpha, d - epsilon), [alpha]))
         history.append(d.item())
@@ -438,41 +452,52 @@ def test_tuned_alpha_settles_where_the_constraint_binds(monkeypatch):
 # ---- clone -----------------------------------------------------------------------------------
 
 
-def test_clone_loss_is_likelihood_and_weighted_entropy(data, monkeypatch):
+def head(net, s):
+    """Mean and log-std of a plain stack's Gaussian."""
+    mean, out = net(s).chunk(2, -1)
+    return mean, -5 + 2.5 * (out.tanh() + 1)
+
+
+def sampled(pi, noise):
+    mean, log_std = pi
+    return mean + log_std.exp() * noise
+
+
+def test_clone_loss_is_likelihood_and_weighted_entropy(data):
     nets, args = make(data)
     data.action[0] = torch.tensor([1.0, -1.0])  # bounds are clipped, not infinite
-    noise = torch.randn(1, 16, 2).double()
-    monkeypatch.setattr(torch, "randn_like", lambda x: noise)
     nets.bc_weight.data.fill_(0.3)
-    loss, nll, entropy = brac.behavior_loss(nets, data.obs, data.action, args)
-    mean, u = stack(nets.behavior)(data.obs).chunk(2, -1)
-    b = squashed(mean, -5 + 2.5 * (u.tanh() + 1))
-    drawn = (mean + (-5 + 2.5 * (u.tanh() + 1)).exp() * noise[0]).tanh()
-    expected = [-b.log_prob(a).sum(-1).mean() for a in (data.action.clamp(-BOUND, BOUND), drawn)]
+    noise = torch.randn(1, 16, 2).double()
+    with Inject(randn_like=[noise]):
+        loss, nll, entropy = brac.behavior_loss(nets, data.obs, data.action, args)
+    pi = head(stack(nets.behavior), data.obs)
+    b = squashed(*pi)
+    actions = data.action.clamp(-BOUND, BOUND), sampled(pi, noise[0]).tanh()
+    expected = [-b.log_prob(a).sum(-1).mean() for a in actions]
     assert_close(nll, expected[0].detach())
     assert_close(entropy, expected[1].detach())
     assert_close(loss, expected[0] - 0.3 * expected[1])
 
 
-def test_clone_step_by_hand(data, monkeypatch):
+def test_clone_step_by_hand(data):
     nets, args = make(data)
     nets.bc_weight.data.fill_(0.4)
     opt, before = optimizers(nets, SGD, 0.05), copy.deepcopy(nets)
     behavior, noise = stack(nets.behavior), torch.randn(1, 16, 2).double()
-    monkeypatch.setattr(brac, "sample", lambda data, n, fields: (data.obs, data.action))
-    monkeypatch.setattr(torch, "randn_like", lambda x: noise)
-    metrics = brac.update_behavior(nets, opt, data, args)
+    with Inject(randint=[EVERY_ROW], randn_like=[noise]):
+        metrics = brac.update_behavior(nets, opt, data, args)
 
-    mean, u = behavior(data.obs).chunk(2, -1)
-    log_std = -5 + 2.5 * (u.tanh() + 1)
-    b, drawn = squashed(mean, log_std), (mean + log_std.exp() * noise[0]).tanh()
-    nll, entropy = (-b.log_prob(a).sum(-1).mean() for a in (data.action, drawn))
+    pi = head(behavior, data.obs)
+    b = squashed(*pi)
+    nll = -b.log_prob(data.action).sum(-1).mean()
+    entropy = -b.log_prob(sampled(pi, noise[0]).tanh()).sum(-1).mean()
     (nll - 0.4 * entropy).backward()
     torch.optim.SGD(behavior.parameters(), lr=0.05).step()
     assert_same(nets.behavior, behavior)
     weight = 0.4 - 0.05 * (entropy.item() + 2)  # grows while the entropy is below -A = -2
     assert abs(nets.bc_weight.item() - weight) < 1e-7 and metrics["weight"] == nets.bc_weight
     assert_close(metrics["nll"], nll.detach())
+    assert_close(metrics["entropy"], entropy.detach())
     for name in ("q", "q_target", "actor"):
         pairs = zip(getattr(nets, name).parameters(), getattr(before, name).parameters())
         assert all(torch.equal(p, q) for p, q in pairs)
@@ -515,77 +540,73 @@ def test_dequantization_moves_actions_at_the_bounds_only():
         assert 0 < distance.min() < 2e-3 and 0.049 < distance.max() <= 0.05
 
 
-# ---- whole steps, written again with torch.nn, torch.optim and torch.distributions ------------
+# ---- whole steps, written again with torch.nn and torch.distributions -------------------------
+
+
+def descend(loss, net, lr):
+    loss.backward()
+    torch.optim.SGD(net.parameters(), lr=lr).step()
+
+
+def distance(x, pi, b, noise, kind):
+    """D (B,) of samples x (4, B, A) of pi; `noise` gives mmd its samples of b."""
+    if kind == "kl":
+        log_b = squashed(*b).log_prob(x.tanh().clamp(-BOUND, BOUND))
+        return (squashed(*pi).log_prob(x.tanh()) - log_b).sum(-1).mean(0)
+    u, v = x.tanh().movedim(1, 0), sampled(b, noise).tanh().movedim(1, 0)  # (B, 4, A)
+    k = lambda u, v: torch.exp(-torch.cdist(u, v, p=1) / 2).mean((1, 2))  # sigma is 2
+    return k(u, u) + k(v, v) - 2 * k(u, v)
+
+
+def least(nets, s, a):
+    return torch.minimum(*(net(torch.cat([s, a], -1)).squeeze(-1) for net in nets))
 
 
 @pytest.mark.parametrize("kind", ["kl", "mmd"])
 @pytest.mark.parametrize("value_penalty", [True, False])
 @pytest.mark.parametrize(("imitate", "tune_alpha"), [(False, False), (True, False), (False, True)])
-def test_step_by_hand(data, monkeypatch, kind, value_penalty, imitate, tune_alpha):
+def test_step_by_hand(data, kind, value_penalty, imitate, tune_alpha):
     settings = dict(divergence=kind, value_penalty=value_penalty, tune_alpha=tune_alpha, sigma=2.0)
     nets, args = make(data, alpha=0.3, target_divergence=0.25, polyak=0.1, **settings)
-    opt, before, noise = optimizers(nets, SGD, 0.01), copy.deepcopy(nets), []
+    opt, before, alpha = optimizers(nets, SGD, 0.01), copy.deepcopy(nets), nets.alpha.item()
     q, actor = [stack(nets.q, e) for e in range(2)], stack(nets.actor)
     q_target, behavior = [stack(nets.q_target, e) for e in range(2)], stack(nets.behavior)
-    monkeypatch.setattr(brac, "sample", lambda data, n: rows(data))
-
-    def drawn(x):
-        noise.append(torch.randn(x.shape).double())
-        return noise[-1]
-
-    monkeypatch.setattr(torch, "randn_like", drawn)
-    metrics = brac.update(nets, opt, data, args, imitate)
+    noise = {name: torch.randn(4, 16, 2).double() for name in ("next", "next_b", "now", "now_b")}
+    fed = ["next", "next_b", "now", "now_b"]  # samples of b are for mmd, at s2 for the penalty
+    if kind == "kl" or not value_penalty:
+        fed.remove("next_b")
+    if kind == "kl":
+        fed.remove("now_b")
+    with Inject(randint=[EVERY_ROW], randn_like=[noise[name] for name in fed]):
+        metrics = brac.update(nets, opt, data, args, imitate)
 
     s, a, r, s2, terminal = rows(data)
-    noises, beyond = iter(noise), 0
-    assert all(n.shape == (4, 16, 2) for n in noise)
-
-    def head(net, s):
-        mean, u = net(s)[:, :2], net(s)[:, 2:]
-        return mean, -5 + 2.5 * (u.tanh() + 1)
-
-    def sampled(pi, n=None):
-        return pi[0] + pi[1].exp() * (next(noises) if n is None else n)
-
-    def distance(x, pi, b):
-        nonlocal beyond
-        beyond += (x.abs() > MAX_X).sum()
-        if kind == "kl":
-            log_b = squashed(*b).log_prob(x.tanh().clamp(-BOUND, BOUND))
-            return (squashed(*pi).log_prob(x.tanh()) - log_b).sum(-1).mean(0)
-        u, v = x.tanh(), sampled(b).tanh()
-        k = lambda u, v: torch.exp(-torch.cdist(u.movedim(1, 0), v.movedim(1, 0), p=1) / 2).mean(
-            (1, 2)
-        )
-        return k(u, u) + k(v, v) - 2 * k(u, v)
-
-    def least(nets, s, a):
-        return torch.minimum(*(net(torch.cat([s, a], -1)).squeeze(-1) for net in nets))
-
-    for net, target in zip(q, q_target):  # before the critics' step
+    for net, target in zip(q, q_target):  # targets move before the critics' step
         for p, t in zip(net.parameters(), target.parameters()):
             t.data = 0.1 * p.data + 0.9 * t.data
+
     with torch.no_grad():
         pi2, b2 = head(actor, s2), head(behavior, s2)
-        x2 = sampled(pi2)
+        x2 = sampled(pi2, noise["next"])
         value = least(q_target, s2, x2[0].tanh())
         if value_penalty:
-            value = value - nets_alpha(before) * distance(x2, pi2, b2)
+            value = value - alpha * distance(x2, pi2, b2, noise["next_b"], kind)
         y = r + 0.99 * (1 - terminal) * value
     for net in q:
-        (net(torch.cat([s, a], -1)).squeeze(-1) - y).square().mean().backward()
-        torch.optim.SGD(net.parameters(), lr=0.01).step()
+        error = net(torch.cat([s, a], -1)).squeeze(-1) - y
+        descend(error.square().mean(), net, 0.01)
+
     pi, b = head(actor, s), [p.detach() for p in head(behavior, s)]
-    x = sampled(pi)
-    d = distance(x, pi, b)
-    loss = nets_alpha(before) * d
+    x = sampled(pi, noise["now"])
+    assert (x.abs() > MAX_X).any()  # the clip of log b counts
+    d = distance(x, pi, b, noise["now_b"], kind)
+    loss = alpha * d
     if not imitate:
         loss = loss - least(q, s, x[0].tanh())  # critics after their step
-    loss.mean().backward()
-    torch.optim.SGD(actor.parameters(), lr=0.01).step()
-    alpha = nets_alpha(before) + 0.01 * (d.mean().item() - 0.25) * tune_alpha
+    descend(loss.mean(), actor, 0.01)
+    if tune_alpha:
+        alpha += 0.01 * (d.mean().item() - 0.25)
 
-    assert next(noises, None) is None and beyond > 0
     assert_same(nets.q, *q)
     assert_same(nets.q_target, *q_target)
     assert_same(nets.actor, actor)
@@ -593,39 +614,86 @@ def test_step_by_hand(data, monkeypatch, kind, value_penalty, imitate, tune_alph
     for name in ("behavior.weights.0", "behavior.biases.2", "bc_weight"):
         assert torch.equal(nets.get_parameter(name), before.get_parameter(name))
     assert all(p.grad is None for p in nets.parameters())
-    assert_close(metrics["target"], y.mean())
-    assert_close(metrics["divergence"], d.detach().mean())
-    kl = log_ratio(x, pi, b).mean()
-    data_ratio = squashed(*pi).log_prob(a) - squashed(*b).log_prob(a)
-    entropy = -squashed(*pi).log_prob(x.tanh()).sum(-1).mean()
-    for name, value in (("kl", kl), ("entropy", entropy)):
+
+    log_pi = lambda a: squashed(*pi).log_prob(a).sum(-1).mean()
+    expected = {
+        "target": y.mean(),
+        "divergence": d.mean(),
+        "pi_loss": loss.mean(),
+        "kl": log_ratio(x, pi, b).mean(),
+        "log_ratio_data": log_pi(a) - squashed(*b).log_prob(a).sum(-1).mean(),
+        "entropy": -log_pi(x.tanh()),
+    }
+    for name, value in expected.items():
         assert_close(metrics[name], value.detach(), rtol=1e-6, atol=1e-8)
-    assert_close(metrics["log_ratio_data"], data_ratio.sum(-1).mean().detach())
 
 
-def nets_alpha(nets):
-    return nets.alpha.item()
+def train(data, run=None, **values):
+    """A short training from one seed; returns the run."""
+    run = run or PlainRun()
+    torch.manual_seed(0)
+    brac.train(run, data, Args(**{"steps": 5, "bc_steps": 2, "batch_size": 8} | values))
+    return run
 
 
-@pytest.mark.parametrize(("warm_start", "imitated"), [(3, 3), (9, 5)])
-def test_first_steps_imitate(tiny_data, monkeypatch, warm_start, imitated):
-    seen = []
+def test_first_steps_imitate(tiny_data):
+    """Runs of the same seed differ where one has begun to look at Q: in the policy's loss first."""
+    none, three, five, nine = (
+        train(tiny_data(), warm_start=n).phases["train"] for n in (0, 3, 5, 9)
+    )
+    assert none[0]["pi_loss"] != three[0]["pi_loss"]
+    assert three[:3] == five[:3] and five == nine
+    assert {k for k in three[3] if three[3][k] != five[3][k]} == {"pi_loss"}
 
-    class FakeRun:
-        device = torch.device("cpu")
 
-        def __init__(self, args):
-            self.loop = lambda steps, phase="train": range(1, steps + 1)
-            self.cached = lambda *_: (None, True)
+class Shared(PlainRun):
+    """A run that finds the clone which another one has shared."""
 
-        def __getattr__(self, name):
-            return lambda *_, **__: None
+    clone = None
 
-    monkeypatch.setattr(brac, "Run", FakeRun)
-    monkeypatch.setattr(brac, "load_dataset", lambda *_: (tiny_data(), None))
-    monkeypatch.setattr(brac, "update", lambda *inputs: seen.append(inputs[-1]) or {})
-    brac.train(Args(steps=5, warm_start=warm_start))
-    assert seen == [True] * imitated + [False] * (5 - imitated)
+    def cached(self, stage, module, *settings):
+        if self.clone is not None:
+            module.load_state_dict(self.clone)
+        return self.clone is not None
+
+    def share(self, stage, module):
+        self.clone = copy.deepcopy(module.state_dict())
+
+
+def test_clone_is_shared_when_it_is_whole_and_read_again(tiny_data):
+    first = train(tiny_data(), Shared())
+    assert len(first.phases["behavior"]) == 2
+    second = Shared()
+    second.clone = first.clone
+    train(tiny_data(), second)
+    assert second.phases["behavior"] == [] and len(second.phases["train"]) == 5
+    for run in (first, second):
+        weights = run.nets.behavior.state_dict()
+        assert all(torch.equal(weights[name], w) for name, w in first.clone.items())
+    obs = tiny_data().obs
+    act = [run.references["its clone (BC)"](obs) for run in (first, second)]
+    assert torch.equal(*act) and torch.equal(act[0], brac.behavior_policy(first.nets, obs, Args()))
+    assert train(tiny_data(), Shared(limit=1)).clone is None  # cut short: nothing to share
+
+
+@pytest.mark.parametrize("normalize", [True, False])
+def test_training_sees_scaled_observations(tiny_data, normalize):
+    data = tiny_data()
+    obs = data.obs.clone()
+    run = train(data, normalize_obs=normalize)
+    scaled = (obs - obs.mean(0)) / (obs.std(0, correction=0) + 1e-3)
+    assert_close(data.obs, scaled if normalize else obs)
+    assert_close(run.nets.scaling.obs(obs), data.obs)
+    largest = 100 * data.reward.abs().max().item()
+    assert run.largest == pytest.approx(dict.fromkeys(("q_data", "target"), largest))
+
+
+def test_learning_rates_and_keras_epsilon(tiny_data):
+    rates = dict(lr=3e-3, actor_lr=2e-3, bc_lr=1e-4, alpha_lr=1e-5)
+    opt = vars(train(tiny_data(), **rates).opt)
+    expected = {"q": 3e-3, "actor": 2e-3, "behavior": 1e-4, "bc_weight": 1e-4, "alpha": 1e-5}
+    assert {name: adam.lr.item() for name, adam in opt.items()} == pytest.approx(expected)
+    assert {adam.eps for adam in opt.values()} == {1e-7}
 
 
 def test_warm_start_ends_near_the_clone_wherever_q_points(tiny_data):
@@ -675,17 +743,11 @@ def test_best_sample_is_that_of_the_first_critic(tiny_data):
     assert len(best.unique()) > 1 and a.shape == (5, 1)
 
 
-@pytest.mark.parametrize(
-    ("values", "line"),
-    [
-        ({"divergence": "w"}, "--divergence is 'w': give kl or mmd"),
-        ({"q_samples": 5}, "--q-samples 5 is above --samples 4"),
-    ],
-)
-def test_bad_input_is_one_line(values, line):
-    with pytest.raises(brac.InputError, match=line) as caught:
-        brac.train(Args(**values))
+def test_q_cannot_have_more_samples_than_d():
+    with pytest.raises(brac.InputError, match="--q-samples 5 is above --samples 4") as caught:
+        Args(q_samples=5).resolve()
     assert "\n" not in str(caught.value)
+    Args(q_samples=4).resolve()
 
 
 @pytest.mark.parametrize(("alpha", "low", "high"), [(0.3, 0.35, 0.9), (30.0, -0.1, 0.15)])
@@ -694,10 +756,8 @@ def test_bandit_from_data(alpha, low, high):
     both phases and all networks learn from rows alone."""
     torch.manual_seed(0)
     n = 256
-    a, one = (0.4 * torch.randn(n, 1)).tanh(), torch.ones(1)
-    s = torch.ones(n, 1)
-    data = SimpleNamespace(obs=s, action=a, reward=2 * a[:, 0], next_obs=s, terminal=torch.ones(n))
-    data.action_low, data.action_high, data.obs_mean, data.obs_std = -one, one, 0 * one, one
+    a, s = (0.4 * torch.randn(n, 1)).tanh(), torch.ones(n, 1)
+    data = Data(s, a, 2 * a[:, 0], s, torch.ones(n))
     args = Args(batch_size=32, alpha=alpha)
     nets = Nets(data, args)
     opt = optimizers(nets, Adam, 2e-3)
