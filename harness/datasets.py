@@ -4,7 +4,8 @@
     hopper-medium-v2           a D4RL name, read with h5py from $D4RL_DATASET_DIR or
                                ~/.d4rl/datasets, downloaded when absent (data/d4rl_files.csv)
     mujoco/hopper/medium-v0    a Minari id, local or remote ($MINARI_DATASETS_PATH respected)
-    logs.hdf5, logs.npz        arrays with D4RL's key names, or an OGBench singletask file
+    cube-single-play-singletask-v0   a single task of OGBench (harness/ogbench.py)
+    logs.hdf5, logs.npz        arrays with D4RL's key names, or saved from an OGBench singletask
 
 A transition bootstraps through a time limit, never through a terminal; its next observation never
 comes from another episode. Rows whose next observation is unknown (time limit, cut, end of file)
@@ -96,11 +97,15 @@ def load_dataset(name: str, device="cpu", eval_env: str | None = None) -> tuple[
             *arrays, task = _read_d4rl(name, eval_env)
         elif name in local or re.fullmatch(r"[\w.-]+(/[\w.-]+)+-v\d+", name):
             *arrays, task = _read_minari(name, name not in local, eval_env)
+        elif "-singletask" in name or is_ogbench(name):
+            from harness import ogbench
+
+            *arrays, task = ogbench.load(name, eval_env)
         else:
             hint = near(name, [*bundled, *files, *local])
             raise InputError(
-                f"unknown dataset '{name}'{hint}; use a bundled or D4RL name, a Minari id, or the "
-                "path of a .hdf5, .h5 or .npz file"
+                f"unknown dataset '{name}'{hint}; use a bundled, D4RL or OGBench name, a Minari "
+                "id, or the path of a .hdf5, .h5 or .npz file"
             )
         if task and task.ref_min is None:
             print(f"note: {task.id} has no reference score, raw returns are reported")
@@ -112,12 +117,17 @@ def load_dataset(name: str, device="cpu", eval_env: str | None = None) -> tuple[
         ) from e
 
 
+def is_ogbench(name: str) -> bool:
+    """Whether OGBench has data or images of this name."""
+    data = re.sub(r"(-oraclerep)?-v\d+$", "", name)
+    return data in table("ogbench_sets.csv") or data.startswith(("visual-", "powderworld-"))
+
+
 def _link(name, obs, stored, terminal, end, final=None):
     """(next_obs (N, S), known (N,)) of flat rows in time order; `end` gains the cuts found.
 
     stored: next_observations (N, S) or None. final: last observation of every episode, or None.
     """
-    end |= terminal
     end[-1] = True
     if stored is None:
         next_obs, known = np.empty_like(obs), ~end
@@ -304,13 +314,13 @@ def _try_text(path, computing=TEXT_SECONDS, waiting=TEXT_PATIENCE):
     takes microseconds. Seconds of `waiting`, for a busy machine or a slow disk, are no damage."""
     line = [sys.executable, "-c", READ_TEXT, str(path), str(computing)]
     try:
-        done = subprocess.run(line, capture_output=True, timeout=waiting)
+        child = subprocess.run(line, capture_output=True, timeout=waiting)
     except subprocess.TimeoutExpired:
         raise InputError(
             f"{path}: its metadata was not read within {waiting:g} s, so this machine or its disk "
             "is very slow or busy; repeat the command later, or write the file as .npz"
         ) from None
-    if done.returncode < 0:  # ended by the limit, or libhdf5 itself broke down
+    if child.returncode < 0:  # ended by the limit, or libhdf5 itself broke down
         raise OSError("its metadata cannot be read")
 
 
@@ -345,10 +355,15 @@ def _checked(name, meta, act_dim) -> dict:
 
 def _read_columns(name, columns, raw, eval_env, task, d4rl):
     """Every check that needs no values comes before the first value is read."""
-    ogbench = {"qpos", "qvel"} <= columns.keys() and "timeouts" not in columns
+    ogbench = "masks" in columns or {"qpos", "qvel"} <= columns.keys()
+    ogbench = ogbench and "timeouts" not in columns
     if ogbench and not {"rewards", "masks"} <= columns.keys():
-        raise InputError(f"{name}: an OGBench file without rewards and masks states no task; save "
-                         "the arrays of a *-singletask-* dataset with both")  # fmt: skip
+        known = is_ogbench(data := name.removesuffix(".npz").removesuffix("-val"))
+        fix = f"use --env {data.removesuffix('-v0')}-singletask-v0" if known else ""
+        raise InputError(
+            f"{name}: an OGBench file without rewards and masks states no task; "
+            + (fix or "use the name of a task, such as --env cube-single-play-singletask-v0")
+        )
     missing = [k for k in (*KEYS[:3], "terminals") if k not in columns]
     found = ", ".join(sorted(map(str, columns)))  # bytes, where HDF5's text is damaged
     require(not missing, f"{name}: no {', '.join(missing)} (found: {found:.200}); use D4RL's key "
@@ -402,8 +417,11 @@ def _read_columns(name, columns, raw, eval_env, task, d4rl):
 
     obs, action, reward = (fill(k) for k in KEYS[:3])
     terminal, end = fill("masks" if ogbench else "terminals", bool), np.zeros(n, bool)
-    if ogbench:
-        terminal, end = ~terminal, fill("terminals", bool)  # which are the ends of trajectories
+    if ogbench:  # a recording ends at its `terminals`, and runs on where its task is solved
+        print(f"note: {name}: OGBench's terminals end recordings, its masks end the MDP")
+        terminal, end = ~terminal, fill("terminals", bool)
+        if "next_observations" not in columns:
+            terminal[end], reward[end] = False, 0  # the last row is a state, no transition
     elif "timeouts" in columns:
         end = fill("timeouts", bool)
     elif "next_observations" not in columns:
@@ -415,6 +433,7 @@ def _read_columns(name, columns, raw, eval_env, task, d4rl):
         print(f"note: {name}: no timeouts, so episodes end at terminals and after {limit} steps")
     if d4rl and d4rl["maze"]:  # v0's timeouts are out of step; an ant moves less than 1 m in one
         end[:-1] |= np.linalg.norm(obs[1:, :2] - obs[:-1, :2], axis=1) > 1
+    end |= terminal & (not ogbench)
     stored, final = (fill(k) if k in columns else None for k in (KEYS[3], "final_observations"))
     next_obs, known = _link(name, obs, stored, terminal, end, final)
     return obs, action, reward, next_obs, terminal, end, known, low, high, task
@@ -438,22 +457,27 @@ def _read_d4rl(name, eval_env):
 
 
 def _fetch(name) -> Path:
-    """The file in D4RL's own cache, downloaded once however many processes ask for it."""
-    import h5py
-
+    """The file in D4RL's own cache."""
     row = table("d4rl_files.csv")[name]
     folder = Path(os.environ.get("D4RL_DATASET_DIR") or "~/.d4rl/datasets").expanduser()
     target = folder / row["path"].split("/")[-1]
-    partial, failures = folder / f"{target.name}.part", []
-    if target.is_file():
-        return target
     mirrors = [m.rstrip("/") + end for m in os.environ.get("D4RL_MIRRORS", "").split()
                for end in ("/{path}", "/{file}")]  # fmt: skip
-    with _lock(folder / f".{target.name}.lock"):
-        for mirror in [*mirrors, *D4RL_MIRRORS]:
+    urls = [m.format(path=row["path"], file=target.name) for m in [*mirrors, *D4RL_MIRRORS]]
+    return download(name, target, urls, "D4RL_MIRRORS", row["sha256"])
+
+
+def download(name, target, urls, variable, sha256="") -> Path:
+    """`target`, from the first of `urls` that has it whole, once however many processes ask for it.
+    Raises InputError, which names the environment variable that adds to the urls."""
+    partial, failures = target.with_name(f"{target.name}.part"), []
+    if target.is_file():
+        return target
+    with _lock(target.with_name(f".{target.name}.lock")):
+        for url in urls:
             if target.is_file():  # another process was faster
                 return target
-            url, digest = mirror.format(path=row["path"], file=target.name), hashlib.sha256()
+            digest = hashlib.sha256()
             print(f"downloading {name} from {url}", flush=True)
             try:
                 with urllib.request.urlopen(url, timeout=30) as source, open(partial, "wb") as out:
@@ -462,8 +486,8 @@ def _fetch(name) -> Path:
                         digest.update(block)
                     size, due = out.tell(), source.headers.get("Content-Length") or out.tell()
                 require(size == int(due), f"{size} of {due} bytes arrived")
-                require(row["sha256"] in ("", digest.hexdigest()), f"sha256 {digest.hexdigest()}")
-                h5py.File(partial, "r").close()  # an error page, or a file cut short, fails here
+                require(sha256 in ("", digest.hexdigest()), f"sha256 {digest.hexdigest()}")
+                _try_open(partial, target.suffix)  # not an error page, nor a file cut short
                 os.replace(partial, target)
                 return target
             except (Exception, InputError) as e:  # noqa: BLE001 (whatever a network does)
@@ -471,7 +495,14 @@ def _fetch(name) -> Path:
             finally:
                 partial.unlink(missing_ok=True)
     raise InputError(f"cannot download {name}: {'; '.join(failures)}. Put the file at {target}, or "
-                     "set D4RL_MIRRORS to a server or file:///folder that has it")  # fmt: skip
+                     f"set {variable} to a server or file:///folder that has it")  # fmt: skip
+
+
+def _try_open(path, suffix):
+    """Raises what the library raises for a file that is not whole."""
+    import h5py
+
+    (zipfile.ZipFile(path) if suffix == ".npz" else h5py.File(path, "r")).close()
 
 
 @contextmanager
@@ -484,8 +515,8 @@ def _lock(path):
             file = open(path, "w")  # noqa: SIM115 (closed below)
         except OSError as e:
             raise InputError(
-                f"cannot write to {path.parent} ({e}); set D4RL_DATASET_DIR or "
-                "MINARI_DATASETS_PATH to a writable folder"
+                f"cannot write to {path.parent} ({e}); set D4RL_DATASET_DIR, "
+                "OGBENCH_DATASET_DIR or MINARI_DATASETS_PATH to a writable folder"
             ) from e
         with file:
             fcntl.flock(file, fcntl.LOCK_EX)

@@ -1,0 +1,296 @@
+"""OGBench by name: names, files in its raw format, rewards, tasks and scores.
+
+Most tests make the file themselves; those that need the package are skipped without it."""
+
+import importlib.util
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from common import InputError
+from harness.datasets import load_dataset
+from harness.tasks import Task, build, table
+
+ROOT = Path(__file__).resolve().parents[1]
+installed = pytest.mark.skipif(not importlib.util.find_spec("ogbench"), reason="no ogbench")
+NAME = "pointmaze-medium-navigate-singletask"
+GOAL = np.array([20.0, 20.0])  # of task 1 in the medium maze: cell (6, 6), 4 units a cell
+LENGTHS = 5, 4, 6  # rows of three recordings, the last state of each included
+
+
+def raw(solved=(2, 3, 8, 14), obs_dim=2):
+    """A file as OGBench publishes it; `solved` rows are at the goal of task 1."""
+    n, draw = sum(LENGTHS), np.random.default_rng(0)
+    qpos = draw.uniform(0, 4, (n, 2)).astype(np.float32)
+    qpos[list(solved)] = GOAL + 0.5
+    ends = np.zeros(n, bool)
+    ends[np.cumsum(LENGTHS) - 1] = True
+    actions = draw.uniform(-1, 1, (n, 2)).astype(np.float32)
+    obs = np.concatenate([qpos] * (obs_dim // 2), 1)
+    return {
+        "observations": obs,
+        "actions": actions,
+        "terminals": ends,
+        "qpos": qpos,
+        "qvel": np.zeros_like(qpos),
+    }
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """OGBench's folder, with the raw file of one maze."""
+    monkeypatch.setenv("OGBENCH_DATASET_DIR", str(tmp_path))
+    np.savez_compressed(tmp_path / "pointmaze-medium-navigate-v0.npz", **raw())
+    return tmp_path
+
+
+# ---- names -----------------------------------------------------------------------------------
+
+
+def error_of(name, eval_env=None) -> str:
+    with pytest.raises(InputError) as error:
+        load_dataset(name, eval_env=eval_env)
+    text = str(error.value)
+    assert "\n" not in text
+    return text
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        (f"{NAME}-task7-v0", [f"{NAME}-task5-v0", "none of the tasks 1 to 5"]),
+        (f"{NAME}-task0-v0", [f"{NAME}-task5-v0"]),
+        (f"{NAME}-v1", [f"{NAME}-v0"]),
+        ("cube-singel-play-singletask-v0", ["cube-single-play-singletask-v0"]),
+        ("visual-cube-single-play-singletask-task1-v0", ["images"]),
+        ("visual-antmaze-medium-navigate-v0", ["images"]),
+        ("powderworld-easy-play-v0", ["images"]),
+        ("cube-double-play-v0", ["cube-double-play-singletask-v0, which is task 2", "-task5-v0"]),
+        ("puzzle-3x3-play-oraclerep-v0", ["puzzle-3x3-play-singletask-v0, which is task 4"]),
+        ("antmaze-giant-explore-v0", ["unknown dataset"]),
+    ],
+)
+def test_a_wrong_name_is_one_line_that_names_the_right_one(name, said):
+    text = error_of(name)
+    assert all(part in text for part in said), text
+
+
+def test_a_d4rl_name_is_not_taken_for_ogbench(tmp_path, monkeypatch):
+    monkeypatch.setenv("D4RL_DATASET_DIR", str(tmp_path))
+    (tmp_path / "Ant_maze_u-maze_noisy_multistart_False_multigoal_False_sparse_fixed.hdf5").touch()
+    assert "OGBench" not in error_of("antmaze-umaze-v2", eval_env="none")
+
+
+def test_without_the_package_one_line_says_how_to_install_it(monkeypatch):
+    found = importlib.util.find_spec
+    without = lambda name, *rest: None if name == "ogbench" else found(name, *rest)
+    monkeypatch.setattr(importlib.util, "find_spec", without)
+    assert "pip install ogbench" in error_of(f"{NAME}-v0")
+    with pytest.raises(InputError, match="pip install ogbench"):
+        build(Task("cube-none-singletask-v0"), "cube", (None, None))
+
+
+@installed
+def test_every_name_has_its_environment_and_default_task():
+    """The table against the package's own registry."""
+    import gymnasium
+
+    from harness import ogbench
+
+    importlib.import_module("ogbench")
+    for name in ogbench.names():
+        assert ogbench.split(name)[1] in gymnasium.registry, name
+    assert len(ogbench.names()) == 6 * 47
+    for name in ("pointmaze-medium-navigate", "antsoccer-arena-navigate"):
+        env = gymnasium.make(ogbench.split(f"{name}-singletask-v0")[1])
+        env.reset()
+        number = int(table("ogbench_sets.csv")[name]["default_task"])
+        assert env.unwrapped.cur_task_id == number
+
+
+# ---- files -----------------------------------------------------------------------------------
+
+
+@installed
+def test_rows_are_those_of_ogbenchs_own_loader(folder, monkeypatch):
+    import ogbench
+
+    np.savez_compressed(folder / "pointmaze-medium-navigate-v0-val.npz", **raw())
+    path = str(folder / "pointmaze-medium-navigate-v0.npz")
+    _, theirs, _ = ogbench.make_env_and_datasets(f"{NAME}-task1-v0", dataset_path=path)
+    ours, task = load_dataset(f"{NAME}-task1-v0")
+    pairs = {"obs": "observations", "action": "actions", "reward": "rewards"}
+    pairs |= {"next_obs": "next_observations"}
+    for name, key in pairs.items():
+        np.testing.assert_array_equal(getattr(ours, name).numpy(), theirs[key])
+    np.testing.assert_array_equal(ours.terminal.numpy(), 1 - theirs["masks"])
+    ends = np.flatnonzero(theirs["terminals"])
+    np.testing.assert_array_equal(ours.episode.diff().nonzero()[:, 0].numpy(), ends[:-1])
+    assert ours.terminal.sum() == 2 and len(ours.obs) == sum(LENGTHS) - 3
+
+
+@installed
+def test_a_recording_is_one_episode_and_runs_on_where_its_task_is_solved(folder):
+    data, task = load_dataset(f"{NAME}-task1-v0")
+    assert data.terminal.tolist() == [0, 0, 1, 1] + [0] * 8
+    assert data.reward.tolist() == [-1, -1, 0, 0] + [-1] * 8
+    assert data.episode.tolist() == [0] * 4 + [1] * 3 + [2] * 5
+    assert data.episode_return.tolist() == [-2, -3, -5]
+    assert task.score(data.episode_return.numpy()) == pytest.approx(100.0)  # last states count
+    assert (data.action_low, data.action_high) == (pytest.approx(-1), pytest.approx(1))
+
+
+@installed
+def test_tasks_share_a_file_and_differ_in_rewards(folder):
+    first, _ = load_dataset(f"{NAME}-task1-v0")
+    default, _ = load_dataset(f"{NAME}-v0")
+    other, task = load_dataset(f"{NAME}-task2-v0")
+    assert torch.equal(first.reward, default.reward) and first.digest == default.digest
+    assert torch.equal(first.obs, other.obs) and not torch.equal(first.reward, other.reward)
+    assert task.score(other.episode_return.numpy()) == 0.0
+
+
+@installed
+def test_a_file_of_ogbenchs_loader_is_recognized(folder, tmp_path):
+    """Saved from make_env_and_datasets: no qpos, masks, next_observations."""
+    import ogbench
+
+    np.savez_compressed(folder / "pointmaze-medium-navigate-v0-val.npz", **raw())
+    path = str(folder / "pointmaze-medium-navigate-v0.npz")
+    _, theirs, _ = ogbench.make_env_and_datasets(f"{NAME}-task1-v0", dataset_path=path)
+    np.savez(tmp_path / "saved.npz", **theirs)
+    by_name, _ = load_dataset(f"{NAME}-task1-v0")
+    saved, task = load_dataset(
+        str(tmp_path / "saved.npz"), eval_env="pointmaze-medium-singletask-v0"
+    )
+    for name in ("obs", "action", "reward", "next_obs", "terminal", "episode", "episode_return"):
+        assert torch.equal(getattr(saved, name), getattr(by_name, name)), name
+    assert task.success and task.ref_max == 1
+
+
+def test_a_file_without_masks_names_the_task(tmp_path):
+    path = tmp_path / "scene-play-v0.npz"
+    np.savez(path, **raw())
+    assert "use --env scene-play-singletask-v0" in error_of(str(path))
+    np.savez(tmp_path / "mine.npz", **raw())
+    assert "states no task" in error_of(str(tmp_path / "mine.npz"))
+
+
+@installed
+def test_a_broken_file_is_one_line(folder):
+    path = folder / "pointmaze-medium-navigate-v0.npz"
+    arrays = raw()
+    np.savez(path, **{k: v for k, v in arrays.items() if k != "qpos"})
+    assert "no qpos" in error_of(f"{NAME}-v0")
+    np.savez(path, **arrays | {"actions": arrays["actions"][:-1]})
+    assert "actions has shape" in error_of(f"{NAME}-v0")
+    np.savez(path, **arrays | {"observations": arrays["observations"] * np.nan})
+    assert "NaN" in error_of(f"{NAME}-v0")
+    np.savez(path, **raw(obs_dim=4))
+    assert "observation and action numbers" in error_of(f"{NAME}-v0")
+    path.write_bytes(path.read_bytes()[:-100])
+    assert "not a complete npz file" in error_of(f"{NAME}-v0")
+    np.savez(folder / "puzzle-3x3-play-v0.npz", **arrays)
+    assert "no button_states" in error_of("puzzle-3x3-play-singletask-v0", eval_env="none")
+
+
+@installed
+def test_a_missing_file_is_downloaded_from_a_mirror(folder, monkeypatch, capsys):
+    cache = folder / "cache"
+    monkeypatch.setenv("OGBENCH_DATASET_DIR", str(cache))
+    monkeypatch.setenv("OGBENCH_MIRRORS", folder.as_uri())
+    data, _ = load_dataset(f"{NAME}-v0", eval_env="none")
+    assert len(data.obs) == sum(LENGTHS) - 3
+    assert [path.name for path in cache.iterdir()] == ["pointmaze-medium-navigate-v0.npz"]
+    monkeypatch.setenv("OGBENCH_MIRRORS", "file:///nowhere")
+    load_dataset(f"{NAME}-task3-v0", eval_env="none")  # needs no mirror any more
+    assert capsys.readouterr().out.count("downloading") == 1
+
+
+# ---- evaluation ------------------------------------------------------------------------------
+
+
+def walk(env, seed, towards=None, steps=10**6):
+    """Rewards and observations of one episode, by OGBench's own path finder or at random."""
+    draw, (obs, _) = np.random.default_rng(0), env.reset(seed=seed)
+    seen, rewards, over = [obs], [], False
+    while not over and len(rewards) < steps:
+        action = draw.uniform(-1, 1, 2)
+        if towards is not None:
+            maze = env.unwrapped
+            subgoal, _ = maze.get_oracle_subgoal(maze.get_xy(), maze.cur_goal_xy)
+            action = (subgoal - maze.get_xy()) / (np.linalg.norm(subgoal - maze.get_xy()) + 1e-6)
+        obs, reward, terminal, timeout, info = env.step(action)
+        seen.append(obs)
+        rewards.append(reward)
+        over = terminal or timeout
+    return np.array(rewards), np.array(seen)
+
+
+@installed
+def test_the_return_of_an_episode_is_its_success():
+    task = build(Task("pointmaze-medium-singletask-task1-v0"), "", (None, None))
+    assert (task.spaces.size, task.spaces.limit, len(task.spaces.low)) == (2, 1000, 2)
+    env = task.make()
+    rewards, seen = walk(env, 0, towards="goal")
+    assert rewards.sum() == 1 and rewards[-1] == 1 and len(rewards) < 300
+    assert np.linalg.norm(seen[-2] - GOAL) <= 1.0 and seen.dtype == np.float32
+    rewards, _ = walk(task.make(max_episode_steps=20), 0)
+    assert rewards.tolist() == [0] * 20
+    assert task.score([0.0, 1.0, 1.0, 0.0]) == 50.0
+
+
+@installed
+@pytest.mark.parametrize("maze", ["pointmaze-medium", "pointmaze-teleport"])
+def test_a_seed_repeats_an_episode_and_leaves_numpy_alone(maze):
+    env, other = (Task(f"{maze}-singletask-v0").make() for _ in range(2))
+    np.random.seed(3)
+    before = np.random.get_state()[1].copy()
+    _, first = walk(env, 5, steps=200)
+    assert np.array_equal(np.random.get_state()[1], before)
+    np.random.seed(4)
+    _, second = walk(other, 5, steps=200)
+    _, third = walk(env, 6, steps=200)
+    assert np.array_equal(first, second) and not np.array_equal(first, third)
+
+
+@installed
+def test_manipulation_is_scored_by_its_last_step():
+    """A cube that nobody moves, and one that lies at its goal: OGBench judges the state before a
+    step, so the second step ends the episode."""
+    env = Task("cube-single-singletask-task1-v0").make(max_episode_steps=3)
+    env.reset(seed=0)
+    results = [env.step(np.zeros(5)) for _ in range(3)]
+    assert [reward for _, reward, *_ in results] == [0, 0, 0]
+    assert results[-1][3] and not results[-1][2]
+    env.reset(seed=0)
+    inside = env.unwrapped._data
+    inside.joint("object_joint_0").qpos[:3] = inside.mocap_pos[0]
+    results = [env.step(np.zeros(5)) for _ in range(2)]
+    assert [reward for _, reward, *_ in results] == [0, 1] and results[-1][2]
+
+
+@installed
+def test_a_run_is_trained_and_scored_in_percent(folder, tmp_path, monkeypatch, capsys):
+    import bc
+
+    from harness import main
+
+    argv = ["--env", f"{NAME}-task1-v0", "--steps", "4", "--eval-every", "2"]
+    argv += ["--eval-episodes", "2", "--out", str(tmp_path / "runs"), "--batch-size", "4"]
+    score = main(bc.Args, bc.PRESETS, bc.train, argv)
+    assert score in (0.0, 50.0, 100.0)
+    out = capsys.readouterr().out
+    assert "score 100.0" in out  # the data's: all three recordings pass the goal
+    assert (tmp_path / "runs" / f"{NAME}-task1-v0__bc__0" / "eval.csv").exists()
+
+
+def test_importing_the_harness_does_not_import_ogbench():
+    code = "import sys, harness; print({'ogbench', 'gymnasium'} & set(sys.modules))"
+    line = [sys.executable, "-c", code]
+    job = subprocess.run(line, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert job.stdout.strip() == "set()"
