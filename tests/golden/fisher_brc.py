@@ -1,6 +1,7 @@
 """Fisher-BRC's golden numbers; fisher_brc.md says how they were computed and how the inputs are
 drawn."""
 
+import functools
 import math
 from types import SimpleNamespace
 
@@ -9,7 +10,7 @@ import numpy as np
 import torch
 
 from common import Adam, Data, sample_tanh_normal
-from golden.tools import Inject, draw_network, in_float64, load_network
+from golden.tools import Inject, compare, draw_network, in_float64, layers, load_network
 
 REFERENCE = "google-research 35a5be2, folder fisher_brc"
 TOLERANCE = 1e-9
@@ -40,6 +41,7 @@ class Recorder:
         self.gradients = list(grads)
 
 
+@functools.cache
 def draw():
     """(networks by name, rows as Data, tables of noise), in the order of fisher_brc.md."""
     rng = np.random.default_rng(0)
@@ -139,12 +141,6 @@ class Case:
             return sample_tanh_normal(*self.nets.pi(s))
 
 
-def layers(net, tensors=None):
-    """Parameters of a network (or other tensors in their order) by their names in the record."""
-    names = [name.replace("weights.", "w").replace("biases.", "b") for name in net.state_dict()]
-    return dict(zip(names, net.parameters() if tensors is None else tensors, strict=True))
-
-
 def clone():
     """What the record has of the clone."""
     case = Case(Recorder)
@@ -167,7 +163,7 @@ def clone():
         "entropy": first["entropy"],
         "log_mu": first["log_mu"],
         "loss": first["loss"],
-        "gradient": layers(nets.behavior, case.opt.behavior.gradients),
+        "gradient": layers(nets.behavior, "wb", case.opt.behavior.gradients),
         "entropy_weight_loss": first["weight_loss"],
         "entropy_weight_gradient": case.opt.bc_weight.gradients[0],
     }
@@ -176,7 +172,7 @@ def clone():
         series.append(case.behavior_step(t))
         if t in (0, UPDATES - 1):
             weight = case.nets.log_bc_weight
-            after = {"clone": layers(case.nets.behavior), "log_entropy_weight": weight}
+            after = {"clone": layers(case.nets.behavior, "wb"), "log_entropy_weight": weight}
             found[f"after_{t + 1}"] = copied(after)
     return found | {"series": listed(series)}
 
@@ -214,11 +210,11 @@ def first_update(**settings):
             "q2": q[1].mean(),
             "penalty": series["penalty"],
             "loss": series["critic_loss"],
-            "gradient": layers(nets.offset, case.opt.offset.gradients),
+            "gradient": layers(nets.offset, "wb", case.opt.offset.gradients),
         },
         "actor": {
             "loss": series["actor_loss"],
-            "gradient": layers(nets.actor, case.opt.actor.gradients),
+            "gradient": layers(nets.actor, "wb", case.opt.actor.gradients),
         },
         "temperature": {
             "loss": series["temperature_loss"],
@@ -234,9 +230,9 @@ def updates(**settings):
     for t in range(UPDATES):
         series.append(case.step(t)[0])
         if t in (0, UPDATES - 1):
-            after = {"actor": layers(nets.actor), "critics": layers(nets.offset)}
+            after = {"actor": layers(nets.actor, "wb"), "critics": layers(nets.offset, "wb")}
             after |= {
-                "targets": layers(nets.offset_target),
+                "targets": layers(nets.offset_target, "wb"),
                 "log_temperature": nets.log_temperature,
             }
             found[f"after_{t + 1}"] = copied(after)
@@ -255,7 +251,7 @@ def clamped():
     return {
         "log_mu_data": case.log_mu(s, fisher_brc.pre_tanh(a, case.args)),
         "nll": nll,
-        "nll_gradient": layers(nets.behavior, gradient),
+        "nll_gradient": layers(nets.behavior, "wb", gradient),
         "first_update": first_update(clamped=True),
     }
 
@@ -264,20 +260,11 @@ def inputs():
     case = Case(Recorder)
     data, nets = case.data, case.nets
     names = ("obs", "action", "reward", "next_obs", "terminal")
-    found = {"clone": layers(nets.behavior), "actor": layers(nets.actor)}
-    found |= {"critics": layers(nets.offset)} | {name: getattr(data, name) for name in names}
+    found = {"clone": layers(nets.behavior, "wb"), "actor": layers(nets.actor, "wb")}
+    found |= {"critics": layers(nets.offset, "wb")} | {name: getattr(data, name) for name in names}
     at_bound = (data.action.abs() == 1).view(UPDATES, -1).sum(1)
     counts = {"terminals": data.terminal.view(UPDATES, -1).sum(1), "at_bound": at_bound}
     return found | case.noise | {"counts": counts}
-
-
-def compare(label, ours, recorded):
-    """(label, ours, recorded) of every entry of `ours`, a nested dictionary."""
-    if not isinstance(ours, dict):
-        yield label, ours, recorded
-        return
-    for key, value in ours.items():
-        yield from compare(f"{label}, {key}", value, recorded[key])
 
 
 def values(record):

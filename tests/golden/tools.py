@@ -37,6 +37,23 @@ def load_network(net, drawn):
             w.copy_(torch.tensor(drawn[i][0])), b.copy_(torch.tensor(drawn[i][1]))
 
 
+def layers(net, letters, tensors=None) -> dict:
+    """Parameters of an MLP (or other tensors in their order) by their names in a record: w0, b0, w1
+    and so on, with these two letters."""
+    names = [name.split(".") for name in net.state_dict()]
+    names = [letters[kind == "biases"] + number for kind, number in names]
+    return dict(zip(names, net.parameters() if tensors is None else tensors, strict=True))
+
+
+def compare(label, ours, recorded):
+    """(label, ours, recorded) of every entry of `ours`, a nested dictionary."""
+    if not isinstance(ours, dict):
+        yield label, ours, recorded
+        return
+    for key, value in ours.items():
+        yield from compare(f"{label}, {key}", value, recorded[key])
+
+
 @contextlib.contextmanager
 def in_float64():
     """Networks and optimizers made inside are float64."""
