@@ -534,7 +534,10 @@ def _minari_root() -> Path:
 
 def _local_minari() -> list[str]:
     root = _minari_root()
-    found = [p for depth in range(1, 5) for p in root.glob("*/" * depth + "data/metadata.json")]
+    try:
+        found = [p for depth in range(1, 5) for p in root.glob("*/" * depth + "data/metadata.json")]
+    except OSError:  # another user's
+        found = []
     return sorted(p.parents[1].relative_to(root).as_posix() for p in found)
 
 
