@@ -18,9 +18,10 @@ as the level asks:
 reaches a third of the way between D4RL's reference scores, or --medium-return; or the policy of
 --medium-step. "Expert" is the agent after --train-steps, or the policy of --expert-step.
 
-The controller walks towards the goal on the shortest path of cells and overshoots a little, with
-noise. In half of the episodes it stops at a random place on its way and stays there until the
-recording is cut, so that many good paths must be put together from pieces.
+The controller wanders in the medium maze. Every episode starts in another cell, and the controller
+walks to a cell at most five cells away, with noise; in half of the episodes it stops midway. The
+task of the dataset is to get from one corner of the maze to the opposite one, which no episode
+shows: good paths must be stitched together from pieces.
 
 Ctrl-C saves the agent; the same command continues. With --agent FILE the agent is kept, and other
 levels can be cut from it without training again.
@@ -188,8 +189,8 @@ class Collector:
         self.device = prepare_device(args.device)
         set_precision(args.precision, self.device)
         seed_everything(args.seed)
-        self.kwargs = {"continuing_task": False} if args.level == "controller" else {}
-        self.env = make_env(args.env, **self.kwargs)
+        self.kwargs = {}  # of the task, for gymnasium.make
+        self.env = make_env(args.env)
         space, act_space = self.env.observation_space, self.env.action_space
         self.low, self.high = torch.tensor(act_space.low), torch.tensor(act_space.high)
         self.dims = space.shape[0], act_space.shape[0]
@@ -343,23 +344,30 @@ def squashed(actor, s):
 # ---- the maze's controller -------------------------------------------------------------------
 
 
-def shortest_path(maze, start, goal):
-    """Centers (K, 2) of the cells from `start` to `goal`, both (row, column), the start left out;
-    `maze` is rows of 0 (free) and 1 (wall)."""
-    before, queue = {start: None}, deque([start])
+MAZE_START, MAZE_GOAL = (1, 1), (6, 6)  # of the task: opposite corners of the medium maze
+
+
+def maze_with(maze, start_cells, goal_cell):
+    """A copy of the map in which episodes begin at `start_cells` and the goal is `goal_cell`."""
+    marked = [[1 if cell == 1 else 0 for cell in row] for row in maze]
+    for row, column in start_cells:
+        marked[row][column] = "r"
+    marked[goal_cell[0]][goal_cell[1]] = "g"
+    return marked
+
+
+def paths_from(maze, start):
+    """{cell: its shortest path from `start`, without `start`} of all free cells; `maze` is rows of
+    1 (wall) and anything else (free)."""
+    paths, queue = {start: []}, deque([start])
     while queue:
         cell = queue.popleft()
-        if cell == goal:
-            break
         for row, column in ((0, 1), (1, 0), (0, -1), (-1, 0)):
             neighbor = cell[0] + row, cell[1] + column
-            if neighbor not in before and maze[neighbor[0]][neighbor[1]] != 1:
-                before[neighbor] = cell
+            if neighbor not in paths and maze[neighbor[0]][neighbor[1]] != 1:
+                paths[neighbor] = [*paths[cell], neighbor]
                 queue.append(neighbor)
-    path = [goal]
-    while before[path[-1]] is not None:
-        path.append(before[path[-1]])
-    return path[-2::-1]
+    return paths
 
 
 def drive_maze(env, steps: int, seed: int) -> Recorder:
@@ -371,24 +379,25 @@ def drive_maze(env, steps: int, seed: int) -> Recorder:
     bar = tqdm(total=steps, disable=None, unit="step")
     while recorder.size < steps:
         obs = env.reset(seed=seed if not recorder.size else None)[0]
-        cells = [tuple(point.maze.cell_xy_to_rowcol(x)) for x in (maze_position(point), point.goal)]
-        path = shortest_path(point.maze.maze_map, *cells)
-        stop = rng.integers(len(path) + 1) if rng.random() < 0.5 else None
-        targets = [point.maze.cell_rowcol_to_xy(np.array(cell)) for cell in path]
-        targets = (targets[:stop] if stop is not None else [*targets, point.goal]) or [
-            maze_position(point)
+        start = tuple(point.maze.cell_xy_to_rowcol(maze_position(point)))
+        paths = paths_from(point.maze.maze_map, start)
+        near_cells = [cell for cell in paths if 2 <= len(paths[cell]) <= 5]
+        path = paths[near_cells[rng.integers(len(near_cells))]]
+        if rng.random() < 0.5:  # stops midway
+            path = path[: 1 + rng.integers(len(path))]
+        targets = [
+            point.maze.cell_rowcol_to_xy(np.array(cell)) + rng.uniform(-0.25, 0.25, 2)
+            for cell in path
         ]
-        reached, rest = 0, rng.integers(20, 60)  # steps spent at the place where it stops
+        reached, rest = 0, rng.integers(5, 20)  # steps that it spends where it stops
         while recorder.size < steps:
-            position, velocity = point.point_env.data.qpos[:2], point.point_env.data.qvel[:2]
-            error = targets[reached] - position
-            if np.linalg.norm(error) < 0.4 and reached + 1 < len(targets):
-                reached += 1
-            wanted = 2.5 * error - 0.6 * velocity + rng.normal(0, 0.5, 2)
+            error = targets[reached] - maze_position(point)
+            if np.linalg.norm(error) < 0.4:
+                rest -= reached + 1 == len(targets)
+                reached = min(reached + 1, len(targets) - 1)
+            wanted = 6.0 * error - 0.5 * point.point_env.data.qvel[:2] + rng.normal(0, 0.5, 2)
             action = torch.tensor(0.98 * np.tanh(wanted), dtype=torch.float32)
             next_obs, reward, terminal, timeout, _ = env.step(action.numpy())
-            arrived = stop is not None and reached + 1 == len(targets)
-            rest -= arrived and np.linalg.norm(error) < 0.4
             cut = bool(timeout or (rest <= 0 and not terminal))
             recorder.add(obs, action, reward, next_obs, terminal, cut)
             bar.update()
@@ -527,12 +536,25 @@ def step_of_medium(job, args, goal):
     return step
 
 
+def record_maze(job, args):
+    """The controller's transitions: it starts in every cell, the task only in one corner."""
+    maze = job.env.unwrapped.maze.maze_map
+    if len(maze) <= MAZE_GOAL[0] or maze[MAZE_GOAL[0]][MAZE_GOAL[1]] == 1:
+        raise InputError(f"--level controller drives PointMaze_Medium-v3, not {args.env}")
+    free = [cell for cell in paths_from(maze, MAZE_START) if cell != MAZE_GOAL]
+    anywhere = maze_with(maze, free, MAZE_GOAL)
+    env = make_env(args.env, maze_map=anywhere, continuing_task=False)
+    one_start = maze_with(maze, [MAZE_START], MAZE_GOAL)
+    job.kwargs = {"maze_map": one_start, "continuing_task": False}
+    return drive_maze(env, args.steps, args.seed)
+
+
 def record(job, args, goal):
     """The transitions that the level asks for."""
     if args.level == "controller":
         if not args.env.startswith("PointMaze"):
             raise InputError(f"--level controller drives PointMaze tasks, not {args.env}")
-        return drive_maze(job.env, args.steps, args.seed)
+        return record_maze(job, args)
     if args.level == "random":
         return job.roll_out(None, args.steps)
     if args.level in ("medium-replay", "full-replay"):
