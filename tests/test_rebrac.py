@@ -1,0 +1,526 @@
+"""rebrac.py: rows with next actions, target, losses, networks, whole steps, the limit of TD3+BC."""
+
+import copy
+import math
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import td3_bc
+import torch
+from golden.tools import Inject
+from oracles import SGD, in_double, rows
+from rebrac import (
+    PRESETS,
+    Args,
+    Nets,
+    actor_loss,
+    critic_loss,
+    policy,
+    train,
+    update,
+    with_next_actions,
+)
+from stand_in import PlainRun
+from torch import nn
+from torch.testing import assert_close
+
+from common import Adam, Data, InputError
+
+
+@pytest.fixture
+def data(tiny_data):
+    """16 rows in float64: eight that a terminal ends, eight that nothing ends, of which the last
+    has no next action and is dropped."""
+    return with_next_actions(in_double(tiny_data(obs_dim=3, act_dim=2, n=17)))
+
+
+def make(data, optimizer=Adam, lr=2**-10, **values):
+    """Networks in float64, whose targets differ from them, with their optimizers."""
+    args = Args(batch_size=16, **values)
+    torch.manual_seed(0)
+    nets, other = Nets(data, args), Nets(data, args)
+    nets.q_target.load_state_dict(other.q.state_dict())
+    nets.actor_target.load_state_dict(other.actor.state_dict())
+    nets = nets.double()
+    with torch.no_grad():  # nothing is as small or as regular as it starts
+        for name, p in nets.named_parameters():
+            p.add_(torch.empty_like(p).uniform_(-0.1, 0.1))
+    opt = SimpleNamespace(
+        q=optimizer(nets.q.parameters(), lr),
+        actor=optimizer(nets.actor.parameters(), lr),
+    )
+    return nets, opt, args
+
+
+def noise(seed=7):
+    draw = torch.Generator().manual_seed(seed)
+    return torch.randn(16, 2, generator=draw).double()
+
+
+# ---- rows ------------------------------------------------------------------------------------
+
+
+def test_a_row_without_a_next_action_is_dropped_unless_it_is_terminal(tiny_data, capsys):
+    data = tiny_data(n=12)  # two episodes of six rows; the first ends at a terminal
+    found = with_next_actions(data)
+    assert "follows 1 of 12 rows" in capsys.readouterr().out
+    for name in ("obs", "action", "reward", "next_obs", "terminal", "episode"):
+        assert torch.equal(getattr(found, name), getattr(data, name)[:11])
+    for row in range(11):
+        expected = data.action[row + 1] if row != 5 else torch.zeros(2)
+        assert torch.equal(found.next_action[row], expected)
+    assert torch.equal(found.episode_return, data.episode_return) and found.name == data.name
+
+
+def test_nothing_is_said_where_every_row_stays(tiny_data, capsys):
+    data = tiny_data(n=12)
+    data.terminal[-1] = 1
+    assert len(with_next_actions(data).obs) == 12 and not capsys.readouterr().out
+
+
+def test_data_without_a_next_action_is_refused(tiny_data):
+    data = tiny_data(n=4)
+    data.episode, data.terminal = torch.arange(4), torch.zeros(4)
+    with pytest.raises(InputError, match="no row has a next action"):
+        with_next_actions(data)
+
+
+def flagged_file(path, **more):
+    """Three episodes of five rows: one that a terminal ends, two that a time limit cuts."""
+    n = 15
+    obs, action = np.arange(2.0 * n).reshape(n, 2), np.linspace(-0.7, 0.7, n)[:, None]
+    terminal, timeout = np.zeros(n, bool), np.zeros(n, bool)
+    terminal[4], timeout[[9, 14]] = True, True
+    columns = dict(observations=obs, actions=action, rewards=np.arange(1.0 * n))
+    np.savez(path, **columns, terminals=terminal, timeouts=timeout, **more)
+    return action[:, 0], terminal, timeout
+
+
+@pytest.mark.parametrize("last_known", [True, False])
+def test_the_rows_of_a_file_are_the_authors(tmp_path, last_known):
+    """They drop rows that a time limit cut and pair each other one with the action after it. Where
+    a file lacks the observation after the time limit, our loader drops that row, its action is
+    unknown, and the row before it is dropped here."""
+    from harness import load_dataset
+
+    file = tmp_path / "log.npz"
+    more = {"final_observations": np.zeros((3, 2))} if last_known else {}
+    action, terminal, timeout = flagged_file(file, **more)
+    authors = [i for i in range(14) if not timeout[i]]
+    found = with_next_actions(load_dataset(str(file))[0])
+    kept = found.reward.long().tolist()
+    assert kept == (authors if last_known else [i for i in authors if i not in (8, 13)])
+    for i, a, next_a in zip(kept, found.action, found.next_action):
+        assert a == np.float32(action[i])
+        assert next_a == (0 if terminal[i] else np.float32(action[i + 1]))
+
+
+# ---- critics ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("terminal", "y"), [(0.0, 10.87525), (1.0, 1.0)])
+def test_target_by_hand(terminal, y):
+    """r = 1, min Q' = 10, a' - a'_data = (0.4, -0.3), critic_bc = 0.1: y = 1 + 0.99 (10 - 0.025).
+    The loss is summed over the critics, Q = 3 and Q = 5."""
+    a2 = torch.tensor([[0.1, 0.2]])
+    nets = SimpleNamespace(
+        actor_target=lambda s2: a2.atanh(),
+        q_target=lambda s2, a2: torch.tensor([[10.0], [12.0]]),
+        q=lambda s, a: torch.tensor([[3.0], [5.0]]),
+    )
+    r, s, next_a = torch.ones(1), torch.zeros(1, 2), a2 - torch.tensor([[0.4, -0.3]])
+    batch = s, s, r, s, torch.tensor([terminal]), next_a
+    loss, q_mean = critic_loss(nets, *batch, Args(critic_bc=0.1, policy_noise=0.0))
+    assert_close(loss, torch.tensor((3 - y) ** 2 + (5 - y) ** 2))
+    assert_close(q_mean, torch.tensor(4.0))
+
+
+def test_a_terminal_row_is_its_reward_whatever_the_next_action(data):
+    nets, _, args = make(data, critic_bc=0.5)
+    s, a, r, s2, _ = rows(data)
+    losses = []
+    for next_a in (data.next_action, data.next_action + 1e6):
+        with Inject(randn_like=[noise()]):
+            losses.append(critic_loss(nets, s, a, r, s2, torch.ones_like(r), next_a, args)[0])
+    assert torch.equal(*losses)
+    assert_close(losses[0], (nets.q(s, a) - r).square().mean(1).sum())
+
+
+def test_value_of_one_state_with_a_constant_penalty():
+    """r = 1, gamma = 0.9, critic_bc = 0.5, distance 0.2: Q = (1 - 0.9 * 0.1) / (1 - 0.9) = 9.1 is
+    its own target."""
+    nets = SimpleNamespace(
+        actor_target=lambda s2: torch.zeros(1, 1).double(),
+        q_target=lambda s2, a2: torch.full((2, 1), 9.1).double(),
+        q=lambda s, a: torch.full((2, 1), 9.1).double(),
+    )
+    one, next_a = torch.ones(1).double(), torch.full((1, 1), math.sqrt(0.2)).double()
+    args = Args(gamma=0.9, critic_bc=0.5, policy_noise=0.0)
+    loss, _ = critic_loss(nets, next_a, next_a, one, next_a, 0 * one, next_a, args)
+    assert loss < 1e-12
+
+
+def test_the_penalty_includes_the_noise_of_the_target_action():
+    """E clip(0.2 z, +-0.5)^2 = 0.0391 for each of three dimensions, even for a perfect clone: with
+    Q = Q' = r = 0, y = -0.5 * 2 * 3 * 0.0391 on average, and a critic's loss has the slope -2 y."""
+    n = 200_000
+    q = torch.zeros(2, n, requires_grad=True)
+    nets = SimpleNamespace(
+        actor_target=lambda s2: torch.zeros(n, 3),
+        q_target=lambda s2, a2: torch.zeros(2, n),
+        q=lambda s, a: q,
+    )
+    zeros, r = torch.zeros(n, 3), torch.zeros(n)
+    torch.manual_seed(0)
+    loss, _ = critic_loss(nets, zeros, zeros, r, zeros, r, zeros, Args(gamma=0.5, critic_bc=2.0))
+    (slope,) = torch.autograd.grad(loss, q)
+    assert abs(slope[0].sum() / 2 - 0.5 * 2 * 3 * 0.0391024) < 1e-3
+
+
+# ---- actor -----------------------------------------------------------------------------------
+
+
+def test_actor_loss_by_hand():
+    """min Q = (-2, 4), squared distances (0.25, 0.05), actor_bc = 0.1: weight 1/3, loss
+    0.1 * 0.15 - 1/3."""
+    q = torch.tensor([[-2.0, 6.0], [1.0, 4.0]], requires_grad=True)
+    pi = torch.tensor([[0.5, 0.0], [0.1, -0.2]]).requires_grad_()
+    nets = SimpleNamespace(actor=lambda s: pi.atanh(), q=lambda s, a: q)
+    loss, bc_loss, weight, _ = actor_loss(nets, None, torch.zeros(2, 2), Args(actor_bc=0.1))
+    assert_close(loss.item(), 0.1 * 0.15 - 1 / 3)
+    assert_close((bc_loss.item(), weight.item()), (0.15, 1 / 3))
+    q_grad, pi_grad = torch.autograd.grad(loss, [q, pi])
+    assert_close(q_grad, torch.tensor([[-1 / 6, 0.0], [0.0, -1 / 6]]))  # the lower one of each row
+    assert_close(pi_grad, 0.1 * pi.detach())  # 2 (p - a) / B
+
+
+def test_a_linear_q_has_a_known_optimum():
+    """Q = c + g a with c >> g: p = a + weight g / (2 actor_bc), with weight near 1 / c."""
+    x = torch.full((1, 1), 0.3).double().atanh().requires_grad_()
+    nets = SimpleNamespace(
+        actor=lambda s: x.expand(4, 1), q=lambda s, a: (100 + 4 * a[:, 0]).expand(2, -1)
+    )
+    a, adam = torch.full((4, 1), 0.1).double(), torch.optim.Adam([x], lr=0.01)
+    for _ in range(500):
+        loss, _, weight, _ = actor_loss(nets, None, a, Args(actor_bc=0.1))
+        (x.grad,) = torch.autograd.grad(loss, [x])
+        adam.step()
+    assert abs(x.tanh().item() - (0.1 + 4 * weight.item() / 0.2)) < 1e-4
+
+
+# ---- networks --------------------------------------------------------------------------------
+
+
+def stack(net, member=None):
+    """The same network as nn.Linear, ReLU and nn.LayerNorm, weights copied."""
+
+    def vector(p):
+        return p.detach().clone() if member is None else p[member, 0].detach().clone()
+
+    layers = []
+    for i, (w, b) in enumerate(zip(net.weights, net.biases)):
+        w = w if member is None else w[member]
+        linear = nn.Linear(*w.shape, dtype=w.dtype)
+        linear.weight.data, linear.bias.data = w.detach().T.clone(), vector(b)
+        layers += [linear, nn.ReLU()]
+        if i < len(net.gains):
+            norm = nn.LayerNorm(w.shape[1], eps=1e-6, dtype=w.dtype)
+            norm.weight.data, norm.bias.data = vector(net.gains[i]), vector(net.shifts[i])
+            layers.append(norm)
+    return nn.Sequential(*layers[:-1])  # no ReLU at the end
+
+
+def assert_same(net, *stacks):
+    """Every weight, bias, gain and shift of `net` is that of the stacks, one for each member."""
+    for e, oracle in enumerate(stacks):
+        mine = stack(net, e if net.weights[0].ndim == 3 else None)
+        for ours, theirs in zip(mine.parameters(), oracle.parameters(), strict=True):
+            assert_close(ours, theirs, atol=1e-8, rtol=1e-6)
+
+
+@pytest.mark.parametrize("layers", [2, 3])
+@pytest.mark.parametrize("critic_ln", [True, False])
+def test_critics_are_torchs_own_layers(data, critic_ln, layers):
+    """Values and gradients with respect to the action. A first layer as small as this one shows
+    the normalization's epsilon of 1e-6."""
+    nets, _, _ = make(data, critic_ln=critic_ln, critic_layers=layers)
+    with torch.no_grad():
+        nets.q.weights[0].mul_(1e-3)
+        nets.q.biases[0].mul_(1e-3)
+    a = data.action.clone().requires_grad_()
+    found = nets.q(data.obs, a)
+    for e in range(2):
+        oracle = stack(nets.q, e)
+        kinds = [type(x).__name__ for x in oracle]
+        assert kinds == [*["Linear", "ReLU", *["LayerNorm"] * critic_ln] * layers, "Linear"]
+        expected = oracle(torch.cat([data.obs, a], -1))[:, 0]
+        assert_close(found[e], expected)
+        both = [torch.autograd.grad(x.sum(), a, retain_graph=True)[0] for x in (found[e], expected)]
+        assert_close(*both)
+    assert_close(nets.actor(data.obs), stack(nets.actor)(data.obs))
+
+
+def test_initial_values_and_sizes():
+    """Those of HalfCheetah: 17 observation and 6 action numbers."""
+    zeros = torch.zeros(2, 17)
+    data = Data(zeros, torch.zeros(2, 6), torch.zeros(2), zeros, torch.zeros(2))
+    torch.manual_seed(0)
+    nets = Nets(data, Args())
+    assert sum(p.numel() for p in nets.actor.parameters()) == 137_734
+    assert sum(p.numel() for p in nets.q.parameters()) == 2 * 139_521
+    for net, last in ((nets.actor, 1e-3), (nets.q, 3e-3)):
+        *hidden, end = net.weights
+        for w, b in zip(hidden, net.biases):
+            assert 0.95 < w.abs().max() * math.sqrt(w.shape[-2]) <= 1 and (b == 0.1).all()
+        assert 0.95 * last < end.abs().max() <= last
+        assert net.biases[-1].abs().max() <= last and net.biases[-1].all()
+    assert all((x == 1).all() for x in nets.q.gains) and not any(x.any() for x in nets.q.shifts)
+    assert not len(nets.actor.gains)
+    for name in ("actor", "q"):
+        pairs = zip(getattr(nets, name).parameters(), getattr(nets, name + "_target").parameters())
+        for p, t in pairs:
+            assert torch.equal(p, t) and p is not t and not t.requires_grad
+
+
+def test_depth_is_a_flag_of_each_network(data):
+    nets, _, _ = make(data, actor_layers=2, critic_layers=4)
+    assert len(nets.actor.weights) == 3
+    assert len(nets.q.weights) == 5 and len(nets.q.gains) == 4
+
+
+# ---- update ----------------------------------------------------------------------------------
+
+
+def test_which_parameters_each_loss_reaches(data):
+    nets, _, args = make(data)
+    critic, q_mean = critic_loss(nets, *rows(data), data.next_action, args)
+    actor, *metrics = actor_loss(nets, data.obs, data.action, args)
+    assert not any(x.requires_grad for x in (q_mean, *metrics))
+    online = [(k, p) for k, p in nets.named_parameters() if p.requires_grad]
+    assert {k.split(".")[0] for k, _ in online} == {"actor", "q"}
+    for loss, reached in ((critic, {"q"}), (actor, {"actor", "q"})):
+        grads = torch.autograd.grad(loss, [p for _, p in online], allow_unused=True)
+        assert {k.split(".")[0] for (k, _), g in zip(online, grads) if g is not None} == reached
+    critic_grads = torch.autograd.grad(
+        critic_loss(nets, *rows(data), data.next_action, args)[0], list(nets.q.parameters())
+    )
+    assert all(g.any() for g in critic_grads), "gains and shifts learn, too"
+
+
+def test_the_target_actor_follows_the_actor_of_before_its_step(data):
+    """After a step from equal copies it is where it was; the target critics are not."""
+    nets, opt, args = make(data)
+    nets.actor_target.load_state_dict(nets.actor.state_dict())
+    nets.q_target.load_state_dict(nets.q.state_dict())
+    before = copy.deepcopy(nets)
+    update(nets, opt, data, args, True)
+    for now, old in zip(nets.actor_target.parameters(), before.actor.parameters()):
+        assert_close(now, old)
+    for now, old in zip(nets.actor.parameters(), before.actor.parameters()):
+        assert not torch.isclose(now, old).all()
+    pairs = zip(nets.q_target.parameters(), nets.q.parameters(), before.q.parameters())
+    for target, now, old in pairs:
+        assert_close(target, 0.005 * now + 0.995 * old)
+        assert not torch.equal(target, old)
+
+
+def test_only_critics_move_between_policy_steps(data):
+    nets, opt, args = make(data)
+    before = copy.deepcopy(nets)
+    assert set(update(nets, opt, data, args, False)) == {"q_loss", "q_mean"}
+    for (name, now), old in zip(nets.named_parameters(), before.parameters()):
+        assert torch.equal(now, old) == (not name.startswith("q."))
+
+
+@pytest.mark.parametrize(
+    ("policy_freq", "full"), [(1, [1, 2, 3, 4, 5]), (2, [1, 3, 5]), (3, [1, 4])]
+)
+def test_the_first_step_is_a_full_one(tiny_data, policy_freq, full):
+    run = PlainRun()
+    train(run, tiny_data(), Args(steps=5, batch_size=16, policy_freq=policy_freq))
+    assert [t for t, row in enumerate(run.phases["train"], 1) if "pi_loss" in row] == full
+
+
+class ByHand:
+    """ReBRAC on torch's own layers."""
+
+    def __init__(self, nets, optimizer, lr, args):
+        self.args = args
+        self.actor, self.actor_target = stack(nets.actor), stack(nets.actor_target)
+        self.q = nn.ModuleList(stack(nets.q, e) for e in range(2))
+        self.q_target = nn.ModuleList(stack(nets.q_target, e) for e in range(2))
+        optimizer = {SGD: torch.optim.SGD, Adam: torch.optim.Adam}[optimizer]
+        self.q_opt = optimizer(self.q.parameters(), lr=lr)
+        self.actor_opt = optimizer(self.actor.parameters(), lr=lr)
+
+    def lower(self, critics, s, a):
+        return torch.minimum(*[q(torch.cat([s, a], -1)).squeeze(-1) for q in critics])
+
+    def critic_step(self, s, a, r, s2, terminal, next_a, z):
+        with torch.no_grad():
+            a2 = self.actor_target(s2).tanh() + (0.2 * z).clip(-0.5, 0.5)
+            a2 = a2.clip(-1, 1)
+            penalty = torch.linalg.norm(a2 - next_a, dim=-1) ** 2
+            v2 = self.lower(self.q_target, s2, a2) - self.args.critic_bc * penalty
+            y = r + 0.99 * v2 * (1 - terminal)
+        values = [q(torch.cat([s, a], -1)).squeeze(-1) for q in self.q]
+        loss = sum(nn.functional.mse_loss(value, y) for value in values)
+        self.descend(self.q_opt, loss)
+        return {"q_loss": loss, "q_mean": torch.stack(values).mean()}
+
+    def actor_step(self, s, a):
+        pi = self.actor(s).tanh()
+        q = self.lower(self.q, s, pi)
+        weight = 1 / q.abs().mean().item()
+        bc_loss = (torch.linalg.norm(pi - a, dim=-1) ** 2).mean()
+        loss = self.args.actor_bc * bc_loss - weight * q.mean()
+        self.descend(self.actor_opt, loss)
+        saturated = (pi.abs() > 0.99).double().mean()
+        metrics = {"pi_loss": loss, "bc_loss": bc_loss, "weight": torch.tensor(weight).double()}
+        return metrics | {"saturated_actions": saturated}
+
+    def target_step(self, target, online):
+        for t, o in zip(target.parameters(), online.parameters()):
+            t.data = 0.995 * t.data + 0.005 * o.data
+
+    def descend(self, optimizer, loss):
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+
+    def step(self, s, a, r, s2, terminal, next_a, z, policy_step):
+        metrics = self.critic_step(s, a, r, s2, terminal, next_a, z)
+        if policy_step:
+            old_actor = copy.deepcopy(self.actor)
+            metrics |= self.actor_step(s, a)
+            self.target_step(self.actor_target, old_actor)
+            self.target_step(self.q_target, self.q)
+        return metrics
+
+
+@pytest.mark.parametrize("critic_ln", [True, False])
+@pytest.mark.parametrize(("optimizer", "lr"), [(SGD, 0.01), (Adam, 2**-10)])
+def test_steps_by_hand(data, optimizer, lr, critic_ln):
+    """Networks and metrics of four updates. Adam's rate is one that a float32 holds exactly."""
+    nets, opt, args = make(data, optimizer, lr, critic_ln=critic_ln, actor_bc=0.3, critic_bc=0.7)
+    oracle, draw = ByHand(nets, optimizer, lr, args), torch.Generator().manual_seed(5)
+    for t in range(4):
+        i, z = torch.randint(16, (16,), generator=draw), noise(t)
+        with Inject(randint=[i], randn_like=[z]):
+            metrics = update(nets, opt, data, args, t % 2 == 0)
+        batch = [x[i] for x in (*rows(data), data.next_action)]
+        expected = oracle.step(*batch, z, t % 2 == 0)
+        assert_same(nets.q, *oracle.q)
+        assert_same(nets.q_target, *oracle.q_target)
+        assert_same(nets.actor, oracle.actor)
+        assert_same(nets.actor_target, oracle.actor_target)
+        assert metrics.keys() == expected.keys()
+        for name, number in metrics.items():
+            assert not number.requires_grad and number.ndim == 0
+            assert_close(number.double(), expected[name].detach(), msg=name)
+
+
+@pytest.mark.parametrize("alpha", [2.5, 0.4])
+def test_the_limit_of_td3_bc(data, alpha):
+    """Two hidden layers, no normalization, no penalty in the target, a second critic that is never
+    the lower one, and actor_bc = 1 / (alpha A): TD3+BC's losses and gradients, the actor's up to
+    the factor alpha. With the penalty or the normalization the losses are others."""
+    limit = dict(actor_layers=2, critic_layers=2, critic_ln=False, critic_bc=0.0)
+    nets, _, args = make(data, actor_bc=1 / (alpha * 2), **limit)
+    with torch.no_grad():
+        for q in (nets.q, nets.q_target):
+            q.biases[-1][1] += 100
+    other, other_args = td3_bc.Nets(data, td3_bc.Args()), td3_bc.Args(alpha=alpha)
+    other = other.double()
+    other.load_state_dict(nets.state_dict())
+
+    def losses(args):
+        with Inject(randn_like=[noise()]):
+            q_loss, _ = critic_loss(nets, *rows(data), data.next_action, args)
+        pi_loss, *_ = actor_loss(nets, data.obs, data.action, args)
+        return q_loss, pi_loss
+
+    with Inject(randn_like=[noise()]):
+        q_loss, _ = td3_bc.critic_loss(other, *rows(data), other_args)
+    pi_loss, *_ = td3_bc.actor_loss(other, data.obs, data.action, other_args)
+    found = losses(args)
+    assert_close(found[0], q_loss)
+    assert_close(alpha * found[1], pi_loss)
+    for ours, theirs, name, factor in zip(found, (q_loss, pi_loss), ("q", "actor"), (1, alpha)):
+        grads = torch.autograd.grad(ours, list(getattr(nets, name).parameters()))
+        expected = torch.autograd.grad(theirs, list(getattr(other, name).parameters()))
+        for g, e in zip(grads, expected, strict=True):
+            assert_close(factor * g, e)
+    args.critic_bc = 0.1
+    assert abs(losses(args)[0] - q_loss) > 0.01
+
+
+# ---- train -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("normalize", [True, False])
+def test_training_sees_scaled_rewards_and_observations_of_the_kept_rows(tiny_data, normalize):
+    data, run = tiny_data(n=12), PlainRun(limit=1)
+    raw, reward = data.obs.clone()[:11], data.reward.clone()
+    args = Args(batch_size=8, normalize_obs=normalize, reward_scale=100.0, critic_bc=0.5)
+    train(run, data, args)
+    mean, std = raw.mean(0), raw.std(0, correction=0) + 1e-3
+    assert_close(run.nets.scaling.obs(raw), (raw - mean) / std if normalize else raw)
+    assert torch.equal(data.reward, reward), "the data that was handed in stays as it is"
+    largest = (100 * reward[:11].abs().max() + 0.5 * 4 * 2) / 0.01
+    assert_close(run.largest["q_mean"], largest.item())
+
+
+def test_rates_are_those_of_the_flags(tiny_data):
+    run = PlainRun(limit=1)
+    train(run, tiny_data(), Args(actor_lr=0.25, critic_lr=0.5))
+    assert (run.opt.actor.lr, run.opt.q.lr) == (0.25, 0.5)
+
+
+@pytest.mark.parametrize(
+    ("env", "expected"),
+    [
+        ("hopper-medium-v2", (0.01, 0.01, 1024, 1e-3, 1e-3, 0.99, 1.0)),
+        ("hopper-medium-expert-v2", (0.1, 0.01, 1024, 1e-3, 1e-3, 0.99, 1.0)),
+        ("walker2d-random-v2", (0.01, 0.0, 1024, 1e-3, 1e-3, 0.99, 1.0)),
+        ("mujoco/halfcheetah/expert-v0", (0.01, 0.01, 1024, 1e-3, 1e-3, 0.99, 1.0)),
+        ("antmaze-umaze-diverse-v2", (0.003, 0.001, 256, 3e-4, 5e-5, 0.999, 100.0)),
+        ("D4RL/antmaze/medium-play-v1", (0.001, 0.0005, 256, 3e-4, 5e-5, 0.999, 100.0)),
+        ("pen-human-v1", (0.1, 0.5, 256, 3e-4, 3e-4, 0.99, 1.0)),
+        ("D4RL/relocate/expert-v2", (0.05, 0.01, 256, 3e-4, 3e-4, 0.99, 1.0)),
+        ("maze2d-large-v1", (0.003, 0.001, 256, 3e-4, 3e-4, 0.99, 1.0)),
+        ("ant-medium-v2", (0.01, 0.01, 1024, 1e-3, 1e-3, 0.99, 1.0)),
+    ],
+)
+def test_presets_are_the_published_ones(env, expected):
+    from harness.run import preset_of
+
+    args = Args(**preset_of(PRESETS, env))
+    found = args.actor_bc, args.critic_bc, args.batch_size, args.actor_lr, args.critic_lr
+    assert (*found, args.gamma, args.reward_scale) == expected
+
+
+@pytest.mark.parametrize(("actor_bc", "best"), [(0.0, 0.5), (100.0, 0.0)])
+def test_bandit(tiny_data, actor_bc, best):
+    """One state, r = 1 - (a - 0.5)^2: Q alone finds the best action, cloning the data's mean."""
+    data = tiny_data(obs_dim=1, act_dim=1, n=65)
+    data.obs[:], data.next_obs[:], data.terminal[:] = 0, 0, 1
+    data.action = torch.linspace(-1, 1, 65)[:, None]
+    data.reward, run = 1 - (data.action[:, 0] - 0.5).square(), PlainRun()
+    torch.manual_seed(0)
+    train(run, data, Args(steps=250, batch_size=64, actor_bc=actor_bc))
+    with torch.no_grad():
+        q = run.nets.q(data.obs, data.action)
+        assert (q - data.reward).abs().mean() < 0.1
+        assert abs(run.act(data.obs[:1]).item() - best) < 0.15
+
+
+def test_policy_stands_between_raw_observations_and_the_bounds(tiny_data):
+    data, args = tiny_data(obs_dim=2, act_dim=1), Args()
+    data.obs_mean, data.obs_std = torch.tensor([1.0, 2.0]), torch.tensor([0.5, 4.0])
+    data.action_low, data.action_high = torch.tensor([-2.0]), torch.tensor([6.0])
+    nets, raw = Nets(data, args), torch.randn(5, 2)
+    a = nets.actor((raw - data.obs_mean) / data.obs_std).tanh()
+    assert_close(policy(nets, raw, args), 2 + 4 * a)
+    assert torch.equal(policy(nets, raw, args), policy(nets, raw, args))
