@@ -1,7 +1,13 @@
-"""fisher_brc.py: the clone's density, the critic in offset form, one whole step, a bandit."""
+"""fisher_brc.py: the clone's density, the critic in offset form, one whole step, a bandit, and the
+file on its own."""
 
 import copy
 import math
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import fisher_brc
@@ -10,13 +16,28 @@ import scipy.integrate
 import scipy.stats
 import torch
 import torch.distributions as D
-from fisher_brc import Args, Nets, gradient_penalty, log_mu, pre_tanh, sample_mu, target_value
-from oracles import SGD, assert_same, in_double, stack
+from fisher_brc import (
+    Args,
+    Nets,
+    gradient_penalty,
+    largest_x,
+    log_mu,
+    pre_tanh,
+    sample_mu,
+    target_value,
+    train,
+)
+from golden.fisher_brc import KerasAdam
+from golden.tools import Inject
+from oracles import SGD, assert_same, in_double, rows, stack
+from stand_in import PlainRun
 from torch import nn
 from torch.testing import assert_close
 
-from common import Adam, ScalarMLP, orthogonal_, parse
+from common import Adam, Data, ScalarMLP, orthogonal_
+from harness import parse
 
+ROOT = Path(__file__).resolve().parents[1]
 EPS = 1e-6  # actions are clipped to +-(1 - EPS) where the density is evaluated
 
 
@@ -103,16 +124,31 @@ def test_entropy_of_a_squashed_standard_normal():
 
 
 def test_density_is_finite_and_flat_at_the_bounds():
+    """Where the data's action is a bound, and where the policy's x is beyond 1 - EPS."""
     mixture = mixture_of(5, 4, 1)
     for bound in (-1.0, 1.0):
-        a = torch.full((4, 1), bound).double().requires_grad_()
-        value = log_mu(mixture, pre_tanh(a, Args()))
-        assert value.isfinite().all()
-        assert not torch.autograd.grad(value.sum(), a)[0].any()
-        x = torch.full((4, 1), 9.0 * bound).double().requires_grad_()  # a sample of the actor
+        inside = log_mu(mixture, (bound * (1 - EPS) * torch.ones(4, 1).double()).atanh())
+        assert inside.isfinite().all()
+        at_bound = pre_tanh(torch.full((4, 1), bound).double(), Args())
+        assert_close(log_mu(mixture, at_bound), inside)
+        x = torch.full((4, 1), 9.0 * bound).double().requires_grad_()
         beyond = log_mu(mixture, x)
-        assert_close(beyond, value)
+        assert_close(beyond, inside)
         assert not torch.autograd.grad(beyond.sum(), x)[0].any()
+
+
+@pytest.mark.parametrize(("dtype", "place"), [(torch.float32, 7.2477), (torch.float64, 7.2543)])
+def test_data_and_policy_are_clipped_at_one_point(dtype, place):
+    """It is the x of 1 - EPS as the dtype rounds it: float32 has 1 - 17 * 2^-24 there."""
+    x = torch.tensor([1 - EPS], dtype=dtype).atanh()
+    assert abs(x.item() - place) < 1e-4
+    assert_close(torch.tensor([largest_x(dtype)], dtype=dtype), x)
+    mixture = [part.to(dtype) for part in mixture_of(5, 1, 1)]
+    rounded_out = torch.nextafter(torch.ones(1, 1, dtype=dtype), 2 * torch.ones(1, 1, dtype=dtype))
+    at_bound = log_mu(mixture, pre_tanh(torch.ones(1, 1, dtype=dtype), Args()))
+    for other in (pre_tanh(rounded_out, Args()), x[None] + 1e-3, 9 * torch.ones_like(x)[None]):
+        assert torch.equal(log_mu(mixture, other), at_bound)
+    assert log_mu(mixture, x[None] - 1e-3) != at_bound
 
 
 def test_gradient_of_the_density_is_a_difference_quotient():
@@ -131,7 +167,7 @@ def test_dequantization_moves_actions_at_the_bounds_only():
     inner = torch.linspace(-0.9999, 0.9999, 4000)
     a = torch.stack([torch.ones(4000), -torch.ones(4000), inner], 1).double()
     plain, spread = pre_tanh(a, Args()).tanh(), pre_tanh(a, Args(dequantize=0.05)).tanh()
-    assert_close(plain[:, :2], a[:, :2] * (1 - EPS))
+    assert_close(plain, a)
     assert torch.equal(spread[:, 2], plain[:, 2])
     for distance in (1 - spread[:, 0], 1 + spread[:, 1]):
         assert distance.min() > 0
@@ -171,12 +207,12 @@ def test_gradient_of_a_sample_reaches_the_chosen_component_only():
 
 
 @pytest.mark.parametrize("u", [0.0, 1.0])
-def test_extreme_uniform_draws_choose_a_component(u, monkeypatch):
+def test_extreme_uniform_draws_choose_a_component(u):
     """Weights that sum to less than one by rounding still leave a last component."""
-    monkeypatch.setattr(torch, "rand_like", lambda x: torch.full_like(x, u))
-    monkeypatch.setattr(torch, "randn_like", torch.zeros_like)
     log_weight, mean, log_std = mixture_of(3, 5, 2)
-    x = sample_mu((log_weight - 1e-6, mean, log_std))
+    uniform, normal = torch.full((1, 5, 2), u).double(), torch.zeros(5, 2).double()
+    with Inject(rand_like=[uniform], randn_like=[normal]):
+        x = sample_mu((log_weight - 1e-6, mean, log_std))
     assert torch.equal(x, mean[-1 if u else 0])
 
 
@@ -321,8 +357,8 @@ def test_which_parameters_each_loss_reaches(data):
     losses = {
         "behavior": fisher_brc.behavior_loss(nets, s, a, args)[0],
         "offset": gradient_penalty(nets, s, a) + nets.offset(s, a).sum(),
-        "log_temperature": fisher_brc.entropy_weight_loss(nets.log_temperature, 0.3, 2),
-        "log_bc_weight": fisher_brc.entropy_weight_loss(nets.log_bc_weight, 0.3, 2),
+        "log_temperature": fisher_brc.temperature_loss(nets.log_temperature, 0.3, 2),
+        "log_bc_weight": fisher_brc.temperature_loss(nets.log_bc_weight, 0.3, 2),
     }
     online = [(k, p) for k, p in nets.named_parameters() if p.requires_grad]
     for reached, loss in losses.items():
@@ -337,7 +373,7 @@ def test_which_parameters_each_loss_reaches(data):
 def test_entropy_weights_rise_below_their_target(entropy, direction):
     """The target is -A = -2; the gradient is weight * (entropy + A)."""
     log_weight = nn.Parameter(torch.tensor(0.7))
-    loss = fisher_brc.entropy_weight_loss(log_weight, torch.tensor(entropy), 2)
+    loss = fisher_brc.temperature_loss(log_weight, torch.tensor(entropy), 2)
     (grad,) = torch.autograd.grad(loss, log_weight)
     assert_close(grad, math.exp(0.7) * torch.tensor(entropy + 2))
     opt = Adam([log_weight], 0.01)
@@ -348,213 +384,290 @@ def test_entropy_weights_rise_below_their_target(entropy, direction):
 # ---- whole steps, written again with torch.nn, torch.optim and torch.distributions ------------
 
 
-def test_clone_step_by_hand(data, monkeypatch):
+def same(net, other):
+    pairs = zip(net.parameters(), other.parameters(), strict=True)
+    return all(torch.equal(p.nan_to_num(7), q.nan_to_num(7)) for p, q in pairs)
+
+
+def clone_density(behavior, s):
+    """torch's own distribution of the clone, whose network is the stack `behavior`; also its
+    component means and stds."""
+    logits, mean, log_std = behavior(s).view(16, 3, 5, 2).permute(1, 2, 0, 3)
+    return density(logits, mean, log_std), mean, log_std.exp()
+
+
+def test_clone_step_by_hand(data):
+    """A uniform draw of 0 chooses the first component; its normal noise is 0.3."""
     nets, args = make(data)
     nets.log_bc_weight.data.fill_(-0.4)
     opt, before = optimizers(nets, SGD, 0.05), copy.deepcopy(nets)
-    behavior, weight = stack(nets.behavior), math.exp(-0.4)
-    monkeypatch.setattr(fisher_brc, "sample", lambda data, n, fields: (data.obs, data.action))
+    u, noise = torch.zeros(1, 16, 2).double(), torch.full((16, 2), 0.3).double()
+    with Inject(randint=[torch.arange(16)], rand_like=[u], randn_like=[noise]):
+        metrics = fisher_brc.update_behavior(nets, opt, data, args)
 
-    def second_component(mixture):
-        return mixture[1][1] + 0.3 * mixture[2][1].exp()
-
-    monkeypatch.setattr(fisher_brc, "sample_mu", second_component)
-    metrics = fisher_brc.update_behavior(nets, opt, data, args)
-
-    logits, mean, log_std = behavior(data.obs).view(16, 3, 5, 2).permute(1, 2, 0, 3)
-    mu, drawn = density(logits, mean, log_std), (mean[1] + 0.3 * log_std[1].exp()).tanh()
-    nll, entropy = (-mu.log_prob(a).sum(-1).mean() for a in (data.action, drawn))
+    behavior, weight = stack(before.behavior), math.exp(-0.4)
+    mu, mean, std = clone_density(behavior, data.obs)
+    nll = -mu.log_prob(data.action).sum(-1).mean()
+    drawn = (mean[0] + 0.3 * std[0]).tanh()
+    entropy = -mu.log_prob(drawn).sum(-1).mean()
     (nll - weight * entropy).backward()
     torch.optim.SGD(behavior.parameters(), lr=0.05).step()
     assert_same(nets.behavior, behavior)
-    expected = -0.4 - 0.05 * weight * (entropy.item() + 2)
-    assert abs(nets.log_bc_weight.item() - expected) < 1e-8
+    log_weight = -0.4 - 0.05 * weight * (entropy.item() + 2)
+    assert abs(nets.log_bc_weight.item() - log_weight) < 1e-8
     assert_close(metrics["nll"], nll.detach())
     assert_close(metrics["entropy"], entropy.detach())
     for name in ("offset", "offset_target", "actor"):
-        pairs = zip(getattr(nets, name).parameters(), getattr(before, name).parameters())
-        assert all(torch.equal(p, q) for p, q in pairs)
+        assert same(getattr(nets, name), getattr(before, name))
+
+
+class Oracle:
+    """One update of the critics, the actor and the temperature, written again with torch.nn,
+    torch.optim and torch.distributions. `form` is Args' offset."""
+
+    def __init__(self, nets, form):
+        self.offsets = [stack(nets.offset, e) for e in range(2)]
+        self.targets = [stack(nets.offset_target, e) for e in range(2)]
+        self.actor, self.behavior = stack(nets.actor), stack(nets.behavior)
+        self.log_temperature, self.form = nets.log_temperature.item(), form
+
+    def q(self, offsets, s, a):
+        """Both critics, (B,) each."""
+        log_density = clone_density(self.behavior, s)[0].log_prob(a).sum(-1) if self.form else 0
+        return [net(torch.cat([s, a], -1)).squeeze(-1) + log_density for net in offsets]
+
+    def act(self, s, noise):
+        """The actor's action and its log-density."""
+        mean, std = self.actor(s)[:, :2], self.actor(s)[:, 2:].exp()
+        pi = D.TransformedDistribution(D.Normal(mean, std), D.TanhTransform())
+        a = (mean + std * noise).tanh()
+        return a, pi.log_prob(a).sum(-1)
+
+    def step(self, data, next_noise, penalty_action, actor_noise, lam, polyak, lr):
+        """The scalars of the step, by the names of the metrics."""
+        s, a, r, s2, terminal = rows(data)
+        with torch.no_grad():
+            a2, _ = self.act(s2, next_noise)
+            y = r + 5 + 0.99 * (1 - terminal) * torch.minimum(*self.q(self.targets, s2, a2))
+        td_loss = sum((y - q).square().mean() for q in self.q(self.offsets, s, a))
+        penalty, at = 0, penalty_action.detach().clone().requires_grad_()
+        for net in self.offsets:
+            value = net(torch.cat([s, at], -1)).sum()
+            (slope,) = torch.autograd.grad(value, at, create_graph=True)
+            penalty = penalty + slope.square().sum(-1).mean()
+        (td_loss + lam * penalty).backward()
+        for net, target in zip(self.offsets, self.targets):
+            torch.optim.SGD(net.parameters(), lr=lr).step()
+            for p, t in zip(net.parameters(), target.parameters()):
+                t.data = polyak * p.data + (1 - polyak) * t.data  # after the critics' step
+
+        a_pi, log_prob = self.act(s, actor_noise)
+        q, temperature = (
+            torch.minimum(*self.q(self.offsets, s, a_pi)),
+            math.exp(self.log_temperature),
+        )
+        (temperature * log_prob - q).mean().backward()
+        torch.optim.SGD(self.actor.parameters(), lr=lr).step()
+        entropy = -log_prob.detach().mean()
+        self.log_temperature -= lr * temperature * (entropy.item() + 2)
+        found = dict(td_loss=td_loss, penalty=penalty, target=y.mean(), entropy=entropy)
+        return found | {"q_loss": td_loss + lam * penalty}
 
 
 @pytest.mark.parametrize("offset", [True, False])
 @pytest.mark.parametrize("penalty_actions", ["policy", "data"])
-def test_step_by_hand(data, monkeypatch, offset, penalty_actions):
+def test_step_by_hand(data, offset, penalty_actions):
     nets, args = make(data, offset=offset, penalty_actions=penalty_actions, lam=0.3, polyak=0.1)
     nets.log_temperature.data.fill_(0.2)
     if not offset:  # then nothing may ask the clone
         nets.behavior.weights[0].data.fill_(math.nan)
-    opt, before, draws = optimizers(nets, SGD, 0.02), copy.deepcopy(nets), []
-    o = [stack(nets.offset, e) for e in range(2)]
-    o_target, actor = [stack(nets.offset_target, e) for e in range(2)], stack(nets.actor)
-    monkeypatch.setattr(
-        fisher_brc,
-        "sample",
-        lambda data, n: (data.obs, data.action, data.reward, data.next_obs, data.terminal),
-    )
+    oracle, before = Oracle(nets, offset), copy.deepcopy(nets)
+    next_noise, penalty_noise, actor_noise = torch.randn(3, 16, 2).double()
+    normals = [next_noise, penalty_noise, actor_noise]
+    penalty_action, _ = oracle.act(data.obs, penalty_noise)
+    if penalty_actions == "data":
+        penalty_action = data.action
+        del normals[1]
+    with Inject(randint=[torch.arange(16)], randn_like=normals):
+        metrics = fisher_brc.update(nets, optimizers(nets, SGD, 0.02), data, args)
+    expected = oracle.step(data, next_noise, penalty_action, actor_noise, 0.3, 0.1, 0.02)
 
-    def drawn(mean, log_std):
-        draws.append((mean.detach().clone(), torch.randn_like(mean)))
-        x = mean + log_std.exp() * draws[-1][1]
-        policy = D.TransformedDistribution(D.Normal(mean, log_std.exp()), D.TanhTransform())
-        return x.tanh(), policy.log_prob(x.tanh()).sum(-1), x
-
-    monkeypatch.setattr(fisher_brc, "sample_tanh_normal", drawn)
-    metrics = fisher_brc.update(nets, opt, data, args)
-
-    s, a, r, s2, terminal = data.obs, data.action, data.reward, data.next_obs, data.terminal
-
-    def log_density(s, a):
-        if not offset:
-            return torch.zeros(16).double()
-        with torch.no_grad():
-            parts = stack(before.behavior)(s).view(16, 3, 5, 2).permute(1, 2, 0, 3)
-        return density(*parts).log_prob(a).sum(-1)
-
-    def values(nets, s, a):
-        return [net(torch.cat([s, a], -1)).squeeze(-1) for net in nets]
-
-    def act(s, noise):
-        mean, log_std = actor(s)[:, :2], actor(s)[:, 2:]
-        policy = D.TransformedDistribution(D.Normal(mean, log_std.exp()), D.TanhTransform())
-        a = (mean + log_std.exp() * noise).tanh()
-        return a, policy.log_prob(a).sum(-1)
-
-    noise = [n for _, n in draws]
-    assert len(noise) == (3 if penalty_actions == "policy" else 2)
-    assert not torch.equal(noise[0], noise[-1])
-    with torch.no_grad():
-        a2, _ = act(s2, noise[0])
-        q2 = torch.minimum(*values(o_target, s2, a2)) + log_density(s2, a2)
-        y = r + 5 + 0.99 * (1 - terminal) * q2
-    at = act(s, noise[1])[0].detach() if penalty_actions == "policy" else a.clone()
-    at.requires_grad_()
-    td = sum((y - q - log_density(s, a)).square().mean() for q in values(o, s, a))
-    penalty = 0
-    for value in values(o, s, at):
-        (g,) = torch.autograd.grad(value.sum(), at, create_graph=True)
-        penalty = penalty + g.square().sum(-1).mean()
-    (td + 0.3 * penalty).backward()
-    for net, target in zip(o, o_target):
-        torch.optim.SGD(net.parameters(), lr=0.02).step()
-        for p, t in zip(net.parameters(), target.parameters()):
-            t.data = 0.1 * p.data + 0.9 * t.data  # after the critics' step
-    a_pi, log_prob = act(s, noise[-1])
-    q = torch.minimum(*values(o, s, a_pi)) + log_density(s, a_pi)
-    (math.exp(0.2) * log_prob - q).mean().backward()
-    torch.optim.SGD(actor.parameters(), lr=0.02).step()
-    temperature = 0.2 - 0.02 * math.exp(0.2) * (2 - log_prob.mean().item())
-
-    assert_same(nets.offset, *o)
-    assert_same(nets.offset_target, *o_target)
-    assert_same(nets.actor, actor)
-    assert abs(nets.log_temperature.item() - temperature) < 1e-8
-    for p, q in zip(nets.behavior.parameters(), before.behavior.parameters()):
-        assert torch.equal(p.nan_to_num(7), q.nan_to_num(7))
+    assert_same(nets.offset, *oracle.offsets)
+    assert_same(nets.offset_target, *oracle.targets)
+    assert_same(nets.actor, oracle.actor)
+    assert abs(nets.log_temperature.item() - oracle.log_temperature) < 1e-8
+    assert same(nets.behavior, before.behavior)
     assert nets.log_bc_weight == before.log_bc_weight
     assert all(p.grad is None for p in nets.parameters())
-    for name, value in (("td_loss", td), ("penalty", penalty), ("target", y.mean())):
+    for name, value in expected.items():
         assert_close(metrics[name], value.detach())
-    assert_close(metrics["entropy"], -log_prob.detach().mean())
 
 
-# ---- behavior --------------------------------------------------------------------------------
+def test_keras_epsilon_moves_the_actor_by_a_few_thousandths(tiny_data):
+    """Of the size of its weights, after the 20 updates in which it matters most."""
+    data, args = tiny_data(n=64), Args(batch_size=64)
+
+    def weights(optimizer):
+        torch.manual_seed(0)
+        nets = Nets(data, args)
+        opt = optimizers(nets, optimizer, 3e-4)
+        for _ in range(20):
+            fisher_brc.update(nets, opt, data, args)
+        return torch.cat([p.detach().flatten() for p in nets.actor.parameters()])
+
+    ours, keras = weights(lambda params, lr: Adam(params, lr, eps=1e-7)), weights(KerasAdam)
+    assert 5e-4 < (ours - keras).norm() / ours.norm() < 5e-3
 
 
-def test_learning_rate_of_the_clone_falls_twice(tiny_data, monkeypatch):
+# ---- training --------------------------------------------------------------------------------
+
+
+class Rates(PlainRun):
+    """Notes the clone's two rates after each of its steps."""
+
+    def after(self, t, metrics, act=None):
+        super().after(t, metrics, act)
+        if act is None:
+            rates = self.opt.behavior.lr.item(), self.opt.bc_weight.lr.item()
+            self.rates = getattr(self, "rates", []) + [rates]
+
+
+def test_learning_rate_of_the_clone_falls_twice(tiny_data):
     """1e-3, a tenth after 80% of the steps, a hundredth after 90%; for the entropy weight too."""
-    seen = []
-
-    class FakeRun:
-        device = torch.device("cpu")
-
-        def __init__(self, args):
-            self.loop = lambda steps, phase="train": range(1, steps + 1)
-            self.cached = lambda *_: (None, False)
-
-        def __getattr__(self, name):
-            return lambda *_, **__: None
-
-    def update_behavior(nets, opt, data, args):
-        seen.append([opt.behavior.lr.item(), opt.bc_weight.lr.item()])
-        return {}
-
-    monkeypatch.setattr(fisher_brc, "Run", FakeRun)
-    monkeypatch.setattr(fisher_brc, "load_dataset", lambda *_: (tiny_data(), None))
-    monkeypatch.setattr(fisher_brc, "update_behavior", update_behavior)
-    monkeypatch.setattr(fisher_brc, "update", lambda *_: {})
-    fisher_brc.train(Args(bc_steps=20, steps=1))
+    run = Rates()
+    train(run, tiny_data(), Args(bc_steps=20, steps=1, batch_size=4))
     expected = [1e-3] * 16 + [1e-4] * 2 + [1e-5] * 2
-    assert_close(torch.tensor(seen), torch.tensor(expected)[:, None].expand(20, 2))
+    assert_close(torch.tensor(run.rates), torch.tensor(expected)[:, None].expand(20, 2))
 
 
-def test_unknown_penalty_actions_are_one_line():
-    with pytest.raises(fisher_brc.InputError, match="--penalty-actions is 'x'") as caught:
-        fisher_brc.train(Args(penalty_actions="x"))
-    assert "\n" not in str(caught.value)
+class Keys(PlainRun):
+    """Notes what a shared clone depends on."""
+
+    def cached(self, stage, module, *settings):
+        self.settings = settings
+        return False
+
+
+def test_a_shared_clone_depends_on_its_own_settings_alone(tiny_data):
+    def settings(**values):
+        run = Keys()
+        train(run, tiny_data(), Args(**dict(bc_steps=2, steps=1, batch_size=4) | values))
+        return run.settings
+
+    for own in ("bc_steps", "bc_lr", "batch_size", "components", "dequantize", "normalize_obs"):
+        assert settings(**{own: 1}) != settings()
+    assert settings(lam=9.0, bonus=0.0, lr=0.1, steps=2) == settings()
+
+
+def test_a_clone_that_is_read_is_not_trained(tiny_data):
+    run = PlainRun()
+    run.cached = lambda stage, module, *settings: True
+    train(run, tiny_data(), Args(bc_steps=9, steps=2, batch_size=4))
+    assert [len(rows) for rows in run.phases.values()] == [0, 2]
+    assert set(run.references) == {"its clone (BC)"}
+
+
+def test_without_the_offset_form_there_is_no_clone(tiny_data):
+    run = PlainRun()
+    train(run, tiny_data(), Args(offset=False, bc_steps=9, steps=2, batch_size=4))
+    assert list(run.phases) == ["train"] and not run.references
 
 
 def test_metrics_stay_finite_and_q_rises_with_the_bonus(tiny_data):
-    data, args = tiny_data(n=64), Args(batch_size=8)
+    data, run = tiny_data(n=64), PlainRun()
     torch.manual_seed(0)
-    nets = Nets(data, args)
-    opt = optimizers(nets, Adam, 3e-4)
-    for _ in range(50):
-        clone = fisher_brc.update_behavior(nets, opt, data, args)
-    metrics = [fisher_brc.update(nets, opt, data, args) for _ in range(200)]
-    for m in (clone, *metrics):
-        assert all(value.isfinite() and value.ndim == 0 for value in m.values())
-    first, last = (sum(m["q_data"] for m in part) / 20 for part in (metrics[:20], metrics[-20:]))
-    assert last > first + 1
+    train(run, data, Args(bc_steps=50, steps=200, batch_size=8))
+    for row in run.phases["behavior"] + run.phases["train"]:
+        assert all(map(math.isfinite, row.values()))
+    q = [row["q_data"] for row in run.phases["train"]]
+    assert sum(q[-20:]) / 20 > sum(q[:20]) / 20 + 1
+    largest = (data.reward.abs().max().item() + 5) * 100
+    assert run.largest == pytest.approx({"q_data": largest, "target": largest})
 
 
-def play(method, seed=0):
+def play(**method):
     """Mean and samples of the policy learned on a bandit: actions near -0.5 and near 0.3, reward
     10 a, so that the reward rises out of the data on the right."""
-    torch.manual_seed(seed)
-    n = 400
-    a = torch.where(torch.rand(n) < 0.5, -0.5, 0.3) + 0.1 * torch.randn(n).clamp(-2, 2)
-    s, one = torch.ones(n, 1), torch.ones(1)
-    data = fisher_brc_data(s, a[:, None], 10 * a, one)
-    args = Args(batch_size=32, bonus=0.0, **method)
-    nets = Nets(data, args)
-    opt = optimizers(nets, Adam, 1e-3)
-    opt.behavior.lr.fill_(3e-3)
-    opt.bc_weight.lr.fill_(1e-2)
-    opt.temperature.lr.fill_(1e-2)
-    for _ in range(600 if args.offset else 0):
-        fisher_brc.update_behavior(nets, opt, data, args)
-    for _ in range(400):
-        fisher_brc.update(nets, opt, data, args)
-    mean, log_std = (x[0, 0].detach() for x in nets.pi(s[:1]))
+    torch.manual_seed(0)
+    a = torch.where(torch.rand(400) < 0.5, -0.5, 0.3) + 0.1 * torch.randn(400).clamp(-2, 2)
+    s = torch.ones(400, 1)
+    data = Data(s, a[:, None], 10 * a, s, torch.ones(400))
+    args = Args(batch_size=32, bonus=0.0, bc_steps=200, steps=250, bc_lr=3e-3, lr=1e-3, **method)
+    run = PlainRun()
+    train(run, data, args)
+    mean, log_std = (x[0, 0].detach() for x in run.nets.pi(s[:1]))
+    assert_close(run.act(s[:1]), mean.tanh().view(1, 1))
     return mean.tanh().item(), (mean + log_std.exp() * torch.randn(1000)).tanh()
-
-
-def fisher_brc_data(s, a, r, one):
-    return SimpleNamespace(
-        obs=s,
-        action=a,
-        reward=r,
-        next_obs=s,
-        terminal=torch.ones_like(r),
-        action_low=-one,
-        action_high=one,
-        obs_mean=0 * one,
-        obs_std=one,
-    )
 
 
 def test_bandit_takes_the_best_action_of_the_data():
     """The better of two clusters, and no step beyond it; without the density and the penalty the
     same file walks out of the data."""
-    action, samples = play({})
+    action, samples = play()
     assert 0.2 < action < 0.5
     assert ((samples > 0.0) & (samples < 0.6)).float().mean() > 0.95
-    action, _ = play({"offset": False, "lam": 0.0})
+    action, _ = play(offset=False, lam=0.0)
     assert action > 0.55
 
 
-def test_antmaze_has_no_bonus():
+@pytest.mark.parametrize("env", ["antmaze-umaze-v2", "D4RL/antmaze/umaze-v1"])
+def test_antmaze_has_no_bonus(env):
     """A bonus per step would pay for never reaching the goal, where episodes end."""
-    for env in ("antmaze-umaze-v2", "D4RL/antmaze/umaze-v1"):
-        args = parse(Args, fisher_brc.PRESETS, ["--env", env])
-        assert (args.bonus, args.eval_every, args.eval_episodes) == (0.0, 100_000, 100)
+    args, _ = parse(Args, fisher_brc.PRESETS, ["--env", env])
+    assert (args.bonus, args.eval_every, args.eval_episodes) == (0.0, 100_000, 100)
+    args, _ = parse(Args, fisher_brc.PRESETS, ["--env", "pointmaze-medium-demo"])
+    assert args.bonus == 0
+
+
+# ---- the file on its own ---------------------------------------------------------------------
+
+RUN = """
+class Run:
+    device = torch.device("cpu")
+
+    def start(self, nets, opt, **largest):
+        self.nets = nets
+
+    def loop(self, steps, phase="train"):
+        return range(1, steps + 1)
+
+    def after(self, t, metrics, act=None):
+        self.metrics, self.act = metrics, act
+
+    cached = share = reference = lambda self, *args: False
+"""
+
+ALONE = f"""
+import sys
+import torch
+import fisher_brc
+from common import Data
+{RUN}
+obs, next_obs = torch.randn(2, 100, 3)
+data = Data(obs, torch.rand(100, 2) * 2 - 1, torch.randn(100), next_obs, torch.zeros(100))
+run, args = Run(), fisher_brc.Args(bc_steps=5, steps=5, batch_size=16)
+torch.manual_seed(0)
+start = fisher_brc.Nets(data, args).state_dict()
+torch.manual_seed(0)
+fisher_brc.train(run, data, args)
+assert all(value.isfinite() for value in run.metrics.values())
+assert run.act(obs).shape == (100, 2) and run.act(obs).abs().max() <= 1
+state = run.nets.state_dict()
+moved = {{name.split(".")[0] for name in state if not torch.equal(state[name], start[name])}}
+still = {{name.split(".")[0] for name in state}} - moved
+assert still == {{"scaling"}}, still
+assert not {{"harness", "tyro", "gymnasium", "h5py", "scipy"}} & set(sys.modules)
+print("trained")
+"""
+
+
+def test_the_file_and_common_alone_train_on_plain_tensors(tmp_path):
+    """The stand-in for a run has at most fifteen lines; the two files need torch alone."""
+    assert len([line for line in RUN.splitlines() if line]) <= 15
+    shutil.copy(ROOT / "common.py", tmp_path)
+    shutil.copy(ROOT / "algorithms" / "fisher_brc.py", tmp_path)
+    (tmp_path / "alone.py").write_text(ALONE)
+    clean = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | {"OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "alone.py"]
+    result = subprocess.run(command, cwd=tmp_path, env=clean, capture_output=True, text=True)
+    assert result.stdout.endswith("trained\n"), result.stderr
