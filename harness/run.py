@@ -116,7 +116,8 @@ def parse(Args, presets: dict, argv: list[str] | None = None):
     if earlier:
         names = ", ".join(f"--{name.replace('_', '-')}" for name in sorted(earlier))
         text += f"\nWhere --steps is typed and {names} is not, that phase is at most as long."
-    args = tyro.cli(Args, default=Args(**preset), args=argv, description=text)
+    default = {"default": Args(**preset)} if preset else {}
+    args = tyro.cli(Args, args=argv, description=text, **default)
     if "steps" in typed:
         for name in earlier - typed.keys():
             setattr(args, name, min(getattr(args, name), args.steps))

@@ -1,8 +1,8 @@
 """Judge a run's policy with or without a simulator, film it, take it away.
 
-    python evaluate.py runs/logs__iql__0                             # any algorithm's folder
-    python evaluate.py runs/logs__iql__0 --export policy.pt2         # weights and scaling inside
-    python evaluate.py runs/hopper-replay-demo__td3_bc__0 --video hopper.gif
+    python tools/evaluate.py runs/logs__iql__0                      # any algorithm's folder
+    python tools/evaluate.py runs/logs__iql__0 --export policy.pt2  # weights and scaling inside
+    python tools/evaluate.py runs/hopper-replay-demo__td3_bc__0 --video hopper.gif
 
 With a simulator: returns of --episodes episodes. With or without: fitted Q evaluation (FQE; Le,
 Voloshin & Yue, ICML 2019; arXiv:1903.08738), the policy's Q, trained on four fifths of the data's
@@ -32,6 +32,7 @@ import json
 import sys
 import typing
 from pathlib import Path
+from typing import ClassVar
 
 import gymnasium
 import numpy as np
@@ -40,34 +41,76 @@ import tyro
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from common import Adam, ScalarMLP, choose_device, evaluate, minimize, polyak, seed_everything
-from datasets import InputError, load_dataset
-from experiment import load_tensors, write_atomic
-
-ROOT = Path(__file__).parent
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "algorithms")]
+from common import (
+    Adam,
+    CountOrZero,
+    Data,
+    InputError,
+    ScalarMLP,
+    Seed,
+    ShareBelow1,
+    minimize,
+    polyak,
+)
+from harness.datasets import load_dataset
+from harness.device import prepare_device, set_precision
+from harness.folder import load_tensors, read_json, write_atomic
+from harness.run import evaluate, parse, seed_everything
 
 
 @dataclasses.dataclass
 class Args:
+    phases: ClassVar[dict] = {}
+
     run: tyro.conf.Positional[str]
     """folder of a run that has reached its last phase"""
-    episodes: int = 100
+    env: str = ""
+    """the data, where it lies at another place than the run's own --env says"""
+    episodes: CountOrZero = 100
     """episodes in the simulator, where there is one; 0: none"""
     eval_env: str | None = None
-    """Gymnasium id; None: the run's own"""
-    fqe_steps: int = 25_000
+    """Gymnasium id to evaluate in; None: the run's own"""
+    fqe_steps: CountOrZero = 25_000
     """gradient steps of fitted Q evaluation; 0: none"""
-    gamma: float = 0.99
-    """discount of fitted Q evaluation and of the discounted return, from 0 to below 1"""
-    seed: int = 1
+    gamma: ShareBelow1 = 0.99
+    """discount of fitted Q evaluation and of the discounted return"""
+    seed: Seed = 1
     """seeds the start states, the split and the bootstrap"""
     video: str = ""
     """film one episode into this .gif (or .mp4, with imageio-ffmpeg)"""
     export: str = ""
-    """write the policy to this file for torch.export.load"""
+    """write the policy to this file for torch.export.load; needs no data by itself"""
+
+    def resolve(self):
+        pass
 
 
 # ---- a finished run --------------------------------------------------------------------------
+
+
+@dataclasses.dataclass
+class LoadedRun:
+    """A trained run on the CPU. `data` and `task` are None where they were not asked for."""
+
+    module: object  # the algorithm's file
+    nets: nn.Module  # its networks, frozen
+    args: object
+    data: Data | None
+    task: object
+    step: int  # of the checkpoint
+
+    @torch.no_grad()
+    def act(self, obs):
+        """Raw observations (B, S) to actions (B, A) in the task's bounds."""
+        return self.module.policy(self.nets, obs, self.args)
+
+    def inputs(self, obs, action):
+        """Raw observations (B, S) and actions (B, A) in the task's bounds, as the networks take
+        them: `run.nets.q(*run.inputs(obs, action))`. Networks do not understand raw numbers."""
+        scaling = self.nets.scaling
+        return scaling.obs(obs), (action - scaling.action_center) / scaling.action_half_range
 
 
 def fits(kind, value) -> bool:
@@ -79,29 +122,27 @@ def fits(kind, value) -> bool:
     return isinstance(value, int | float if kind is float else kind)
 
 
-def load_run(folder, eval_env: str | None = None):
-    """(module, nets, run's args, data, task, checkpoint's step) of a run's folder, on the CPU.
-    Raises InputError."""
+def load_run(folder, eval_env: str | None = None, env: str = "", with_data: bool = True):
+    """The LoadedRun of a run's folder. `env` names the data where it was moved; without
+    `with_data`, neither data nor task is looked for. Raises InputError."""
     folder = Path(folder)
     try:
-        config = json.loads((folder / "config.json").read_text())
+        config = read_json(folder / "config.json")
         name, values, digest = config["algorithm"], dict(config["args"]), config["dataset_sha256"]
     except (FileNotFoundError, NotADirectoryError):
-        raise InputError(f"{folder} is no run: give a folder with a config.json") from None
+        raise InputError(f"{folder} is no run: use a folder with a config.json") from None
     except (OSError, ValueError, KeyError, TypeError) as error:
         line = f"{folder}/config.json cannot be read ({type(error).__name__}: {error})"
         raise InputError(f"{line}: repeat the run with --overwrite") from None
     known = sorted(path.stem for path in (ROOT / "algorithms").glob("*.py"))
     if name not in known:
-        raise InputError(f"{folder}: no algorithms/{name}.py, there are {', '.join(known)}")
-    sys.path.insert(0, str(ROOT / "algorithms"))
+        raise InputError(f"{folder}: there is no algorithms/{name}.py, only {', '.join(known)}")
     module = importlib.import_module(name)
-    values.pop("preset", None)
     kinds = {f.name: f.type for f in dataclasses.fields(module.Args)}
     odd = [k for k, value in values.items() if k not in kinds or not fits(kinds[k], value)]
     other = f"{folder} was made by another version of {name}.py or is damaged"
     if odd:
-        had = ", ".join(f"{k}={values[k]!r}" for k in odd)
+        had = ", ".join(f"{k}={values[k]!r:.80}" for k in odd)
         raise InputError(f"{other} (it has {had}): repeat the run with --overwrite")
     args = module.Args(**values | {"device": "cpu"})
     if not (folder / "checkpoint.pt").exists():
@@ -109,16 +150,26 @@ def load_run(folder, eval_env: str | None = None):
     saved = load_tensors(folder / "checkpoint.pt")
     if not isinstance(saved, dict) or saved.get("phase") != "train":
         raise InputError(f"{folder} has not reached its last phase: continue it with --resume")
-    eval_env = eval_env or args.eval_env
-    data, task = load_dataset(args.env, choose_device("cpu", args.precision), eval_env)
-    if data.digest != digest:
-        raise InputError(f"{args.env} is not the data that {folder} was trained on")
+    device = prepare_device("cpu")
+    set_precision(args.precision, device)
     try:
-        nets = module.Nets(data, args)
+        nets = module.Nets(blank_data(saved["nets"]), args)
         nets.load_state_dict(saved["nets"])
-    except (RuntimeError, KeyError, TypeError):
+    except (RuntimeError, KeyError, TypeError, AttributeError, IndexError):
         raise InputError(f"{other} (its networks): repeat the run with --overwrite") from None
-    return module, nets.requires_grad_(False), args, data, task, saved.get("step")
+    data = task = None
+    if with_data:
+        data, task = load_dataset(env or args.env, device, eval_env or args.eval_env)
+        if data.digest != digest:
+            raise InputError(f"{env or args.env} is not the data that {folder} was trained on")
+    return LoadedRun(module, nets.requires_grad_(False), args, data, task, saved.get("step"))
+
+
+def blank_data(state) -> Data:
+    """Data of the sizes that saved networks were made for; its values are of no account."""
+    obs = torch.zeros(2, len(state["scaling.obs_mean"]))
+    action = torch.zeros(2, len(state["scaling.action_center"]))
+    return Data(obs, action, torch.zeros(2), obs.clone(), torch.zeros(2))
 
 
 def write(path, content) -> None:
@@ -127,7 +178,7 @@ def write(path, content) -> None:
         write_atomic(Path(path), content)
     except OSError as error:
         line = f"{path} cannot be written ({error.strerror})"
-        raise InputError(f"{line}: free some space or give another place") from None
+        raise InputError(f"{line}: free some space or use another place") from None
 
 
 # ---- without a simulator ---------------------------------------------------------------------
@@ -292,25 +343,25 @@ def export(module, nets, args, path: str) -> list:
 
 
 def main(args):
-    if min(args.episodes, args.fqe_steps, args.seed) < 0:
-        raise InputError("--episodes, --fqe-steps and --seed: give whole numbers, 0 or above")
-    if not 0 <= args.gamma < 1:
-        raise InputError(f"--gamma is {args.gamma}: give a number from 0 to below 1")
     for path in filter(None, (args.export, args.video)):
-        if not Path(path).parent.is_dir():
+        if not Path(path).absolute().parent.is_dir():
             raise InputError(f"no folder {Path(path).parent} for {path}: make it first")
         if Path(path).is_dir():
-            raise InputError(f"{path} is a folder: give a file's name")
-    module, nets, run_args, data, task, step = load_run(args.run, args.eval_env)
-    same = {"step": step, "seed": args.seed, "gamma": args.gamma}
+            raise InputError(f"{path} is a folder: use a file's name")
+    only_export = args.export and not (args.env or args.video or args.eval_env)
+    if only_export:  # the data may be far away
+        run = load_run(args.run, with_data=False)
+        try:
+            run = load_run(args.run)
+        except InputError as error:
+            print(f"note: the policy is exported and not judged: {error}")
+    else:
+        run = load_run(args.run, args.eval_env, args.env)
+    data, task, act = run.data, run.task, run.act
+    same = {"step": run.step, "seed": args.seed, "gamma": args.gamma}
     found = {"run": str(args.run), **same}
-
-    @torch.no_grad()
-    def act(obs):
-        return module.policy(nets, obs, run_args)
-
     if args.export:
-        noise = export(module, nets, run_args, args.export)
+        noise = export(run.module, run.nets, run.args, args.export)
         inputs = ["observations (1, S)" if noise else "observations (B, S)", *map(str, noise)]
         print(f"{args.export}: torch.export.load(...).module()({', '.join(inputs)}) -> actions")
     if task and args.episodes:
@@ -330,9 +381,9 @@ def main(args):
         )
     if args.video:
         if not task:
-            raise InputError("--video needs a simulator: give --eval-env")
+            raise InputError("--video needs a simulator: use --eval-env")
         print(f"{args.video}: return {film(act, task, args.video, args.seed):.1f}")
-    if args.fqe_steps:
+    if data and args.fqe_steps:
         found |= fqe(data, act, args.gamma, args.fqe_steps, args.seed)
         low, high = found["fqe_interval"]
         print(
@@ -343,7 +394,7 @@ def main(args):
         )
     path = Path(args.run) / "evaluation.json"
     try:
-        old = json.loads(path.read_text())
+        old = read_json(path)
         found = old | found if same.items() <= old.items() else found
     except (OSError, ValueError, AttributeError):  # none, or damaged
         pass
@@ -351,4 +402,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Args, description=__doc__))
+    main(parse(Args, {})[0])

@@ -1,103 +1,111 @@
 """Updates per second and efficiency of every algorithm: one command, a table and a CSV.
 
-    python speed.py                                 # every algorithm, one CPU thread, eager
-    python speed.py --algorithms td3_bc --compile   # one of them, compiled whole
-    python speed.py --device cuda                   # CUDA graphs
+    python tools/speed.py                                 # every algorithm, one CPU thread, eager
+    python tools/speed.py --algorithms td3_bc --compile   # one of them, compiled whole
+    python tools/speed.py --device cuda                   # CUDA graphs
+
+Every file's own `train` runs on synthetic data (200,000 transitions, 17 observations, 6 actions)
+with its default settings, or with the preset of --env, and is measured instead of logged. A method
+with a first phase has a row for each.
 
 Efficiency is floor time / measured time. The floor is the time that the matrix products of one
-update take at the rate of a 256 x 256 x 256 fp32 product, measured in the same process. Products
-are counted while each file's own `train` runs on synthetic data (200,000 transitions, 17
-observations, 6 actions, batch 256). Times are seconds: the process's own CPU time with one thread,
-wall-clock time with more and on a GPU; the best of five blocks counts. A method with a first phase
-has a row for each.
+update take at the rate of a 256 x 256 x 256 fp32 product, measured in the same process. Times are
+seconds: the process's own CPU time with one thread, wall-clock time with more and on a GPU; the
+best of five blocks counts.
 """
 
 import csv
 import importlib
+import platform
 import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar, Literal
 
 import torch
-import tyro
 from torch.utils.flop_counter import FlopCounterMode
 
-from common import choose_device, seed_everything
-from datasets import Data, InputError
-
-ROOT = Path(__file__).parent
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "algorithms")]
+from common import Count, Data, InputError, Positive
+from harness.device import prepare_device, set_precision
+from harness.run import parse, seed_everything
 
 
 @dataclass
 class Args:
+    phases: ClassVar[dict] = {}
+
     algorithms: tuple[str, ...] = ()
     """files of algorithms/ to measure; none given: all of them"""
+    env: str = ""
+    """measure the presets of this dataset name; empty: the default settings of every file"""
     device: str = "cpu"
     """cpu or cuda"""
-    threads: int = 1
+    threads: Count = 1
     """CPU threads; efficiency compares with the rate of as many"""
     compile: bool = False
     """compile each update whole"""
-    precision: str = "auto"
-    """fp32 products: highest, high, medium, or auto: the fastest that does not round"""
-    seconds: float = 5.0
+    precision: Literal["auto", "highest", "high", "medium"] = "auto"
+    """how fp32 products are computed; auto takes the fastest way that does not round"""
+    seconds: Positive = 5.0
     """seconds to measure each phase for"""
-    obs_dim: int = 17
+    obs_dim: Count = 17
     """observation numbers"""
-    act_dim: int = 6
+    act_dim: Count = 6
     """action numbers"""
     csv: str = ""
     """write the table to this file too"""
 
+    def resolve(self):
+        pass
+
 
 def synthetic(args, device):
-    """Random transitions in the layout of load_dataset; one episode of 1,000 after the other."""
+    """Random transitions; one episode of 1,000 after the other."""
     seed_everything(0)
     n, s, a = 200_000, args.obs_dim, args.act_dim
-    data = Data(
-        obs=torch.randn(n, s),
-        action=torch.rand(n, a) * 2 - 1,
-        reward=torch.randn(n),
-        next_obs=torch.randn(n, s),
-        terminal=(torch.rand(n) < 0.002).float(),
-        episode=torch.arange(n) // 1000,
-        episode_return=torch.randn(n // 1000),
-        action_low=-torch.ones(a),
-        action_high=torch.ones(a),
-        obs_mean=torch.zeros(s),
-        obs_std=torch.ones(s),
+    return Data(
+        obs=torch.randn(n, s).to(device),
+        action=(torch.rand(n, a) * 2 - 1).to(device),
+        reward=torch.randn(n).to(device),
+        next_obs=torch.randn(n, s).to(device),
+        terminal=(torch.rand(n) < 0.002).float().to(device),
+        episode=(torch.arange(n) // 1000).to(device),
         name="synthetic",
         digest="synthetic",
     )
-    for name, value in vars(data).items():
-        if isinstance(value, torch.Tensor):
-            setattr(data, name, value.to(device))
-    return data
 
 
 class Stopwatch:
-    """Stands where an algorithm's Run does: the same loop, measured instead of logged."""
+    """Stands where a run does: the same loop, measured instead of logged. Without `seconds` it
+    counts the floating-point operations of the matrix products."""
 
-    def __init__(self, args, seconds):
-        self.device = choose_device(args.device, args.precision)
-        self.seconds, self.phases = seconds, {}
-        seed_everything(0)
+    def __init__(self, device, seconds: float | None):
+        self.device, self.seconds, self.phases = device, seconds, {}
 
-    def start(self, *_):
+    def start(self, nets, opt, **largest):
         pass
 
-    after = reference = start
+    def after(self, t, metrics, act=None):
+        pass
 
-    def cached(self, *_):
-        return None, False
+    def reference(self, label, act):
+        pass
 
-    def finish(self):
-        return self.phases
+    def cached(self, stage, module, *settings):
+        return False
+
+    def share(self, stage, module):
+        pass
+
+    def chunks(self, stage, shape, count, *settings):
+        return torch.zeros(shape), torch.zeros(count)
 
     def loop(self, steps, phase="train"):
         t = steps // 2  # past any warm start
-        if self.seconds is None:  # count the products of 12 updates, whatever their period
+        if self.seconds is None:  # 12 updates contain every delayed step equally often
             with FlopCounterMode(display=False) as counter:
                 yield from range(t + 1, t + 13)
             self.phases[phase] = counter.get_total_flops() / 12
@@ -137,68 +145,77 @@ def product_rate(device, clock):
     return 2 * 256**3 / best
 
 
-def measure(name, args):
+def measure(name, args, device):
     """Rows of one algorithm: phase, updates/s, MFLOP per update, efficiency."""
     module = importlib.import_module(name)
     results = []
-    for seconds, compile in ((None, False), (args.seconds, args.compile)):
-        watch = None
-
-        def run(algorithm_args):
-            nonlocal watch
-            watch = Stopwatch(algorithm_args, seconds)
-            return watch
-
-        module.Run = run
-        module.load_dataset = lambda *_: (synthetic(args, watch.device), None)
-        module.train(module.Args(device=args.device, precision=args.precision, compile=compile))
+    for seconds in (None, args.seconds):
+        words = ["--env", args.env] if args.env else []
+        settings, _ = parse(module.Args, module.PRESETS, words)
+        settings.compile = args.compile and seconds is not None
+        watch = Stopwatch(device, seconds)
+        seed_everything(0)
+        module.train(watch, synthetic(args, device), settings)
         results.append(watch.phases)
     flops, rates = results
-    floor = product_rate(watch.device, watch.clock)
+    floor = product_rate(device, watch.clock)
     return [
         {
             "algorithm": name,
             "phase": phase,
+            "batch_size": settings.batch_size,
             "updates_per_second": round(rates[phase], 1),
+            "minutes_per_million": round(1e6 / rates[phase] / 60, 1),
             "mflop_per_update": round(flops[phase] / 1e6),
             "product_gflops": round(floor / 1e9, 1),
             "efficiency": round(flops[phase] * rates[phase] / floor, 3),
             "device": args.device,
+            "processor": processor(),
             "threads": args.threads,
             "compile": args.compile,
+            "precision": torch.get_float32_matmul_precision(),
             "torch": torch.__version__,
         }
         for phase in rates
     ]
 
 
+def processor() -> str:
+    """The processor's name, as Linux or Python knows it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    except OSError:
+        names = []
+    return names[0] if names else platform.processor() or platform.machine()
+
+
 def check(args, names):
     """InputError before anything is measured."""
     for name in args.algorithms:
         if name not in names:
-            raise InputError(f"no algorithms/{name}.py: give one of {', '.join(names)}")
-    for flag in ("threads", "obs_dim", "act_dim"):
-        if (value := getattr(args, flag)) < 1:
-            flag = flag.replace("_", "-")
-            raise InputError(f"--{flag} is {value}: give a whole number, 1 or above")
-    choose_device(args.device, args.precision)
-    if args.csv and (Path(args.csv).is_dir() or not Path(args.csv).parent.is_dir()):
-        raise InputError(f"--csv {args.csv}: give a file's name in a folder that exists")
+            raise InputError(f"no algorithms/{name}.py: use one of {', '.join(names)}")
+    if args.csv and (Path(args.csv).is_dir() or not Path(args.csv).absolute().parent.is_dir()):
+        raise InputError(f"--csv {args.csv}: use a file's name in a folder that exists")
 
 
 def main(args):
-    sys.path.insert(0, str(ROOT / "algorithms"))
     names = sorted(path.stem for path in (ROOT / "algorithms").glob("*.py"))
     check(args, names)
     torch.set_num_threads(args.threads)
+    device = prepare_device(args.device)
+    precision, reason = set_precision(args.precision, device)
+    print(f"{processor()}; precision {precision} ({reason})\n")
     rows = []
-    print("| algorithm | phase | updates/s | MFLOP | efficiency |\n|---|---|---|---|---|")
+    print("| algorithm | phase | batch | updates/s | minutes per million | MFLOP | efficiency |")
+    print("|---" * 7 + "|")
     for name in args.algorithms or names:
-        for row in measure(name, args):
+        for row in measure(name, args, device):
             rows.append(row)
             print(
-                f"| {name} | {row['phase']} | {row['updates_per_second']} | "
-                f"{row['mflop_per_update']} | {row['efficiency']:.2f} |",
+                f"| {name} | {row['phase']} | {row['batch_size']} | {row['updates_per_second']} | "
+                f"{row['minutes_per_million']} | {row['mflop_per_update']} | "
+                f"{row['efficiency']:.2f} |",
                 flush=True,
             )
     threads = f"{args.threads} thread{'s' * (args.threads > 1)}"
@@ -218,4 +235,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Args, description=__doc__))
+    main(parse(Args, {})[0])
