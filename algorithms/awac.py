@@ -11,28 +11,29 @@ the policy that made the data.
     L_Q  = E[ sum_i (Q_i(s,a) - y)^2 ]                                      (AWAC critics)
     A    = min_i Q_i(s,a) - min_i Q_i(s, a_pi), a_pi ~ pi(s)                (AWAC advantage)
 
-One iteration steps the critics, the actor (A is by the critics after their step) and the targets.
-The policy pi is a Gaussian that tanh does not squash, and its actions are clipped to the bounds. It
-acts by its mean. The actor's loss is that of awr.py, but its advantages are not standardized, so
-that the temperature is in units of reward.
+One iteration steps the critics, the actor and the targets, in this order; A is computed by the
+critics after their step. The policy pi is a Gaussian that tanh does not squash, and its sampled
+actions are clipped to the bounds. It acts by its mean. The actor's loss is that of awr.py, but the
+advantages are not standardized, so the temperature is in units of reward.
 
 The authors' code, against the paper:
-- The weights are divided by their mean over the batch (a softmax over the batch, times the batch
-  size); in the paper they are exp(A / lambda) alone.
+- The code divides the weights by their mean over the batch: they are a softmax over the batch,
+  times the batch size. The paper's are exp(A / lambda) alone.
 
 This file, against the authors' code:
-- The form of the update is CORL's: the weights are bounded and not divided by their mean, and A is
-  by the critics after their step (before it, in the authors' code). Training is offline throughout;
-  the authors' goes on online.
-- A temperature of 1 is the default of the authors' code, whose MuJoCo example uses 2. The bound of
-  20 on the weights is AWR's. CORL's settings are --max-weight 100, and --temperature 0.333 for
-  locomotion or 0.1 for all other data.
-- The actor has two layers of 256 units (the authors' four, CORL's three), and so have the critics
-  (CORL's three). The mean goes through tanh (CORL's does not).
-- The log-deviation, the same in every state, is bounded by -5 and 2 (the authors' by -6 and 0,
-  CORL's by -20 and 2).
-- Batches have 256 rows and Adam has no weight decay, as in CORL (the authors: 1,024 rows, and 1e-4
-  on the actor).
+- The update has the form of CORL, a library of offline RL. The weights are bounded and not divided
+  by their mean, and A is computed by the critics after their step; the authors compute it before.
+- Training is offline from the first step to the last. The authors' code goes on online.
+- A temperature of 1 is the default of the authors' code; its MuJoCo example uses 2. The bound of 20
+  on the weights is AWR's. CORL sets --max-weight 100, and --temperature 0.333 for locomotion or 0.1
+  for all other data.
+- The actor and the critics have two layers of 256 units. The authors' actor has four, and in CORL
+  all networks have three.
+- The actor's mean goes through tanh; in CORL it does not.
+- The log-deviation is between -5 and 2. The authors' is between -6 and 0, and CORL's between -20
+  and 2. In all three it is the same in every state.
+- Batches have 256 rows and Adam has no weight decay, as in CORL. The authors' batches have 1,024
+  rows, and their actor has a weight decay of 1e-4.
 - Observations are normalized, as in CORL.
 - Rows that a time limit cut are kept where the data has their next observation; CORL's loader drops
   them.

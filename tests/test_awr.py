@@ -487,13 +487,6 @@ def test_a_run_trains_every_network(tiny_data):
     assert still == {"scaling", "v_target"}
 
 
-def test_rewards_are_shifted_once(tiny_data):
-    data = linked(tiny_data(n=40))
-    reward = data.reward.clone()
-    awr.train(PlainRun(), data, Args(steps=2, batch_size=8, reward_shift=-1.0))
-    assert torch.equal(data.reward, reward - 1)
-
-
 def test_target_starts_as_a_copy(tiny_data):
     nets = Nets(tiny_data(), Args())
     for p, t in zip(nets.v.parameters(), nets.v_target.parameters()):
