@@ -1,155 +1,605 @@
-"""BRAC+ (Zhang, Kuppannagari & Prasanna; iclr: submission of 2020; acml: 2021, arXiv:2110.00894).
+"""BRAC+ (Zhang, Kuppannagari & Prasanna), in two versions. iclr is the submission to ICLR 2021,
+"BRAC+: Going Deeper with Behavior Regularized Offline Reinforcement Learning"; the numbers of
+equations are its numbers. acml is the paper of ACML 2021 (arXiv:2110.00894).
 
-Idea: a latent-variable clone bounds the policy's KL from it without sampled log-densities; hold
-the bound below eps in every state, and flatten Q in the action where it is exceeded.
+Idea: clone the data with a model that has latent variables. What bounds its likelihood also bounds,
+state by state, how far the policy is from the clone: D(s) >= KL(pi || clone), and no log-density of
+the clone has to be sampled. A multiplier alpha(s) for each state holds D(s) below a threshold eps.
+Where D(s) is large, a penalty flattens Q, so that errors of Q do not pull the policy away.
 
-    -ELBO = E_{z~q}[-log p(x|s,z)] + KL(q(z|x,s) || N(0,I)),  x = atanh a          (12)
-    D(s)  = E_{x~pi, z~q}[KL(pi || p(.|s,z)) + KL(q || N(0,I))] >= KL(pi || clone)     (7)
-    D(s)  = sqrt(E k(a,a') + E k(b,b') - 2 E k(a,b)), b ~ clone; --divergence mmd      (5)
-    L_pi  = E[-min_i Q_i(s,a) + alpha(s) (D(s) - eps) - beta (log pi(a|s) + H0)]       (8)
-    L_Q   = E[sum_i (Q_i(s,a) - y)^2 / 2 + lambda 1(D > eps_GP) |grad_a min_i Q_i(s,a~)|] (10)
-    y     = r + gamma mean_a' min_i Q'_i(s',a'),  a' ~ pi'                         (2)
+The clone has a prior N(0, I) of its latent z, a decoder p(.|s,z) and an encoder q(z|a,s). Encoder,
+decoder and policy pi are diagonal Gaussians; the last two draw x, and the action is a = tanh(x).
 
-First pi takes the least D. alpha and beta maximize what pi minimizes: beta caps the entropy at H0
-(mmd: +beta, a floor). eps_GP is mean + deviation of D over the last epoch; r is put in [0, 1].
-acml: one alpha for all states; a softplus gate, lambda grows with the penalty; the largest over a';
-eps = the first pi's D + margin, H0 = the clone's -ELBO - A ln 4 (mmd: -ELBO). iclr takes these two
-where its own are unknown: its tables 1-4 are lost, the rows of D4RL v0 are its authors' code's.
+    -ELBO = E_{z~q}[-log p(a|s,z)] + KL(q(z|a,s) || N(0,I))                        (12)
+    D(s)  = E_{a~pi, z~q}[KL(pi(.|s) || p(.|s,z)) + KL(q(z|a,s) || N(0,I))]         (7)
+    D(s)  = sqrt(E k(a,a') + E k(b,b') - 2 E k(a,b)),  a, a' ~ pi,  b, b' ~ clone,
+            k(u,v) = exp(-sum_i |u_i - v_i| / (2 mmd_width)); with --divergence mmd (5)
+    y     = r + gamma (1 - terminal) mean_a' min_i Q'_i(s',a'),  a' ~ pi'(.|s')     (2)
+    L_Q   = E[sum_i (Q_i(s,a) - y)^2 / 2] + lam penalty,
+            penalty = E[1(D(s) > eps_GP) |grad_a~ min_i Q_i(s,a~)|],  a~ ~ pi      (10)
+    L_pi  = E[-min_i Q_i(s,a~) + alpha(s) (D(s) - eps) + beta (-log pi(a~|s) - H0)] (8)
 
-Departures, as the authors' code: no square of the norm in (10), a root in (5), TD errors halved, a
-slow copy of pi in y, D a mean over members (paper: a random one), nets 256 wide, p one Gaussian, pi
-acts by the best of 20 samples by Q_1 (acml: within one deviation, by mean Q), critics untrained
-when pi first moves. Ours: the 20 noises are drawn once; PyTorch's initial weights, Adam's epsilon;
-the clone rests in RL (code: 1e-5); penalty and policy share samples; -ELBO and D are running means;
-the first phases have equal steps and rates; eps_GP starts at eps; mmd's width is 60 (Gym: 10).
+alpha and beta maximize L_pi while pi minimizes it: alpha grows in the states where D is above eps,
+and beta grows while the entropy, -log pi, is above H0. (With mmd the last bracket has the other
+sign, and beta holds the entropy above H0.) eps_GP is the mean of D plus its deviation over the
+states of the last epoch. Rewards are scaled to [0, 1].
 
-    python algorithms/brac_plus.py --env hopper-medium-replay-v0  # no flags: 12 ± 2, 3 seeds, 4 min
+Before that, Algorithm 1 trains the clones (line 1), then the policy that has the least D (line 2),
+and, with --q-steps, the critics of that policy (line 3).
+
+acml differs from iclr in this: alpha is one number for all states; y has the largest value over a'
+instead of the mean; the gate 1(D > eps_GP) is softplus(D - eps_GP), divided by its largest value in
+the batch; lam grows while the penalty is above gp_target. Its thresholds are measured before RL:
+eps is the first policy's D plus a margin, and H0 is the clone's -ELBO minus A log 4 for A action
+numbers. iclr has numbers of its own for the data it was run on, and takes acml's rule elsewhere.
+
+The authors' code, against the paper:
+- Eq. 8 is printed without the entropy term. Appendix F and line 9 of Algorithm 1 describe it.
+- The norm in Eq. 10 is not squared, the squared errors of Q are halved, and Eq. 5 is under a root.
+- The target's actions come from pi', a copy of the policy that follows as slowly as the targets of
+  Q do.
+- The critics are not trained before the policy moves: line 3 of Algorithm 1 is missing.
+- The clones are trained for 500,000 steps, the paper's for 400,000, which is the default here.
+- Hidden layers have 256 units in every network; the paper has 512 in the policy and in the clones.
+  The decoder is one Gaussian, not a mixture of several.
+- D is the mean over three clones (in iclr's code there is one); the paper picks one at random.
+- The policy acts by the best of 20 of its samples. iclr compares them by Q_1; acml holds them
+  within one deviation and compares them by the mean of the critics. Neither paper mentions it.
+- acml's largest value over a' is not in its paper, where H0 is a quarter of the clone's entropy.
+- With mmd, acml compares actions before tanh, and holds the latents of its clones within half a
+  deviation.
+
+This file, against the authors' code:
+- The submission's tables of eps and H0 are lost. Those of iclr here stand in code that its authors
+  published a few weeks later.
+- Eq. 12 has the log-determinant of tanh in both versions, because H0 is measured by it. iclr's code
+  leaves this constant out, which changes no gradient.
+- --dequantize is ours, and off by default. It spreads actions that are exactly at a bound, where
+  log-densities have no limit.
+- --q-steps is ours, and off by default, because the authors' code has no such phase.
+- The deviation of the policy is at least softplus(-20), as in iclr; acml has softplus(-10).
+- An epoch has 2,000 steps, as in iclr; acml has 2,500.
+- The clones are frozen during RL; the authors keep training them at a rate of 1e-5.
+- Clones and first policy are trained one after the other, with equal steps and falling rates, as in
+  acml. iclr trains the policy along with the second half of the clone, at a rate of 3e-4.
+- -ELBO and the first policy's D are running means over batches; acml averages over all the data.
+- The penalty and the policy's loss share their samples of actions and latents.
+- eps_GP starts at eps, as in iclr; acml adds its margin a second time.
+- With mmd, H0 is -ELBO itself on all data; acml has this for Adroit alone. iclr's first policy is
+  trained as acml's, because iclr's own code fails there.
+- Multipliers have no largest value; acml stops at 10,000. Where lam's parameter has fallen below
+  its floor, its slope is that of softplus there; acml takes the slope at the floor.
+- The 20 noises of acting are drawn once, so that the policy is deterministic.
+- Initial weights are those of PyTorch's linear layers, and Adam's epsilon is 1e-8 instead of 1e-7.
+- Rows that a time limit cut are kept where the data has their next observation; the authors' loader
+  drops them.
+
+    python algorithms/brac_plus.py
 """
 
 import copy
 import math
 import sys
 from dataclasses import dataclass, replace
-from fnmatch import fnmatch
+from fnmatch import fnmatchcase
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from common import (
-    MLP,
-    Adam,
-    ScalarMLP,
-    Scaling,
-    dequantize,
-    graphed,
-    load_dataset,
-    minimize,
-    parse,
-    polyak,
-    sample,
-    sample_tanh_normal,
-    share_at_bounds,
-    tanh_normal_log_prob,
-)
-from experiment import Run
+from common import BatchSize, Count, CountOrZero, NonNegative, Number, Positive, PositiveShare
+from common import MLP, Adam, RunArgs, ScalarMLP, Scaling, Seed, Share, ShareBelow1
+from common import dequantize, sample_tanh_normal, share_at_bounds, tanh_normal_log_prob
+from common import graphed, largest_value, minimize, normalize_obs, polyak, sample
 
 
 @dataclass
-class Args:
+class Args(RunArgs):
+    phases = {"behavior": "bc_steps", "init": "bc_steps", "critics": "q_steps", "train": "steps"}
     env: str = "hopper-replay-demo"
     """dataset: bundled name, D4RL name, Minari id, or path of an .hdf5 or .npz file"""
-    seed: int = 0
+    seed: Seed = 0
     """seeds networks, batches and evaluation"""
-    steps: int = 1_000_000
-    """gradient steps"""
-    batch_size: int = 256
+    steps: Count = 1_000_000
+    """gradient steps of RL"""
+    batch_size: BatchSize = 100
     """transitions per gradient step"""
-    device: str = "auto"
-    """cpu, cuda, or auto: cuda where there is one"""
-    precision: str = "auto"
-    """fp32 products: highest, high, medium, or auto: the fastest that does not round"""
-    compile: bool = False
-    """compile the whole update: faster after half a minute"""
-    eval_every: int = 5_000
+    eval_every: Count = 5_000
     """gradient steps between evaluations"""
-    eval_episodes: int = 10
-    """episodes per evaluation"""
-    eval_env: str | None = None
-    """Gymnasium id to evaluate in; None: the dataset's own task; "none": no evaluation"""
-    log_every: int = 1_000
-    """gradient steps between rows of train.csv"""
-    save_every: int = 50_000
-    """gradient steps between checkpoints"""
-    out: str = "runs"
-    """folder of all runs"""
-    name: str = ""
-    """suffix of the run's folder, tells variants apart"""
-    resume: bool = False
-    """continue this run from its checkpoint"""
-    overwrite: bool = False
-    """replace this run's folder"""
-    track: bool = False
-    """mirror the logs to Weights & Biases"""
-
     version: Literal["iclr", "acml"] = "iclr"
-    """sets those fields below that are None"""
-    multiplier: Literal["state", "global"] | None = None
-    """a network alpha(s) (Eq. 8, iclr) or one alpha for all states (acml)"""
-    penalty: Literal["hard", "soft", "tuned"] | None = None
-    """Eq. 10, lam fixed (hard, iclr) or growing (tuned, acml's Adroit); or soft gate too (acml)"""
-    backup: Literal["mean", "max"] | None = None
-    """over target actions: mean (Eq. 2, iclr) or max (acml)"""
-    eval_policy: Literal["argmax", "clipped", "mode"] | None = None
-    """best of 20 samples by Q_1 (iclr); best within one deviation by mean Q (acml); mode"""
-    eps: float | None = None
-    """threshold of D (Eq. 8); None where unknown and with acml: D of the first policy + margin"""
-    h0: float | None = None
-    """entropy bound H0, nats; None where unknown and with acml: from the clone's -ELBO"""
+    """which form of the method; it chooses the value of every flag here whose default is None"""
     divergence: Literal["kl", "mmd"] = "kl"
-    """D by Eq. 7 or by Eq. 5"""
-    margin: float | None = None
-    """room above the first policy's D where eps is None: 0 leaves none; None: the task's"""
-    lam: float = 0.1
-    """weight lambda of the gradient penalty (Eq. 10), where it grows its lowest: 0 is none"""
-    gp_target: float = 0.01
-    """soft and tuned penalty: lambda grows while the gated gradient norm is above this"""
-    samples: int = 5
-    """actions per state, and z per action: less variance of D, not less bias"""
-    members: int = 3
-    """clones, over which D is a mean"""
-    gamma: float = 0.99
+    """D: the bound on the KL divergence (Eq. 7), or the maximum mean discrepancy (Eq. 5)"""
+    multiplier: Literal["state", "global"] | None = None
+    """alpha of Eq. 8: a network of the state (iclr), or one number for all states (acml)"""
+    gate: Literal["hard", "tuned", "soft"] | None = None
+    """gate of Eq. 10: a step (hard, iclr; tuned) or softplus (soft, acml); lam grows unless hard"""
+    backup: Literal["mean", "max"] | None = None
+    """target value over the sampled actions (Eq. 2): their mean (iclr) or the largest (acml)"""
+    eval_policy: Literal["argmax", "clipped", "mode"] | None = None
+    """acts by the best of 20 samples (iclr), of 20 within one deviation (acml), or by the mode"""
+    eps: NonNegative | None = None
+    """threshold of D (Eq. 8); None: iclr's where known, else D of the first policy + margin"""
+    margin: NonNegative | None = None
+    """room above the first policy's D where eps is None; 0 is none; None: acml's for the data"""
+    h0: Number | None = None
+    """entropy bound H0 (Eq. 8) in nats; None: iclr's where known, else by the clone's -ELBO"""
+    mmd_width: Positive | None = None
+    """width of the kernel of mmd (Eq. 5): wide kernels compare little more than means"""
+    lam: NonNegative = 0.1
+    """weight of the gradient penalty (Eq. 10); where it grows, its lowest value: 0 is none"""
+    gp_target: NonNegative = 0.01
+    """where lam grows, it does so while the penalty (Eq. 10) is above this"""
+    samples: Count = 5
+    """actions per state, and latents per action: many make D less noisy, but no less biased"""
+    members: Count = 3
+    """number of clones, over which D is a mean"""
+    gamma: ShareBelow1 = 0.99
     """discount"""
-    polyak: float = 0.001
-    """share of critics and policy that their targets take over per step"""
-    lr: float = 3e-4
-    """Adam's learning rate, critics"""
-    actor_lr: float = 5e-6
-    """the same, policy: small, so that the critics lead"""
-    alpha_lr: float = 1e-5
-    """the same, network alpha(s): where it is quick, D swings about eps"""
-    dual_lr: float = 1e-3
-    """the same, numbers: beta, one alpha, soft lambda"""
-    dual_start: float = 10.0
-    """their first value, but lambda's; less where the phases are short: it throws the policy far"""
-    bc_steps: int = 400_000
-    """gradient steps of the clone, and again of the first policy, towards the least D"""
-    epoch_steps: int = 2_000
-    """gradient steps after which eps_GP is set anew (Eq. 10)"""
-    dequantize: float = 0.0
+    polyak: PositiveShare = 0.001
+    """share of the critics and of the policy that their targets take over per step"""
+    lr: Positive = 3e-4
+    """Adam's learning rate of the critics"""
+    actor_lr: Positive = 5e-6
+    """Adam's learning rate of the policy in RL: small, so that the critics lead"""
+    alpha_lr: Positive = 1e-5
+    """Adam's learning rate of the network alpha(s): a large one makes D swing about eps"""
+    dual_lr: Positive = 1e-3
+    """Adam's learning rate of beta, of lam, and of alpha where it is one number"""
+    dual_start: Positive = 10.0
+    """first value of beta, and of alpha where it is one number; short phases want a smaller one"""
+    bc_steps: Count = 400_000
+    """gradient steps of the clones, and again of the first policy"""
+    q_steps: CountOrZero = 0
+    """gradient steps of the critics alone, on the first policy (Algorithm 1, line 3); 0 is none"""
+    epoch_steps: Count = 2_000
+    """gradient steps after which eps_GP is measured anew (Eq. 10)"""
+    normalize_obs: bool = False
+    """shift and scale observations to mean 0 and deviation 1 over the data"""
+    dequantize: Share = 0.0
     """width of the band inside the bounds over which actions exactly at a bound are spread"""
 
+    def resolve(self):
+        fill_in(self)
 
-PRESETS = {
-    "*": dict(batch_size=100),
-    # "version divergence env" rows, for fields at None
-    "iclr *": dict(multiplier="state", penalty="hard", backup="mean", eval_policy="argmax"),
-    "acml *": dict(multiplier="global", penalty="soft", backup="max", eval_policy="clipped"),
-    # eps and H0 of the code weeks after iclr: for v0 data
+
+class Nets(nn.Module):
+    """Every network and its target, the multipliers, and what is measured on the way."""
+
+    def __init__(self, data, args):
+        super().__init__()
+        obs_dim, act_dim = data.obs.shape[1], data.action.shape[1]
+        latent_dim = 2 * act_dim
+        members = args.members
+        self.scaling = Scaling(data)
+        self.behavior = nn.Module()  # the clones; a Gaussian's output is its mean and its deviation
+        self.behavior.encoder = MLP(act_dim + obs_dim, 256, 256, 2 * latent_dim, members=members)
+        self.behavior.decoder = MLP(latent_dim + obs_dim, 256, 256, 2 * act_dim, members=members)
+        self.behavior.register_buffer("minus_elbo", torch.zeros(()))  # running mean
+        self.actor = MLP(obs_dim, 256, 256, 2 * act_dim)
+        self.q = ScalarMLP(obs_dim + act_dim, 256, 256, members=2)
+        self.alpha_net = ScalarMLP(obs_dim, 256, 256)  # alpha(s), before softplus
+        self.actor_target = copy.deepcopy(self.actor).requires_grad_(False)
+        self.q_target = copy.deepcopy(self.q).requires_grad_(False)
+        self.alpha = nn.Parameter(before_softplus(args.dual_start))  # one for all states
+        self.beta = nn.Parameter(before_softplus(args.dual_start))
+        self.lam = nn.Parameter(before_softplus(args.lam))
+        self.register_buffer("eps", torch.zeros(()))
+        self.register_buffer("eps_gp", torch.zeros(()))
+        self.register_buffer("h0", torch.zeros(()))
+        self.register_buffer("first_d", torch.zeros(()))  # running mean of the first policy's D
+        self.register_buffer("d_sums", torch.zeros(2, dtype=torch.float64))  # of D and D^2
+        self.register_buffer("noise", torch.randn(20, act_dim))  # of acting
+
+
+def before_softplus(value):
+    """The number (0-d) whose softplus is `value`; PyTorch's softplus is the identity above 20."""
+    value = torch.tensor(value)
+    return value if value > 20 else value.expm1().log()
+
+
+def gaussian(out, floor=-10):
+    """Mean and log-deviation from the halves of an output; `floor` is the least raw deviation."""
+    mean, raw = out.chunk(2, -1)
+    return mean, nn.functional.softplus(raw.clamp(floor, 5)).log()
+
+
+def policy_gaussian(actor, s, n):
+    """Mean and log-deviation of the policy before tanh, n times: (n, B, A) each."""
+    return gaussian(actor(s).repeat(n, 1, 1), floor=-20)
+
+
+def normal_kl(mean, log_std, mean2=0.0, log_std2=0.0):
+    """KL(N(mean, std^2) || N(mean2, std2^2)), summed over the last axis; by default N(0, I)."""
+    variance = (2 * log_std).exp()
+    square = variance + (mean - mean2) ** 2
+    scaled = square * math.e ** (-2 * log_std2)  # log_std2 may be a number
+    kl = log_std2 - log_std + 0.5 * (scaled - 1)
+    return kl.sum(-1)
+
+
+def decode(nets, z, s):
+    """The decoders p(.|s,z), z (M, N, Z) and s (N, S): mean and log-deviation, (M, N, A) each."""
+    s = s.expand(len(z), *s.shape)
+    return gaussian(nets.behavior.decoder(z, s))
+
+
+def behavior_loss(nets, s, a, args):
+    """Eq. 12, -ELBO of actions, so with the log-determinant of tanh: one value per clone (M,)."""
+    a = dequantize(a, args.dequantize)
+    a = a.clamp(-1 + 1e-6, 1 - 1e-6)  # at a bound, atanh is infinite
+    q_mean, q_log_std = gaussian(nets.behavior.encoder(torch.atanh(a), s))
+    z = q_mean + q_log_std.exp() * torch.randn_like(q_mean)  # (M, B, Z)
+    p_mean, p_log_std = decode(nets, z, s)  # (M, B, A)
+    log_prob = tanh_normal_log_prob(a, p_mean, p_log_std, clip=1e-6)
+    latent_kl = normal_kl(q_mean, q_log_std)
+    return (latent_kl - log_prob).mean(1)
+
+
+def kl_bound(nets, s, x, mean, log_std, args):
+    """D of Eq. 7, (n, B), the mean over clones, at n samples x (n, B, A) of the policy's Gaussians.
+    KL is the same before and after tanh."""
+    n, latents = len(x), args.samples
+    s = s.repeat(n, 1)  # (nB, S)
+    q_mean, q_log_std = gaussian(nets.behavior.encoder(x.flatten(0, 1), s))  # (M, nB, Z)
+    latent_kl = normal_kl(q_mean, q_log_std).mean(0)  # (nB,)
+
+    s = s.repeat(latents, 1)  # (LnB, S)
+    q_mean = q_mean.repeat(1, latents, 1)  # (M, LnB, Z)
+    q_log_std = q_log_std.repeat(1, latents, 1)
+    z = q_mean + q_log_std.exp() * torch.randn_like(q_mean)
+    p_mean, p_log_std = decode(nets, z, s)  # (M, LnB, A)
+    p_mean = p_mean.view(-1, *x.shape)  # (ML, n, B, A)
+    p_log_std = p_log_std.view(-1, *x.shape)
+    action_kl = normal_kl(mean, log_std, p_mean, p_log_std).mean(0)  # (n, B)
+    return action_kl + latent_kl.view(n, -1)
+
+
+def kernel_mean(u, v, width):
+    """Mean of Eq. 5's kernel over all pairs of u (m, B, A) and v (n, B, A): (B,)."""
+    difference = u.unsqueeze(1) - v  # (m, n, B, A)
+    distance = difference.abs().sum(-1)
+    kernel = (distance / (-2 * width)).exp()
+    return kernel.mean((0, 1))
+
+
+def mmd(nets, s, x, args):
+    """D of Eq. 5, (B,), between n samples x (n, B, A) of the policy and n of every clone."""
+    n, batch, act_dim = x.shape
+    z = torch.randn(args.members, n * batch, 2 * act_dim, device=x.device, dtype=x.dtype)
+    if args.version == "acml":
+        z = z.clamp(-0.5, 0.5)
+    mean, _ = decode(nets, z, s.repeat(n, 1))
+    b = mean.detach().view(-1, batch, act_dim)  # (Mn, B, A)
+    if args.version == "iclr":
+        x, b = x.tanh(), b.tanh()
+    among_policy = kernel_mean(x, x, args.mmd_width)
+    among_clones = kernel_mean(b, b, args.mmd_width)
+    between = kernel_mean(x, b, args.mmd_width)
+    square = among_policy + among_clones - 2 * between
+    return (square + 1e-6).sqrt()  # at 0 the root has no slope
+
+
+def divergence(nets, s, n, args):
+    """n samples of the policy in each state: actions (n, B, A), log-densities (n, B), and D, which
+    is (n, B) with kl, and (1, B) with mmd, where all n samples together have one."""
+    mean, log_std = policy_gaussian(nets.actor, s, n)
+    a, log_prob, x = sample_tanh_normal(mean, log_std)
+    if args.divergence == "mmd":
+        d = mmd(nets, s, x, args).unsqueeze(0)
+    else:
+        d = kl_bound(nets, s, x, mean, log_std, args)
+    return a, log_prob, d
+
+
+def smaller_q(critics, s, a):
+    """min_i Q_i at n actions of each state, a (n, B, A): (n, B)."""
+    n = len(a)
+    q = critics(s.repeat(n, 1), a.flatten(0, 1))  # (2, nB)
+    return q.amin(0).view(n, -1)
+
+
+@torch.no_grad()
+def target_value(nets, r, s2, terminal, args):
+    """y of Eq. 2, (B,)."""
+    mean, log_std = policy_gaussian(nets.actor_target, s2, args.samples)
+    a2, _, _ = sample_tanh_normal(mean, log_std)
+    q2 = smaller_q(nets.q_target, s2, a2)  # (n, B)
+    if args.backup == "max":
+        v2 = q2.amax(0)
+    else:
+        v2 = q2.mean(0)
+    return r + args.gamma * (1 - terminal) * v2
+
+
+def critic_loss(nets, s, a, y):
+    """Squared error of Eq. 2, halved, summed over critics, mean over the batch; and Q, (2, B)."""
+    q = nets.q(s, a)
+    squares = (q - y).square().sum(0)  # (B,)
+    return 0.5 * squares.mean(), q.detach()
+
+
+def penalty_gate(nets, d, args):
+    """By how much Eq. 10 penalizes each state, from 0 to 1, by its D (B,)."""
+    if args.gate == "soft":
+        excess = nn.functional.softplus(d - nets.eps_gp)
+        return excess / excess.max()
+    return (d > nets.eps_gp).to(d.dtype)
+
+
+def gradient_norm(nets, s, a):
+    """|grad_a min_i Q_i| of Eq. 10 at k actions of each state, a (k, B, A): mean over k, (B,)."""
+    k, batch = a.shape[:2]
+    s = s.expand(k, *s.shape).flatten(0, 1)  # (kB, S)
+    a = a.flatten(0, 1)
+    smaller = nets.q(s, a).detach().argmin(0)  # (kB,)
+    gradients = nets.q.input_gradient(s, a)[..., s.shape[1] :]  # (2, kB, A)
+    first = (smaller == 0).unsqueeze(1)
+    gradient = torch.where(first, gradients[0], gradients[1])
+    square = gradient.square().sum(-1)
+    norm = (square + 1e-12).sqrt()  # at 0 the root has no slope
+    return norm.view(k, batch).mean(0)
+
+
+def entropy_excess(nets, log_prob, args):
+    """The last bracket of Eq. 8, 0-d: by how much the entropy breaks its bound H0, which is the
+    highest entropy with kl (Appendix F), and the lowest with mmd."""
+    excess = -log_prob.mean() - nets.h0
+    return -excess if args.divergence == "mmd" else excess
+
+
+def actor_loss(nets, alpha, beta, q, d, log_prob, args):
+    """Eq. 8 (line 7 of Algorithm 1) at n actions of each state; alpha and beta are constants."""
+    value = alpha * (d - nets.eps) - q  # (n, B)
+    return value.mean() + beta * entropy_excess(nets, log_prob, args)
+
+
+def alpha_loss(nets, alpha, d):
+    """Eq. 8 (line 8): alpha, (B,) or (), grows where D (B,), a constant, is above eps."""
+    gain = alpha * (d - nets.eps)
+    return -gain.mean()
+
+
+def beta_loss(nets, beta, log_prob, args):
+    """Eq. 8 (line 9): beta grows while the entropy breaks its bound."""
+    return -beta * entropy_excess(nets, log_prob, args)
+
+
+def lam_loss(lam, penalty, args):
+    """acml: lam grows while the penalty of Eq. 10, a constant, is above its target."""
+    return -lam * (penalty - args.gp_target)
+
+
+def measure_eps_gp(nets, args):
+    """eps_GP of Eq. 10: mean of D plus its deviation over the epoch that ends here."""
+    mean, square = nets.d_sums / args.epoch_steps
+    std = (square - mean**2).clamp(min=0).sqrt()
+    nets.eps_gp.copy_(mean + std)
+    nets.d_sums.zero_()
+
+
+def first_rate(t, steps):
+    """Adam's learning rate at step t of the clones and of the first policy: it falls four times."""
+    rates = (1e-3, 5e-4, 1e-4, 5e-5, 1e-5)
+    fifth = 5 * (t - 1) // steps
+    return rates[fifth]
+
+
+def update_behavior(nets, opt, data, args):
+    """One step of the clones (line 1 of Algorithm 1)."""
+    s, a = sample(data, args.batch_size, ("obs", "action"))
+    losses = behavior_loss(nets, s, a, args)  # (M,)
+    minimize(opt.behavior, losses.sum())
+    minus_elbo = losses.detach().mean()
+    nets.behavior.minus_elbo.lerp_(minus_elbo, 0.01)
+    return {"minus_elbo": minus_elbo}
+
+
+def update_first_policy(nets, opt, data, args):
+    """One step of the policy towards the least D (line 2 of Algorithm 1), and of beta."""
+    (s,) = sample(data, args.batch_size, ("obs",))
+    n = args.samples if args.divergence == "mmd" else 1
+    _, log_prob, d = divergence(nets, s, n, args)
+    beta = nn.functional.softplus(nets.beta)
+    pi_loss = d.mean() + beta.detach() * entropy_excess(nets, log_prob, args)
+    minimize(opt.init, pi_loss)
+    d_mean, log_prob = d.detach().mean(), log_prob.detach()
+    minimize(opt.init_beta, beta_loss(nets, beta, log_prob, args))
+    nets.first_d.lerp_(d_mean, 0.01)
+    return {
+        "d_mean": d_mean,
+        "entropy": -log_prob.mean(),
+        "beta": beta.detach(),
+        "pi_loss": pi_loss.detach(),
+    }
+
+
+def update_critics(nets, opt, data, args):
+    """One step of the critics towards the values of the first policy (line 3 of Algorithm 1)."""
+    s, a, r, s2, terminal = sample(data, args.batch_size)
+    y = target_value(nets, r, s2, terminal, args)
+    q_loss, q = critic_loss(nets, s, a, y)
+    minimize(opt.q, q_loss)
+    polyak(nets.q_target, nets.q, args.polyak)
+    return {"q_loss": q_loss.detach(), "q_mean": q.mean()}
+
+
+def update(nets, opt, data, args):
+    """One iteration of Algorithm 1, lines 6 to 10: critics, policy, multipliers, targets."""
+    s, a, r, s2, terminal = sample(data, args.batch_size)
+    a_pi, log_prob, d = divergence(nets, s, args.samples, args)
+    alpha = nets.alpha_net(s) if args.multiplier == "state" else nets.alpha  # (B,) or ()
+    alpha = nn.functional.softplus(alpha)
+    beta = nn.functional.softplus(nets.beta)
+    lam = nn.functional.softplus(nets.lam)
+
+    y = target_value(nets, r, s2, terminal, args)
+    td_loss, q = critic_loss(nets, s, a, y)
+    a_gp = a_pi if args.divergence == "mmd" else a_pi[:1]  # the actions that d[0] is of
+    norm = gradient_norm(nets, s, a_gp.detach())
+    gate = penalty_gate(nets, d[0].detach(), args)
+    penalty = (gate * norm).mean()
+    weight = lam.detach().clamp(min=args.lam)
+    q_loss = td_loss + weight * penalty
+    minimize(opt.q, q_loss)
+
+    q_pi = smaller_q(nets.q, s, a_pi)  # (n, B), after the critics' step
+    pi_loss = actor_loss(nets, alpha.detach(), beta.detach(), q_pi, d, log_prob, args)
+    minimize(opt.actor, pi_loss)
+
+    d = d.detach().mean(0)  # (B,), before the policy's step
+    log_prob = log_prob.detach()
+    minimize(opt.alpha, alpha_loss(nets, alpha, d))
+    minimize(opt.beta, beta_loss(nets, beta, log_prob, args))
+    if args.gate != "hard":
+        minimize(opt.lam, lam_loss(lam, penalty.detach(), args))
+    polyak(nets.q_target, nets.q, args.polyak)
+    polyak(nets.actor_target, nets.actor, args.polyak)
+    d_mean = d.mean()
+    nets.d_sums += torch.stack([d_mean, d.square().mean()])
+    metrics = {
+        "q_loss": q_loss,
+        "td_loss": td_loss,
+        "penalty": penalty,
+        "lam": weight,
+        "gated": gate.mean(),
+        "eps_gp": nets.eps_gp.clone(),
+        "q_gradient": norm.mean(),
+        "q_mean": q.mean(),
+        "q_max": q.max(),
+        "q_pi": q_pi.mean(),
+        "pi_loss": pi_loss,
+        "d_mean": d_mean,
+        "d_std": d.std(),
+        "d_max": d.max(),
+        "violations": (d > nets.eps).float().mean(),
+        "alpha": alpha.mean(),
+        "alpha_min": alpha.min(),
+        "alpha_max": alpha.max(),
+        "entropy": -log_prob.mean(),
+        "beta": beta,
+    }
+    return {name: value.detach() for name, value in metrics.items()}
+
+
+def policy(nets, obs, args):
+    """Raw observations (B, S) to deterministic actions (B, A) in the task's bounds."""
+    s = nets.scaling.obs(obs)
+    mean, log_std = gaussian(nets.actor(s), floor=-20)
+    if args.eval_policy == "mode":
+        return nets.scaling.action(mean.tanh())
+    noise = nets.noise.unsqueeze(1)  # (20, 1, A)
+    if args.eval_policy == "clipped":
+        noise = noise.clamp(-1, 1)
+    a = (mean + log_std.exp() * noise).tanh()  # (20, B, A)
+    n, batch = a.shape[:2]
+    q = nets.q(s.repeat(n, 1), a.flatten(0, 1))  # (2, 20B)
+    value = q.mean(0) if args.eval_policy == "clipped" else q[0]
+    best = value.view(n, batch).argmax(0)
+    states = torch.arange(batch, device=s.device)
+    return nets.scaling.action(a[best, states])
+
+
+def train_behavior(run, nets, opt, data, args):
+    """The clones, or those of an earlier run; and the entropy bound H0."""
+    settings = args.bc_steps, args.batch_size, args.dequantize, args.normalize_obs
+    if not run.cached("clones", nets.behavior, *settings):
+        step = graphed(update_behavior, nets, opt, data, args, compile=args.compile)
+        for t in run.loop(args.bc_steps, phase="behavior"):
+            opt.behavior.lr.fill_(first_rate(t, args.bc_steps))
+            run.after(t, step())
+            if t == args.bc_steps:
+                run.share("clones", nets.behavior)
+    if args.h0 is not None:
+        nets.h0.fill_(args.h0)
+    elif args.divergence == "mmd":
+        nets.h0.copy_(nets.behavior.minus_elbo)
+    else:
+        act_dim = data.action.shape[1]  # a quarter of the clone's deviation in each number
+        nets.h0.copy_(nets.behavior.minus_elbo - act_dim * math.log(4))
+
+
+def train_first_policy(run, nets, opt, data, args):
+    """The policy with the least D; then the thresholds eps and eps_GP."""
+    step = graphed(update_first_policy, nets, opt, data, args, compile=args.compile)
+    for t in run.loop(args.bc_steps, phase="init"):
+        opt.init.lr.fill_(first_rate(t, args.bc_steps))
+        run.after(t, step())
+        if t == args.bc_steps:  # within the loop, so that the checkpoint of this step has it all
+            if args.eps is None:
+                nets.eps.copy_(nets.first_d + args.margin)
+            else:
+                nets.eps.fill_(args.eps)
+            nets.eps_gp.copy_(nets.eps)
+            nets.actor_target.load_state_dict(nets.actor.state_dict())
+            print(f"first policy: D {nets.first_d:.3g}, eps {nets.eps:.3g}, H0 {nets.h0:.3g}")
+            mode = replace(args, eval_policy="mode")
+            run.reference("its first policy", lambda obs: policy(nets, obs, mode))
+
+
+def train(run, data, args):
+    """Train on `data`; `run` logs, evaluates and saves."""
+    args.resolve()
+    data.reward -= data.reward.min()
+    data.reward /= data.reward.max().clamp(min=1e-12)  # in [0, 1]
+    if args.normalize_obs:
+        normalize_obs(data, eps=1e-3)
+    nets = Nets(data, args).to(run.device)
+    opt = SimpleNamespace(
+        behavior=Adam(nets.behavior.parameters(), 1e-3),
+        init=Adam(nets.actor.parameters(), 1e-3),  # first policy
+        init_beta=Adam([nets.beta], args.dual_lr),
+        q=Adam(nets.q.parameters(), args.lr),
+        actor=Adam(nets.actor.parameters(), args.actor_lr),
+        lam=Adam([nets.lam], args.dual_lr),
+    )
+    if args.multiplier == "state":
+        opt.alpha = Adam(nets.alpha_net.parameters(), args.alpha_lr)
+    else:
+        opt.alpha = Adam([nets.alpha], args.dual_lr)
+    if args.version == "iclr":
+        opt.beta = opt.init_beta  # RL goes on with what it has gathered
+    else:
+        opt.beta = Adam([nets.beta], args.dual_lr)
+    largest = largest_value(data, args.gamma)
+    run.start(nets, opt, q_mean=largest, q_pi=largest)
+    share_at_bounds(data, args.dequantize)
+    train_behavior(run, nets, opt, data, args)
+    train_first_policy(run, nets, opt, data, args)
+    step = graphed(update_critics, nets, opt, data, args, compile=args.compile)
+    for t in run.loop(args.q_steps, phase="critics"):
+        run.after(t, step())
+    step = graphed(update, nets, opt, data, args, compile=args.compile)
+    for t in run.loop(args.steps):
+        metrics = step()
+        if t % args.epoch_steps == 0:
+            measure_eps_gp(nets, args)
+        run.after(t, metrics, lambda obs: policy(nets, obs, args))
+
+
+def fill_in(args):
+    """The flags that are None take their values from TASKS, where it has some for them."""
+    values = {}
+    for pattern, row in TASKS.items():
+        if fnmatchcase(f"{args.version} {args.divergence} {args.env}", pattern):
+            values |= row
+    for name, value in values.items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+
+
+HANDS = (  # Adroit, by D4RL's names and by Minari's
+    *("pen-*-v?", "hammer-*-v?", "door-*-v?", "relocate-*-v?"),
+    *("D4RL/pen/*", "D4RL/hammer/*", "D4RL/door/*", "D4RL/relocate/*"),
+)
+# Pattern of "version divergence env": values of the flags that are None. Later rows win.
+TASKS = {
+    "iclr *": dict(multiplier="state", gate="hard", backup="mean", eval_policy="argmax"),
+    "acml *": dict(multiplier="global", gate="soft", backup="max", eval_policy="clipped"),
+    # eps and H0 of iclr. They suit the clone of the data they were chosen on, and no other.
     "iclr kl hopper-random-v0": dict(eps=3.0, h0=-3.0),
     "iclr kl hopper-medium-v0": dict(eps=2.4, h0=-6.0),
     "iclr kl hopper-medium-replay-v0": dict(eps=3.0, h0=-3.0),
@@ -164,272 +614,73 @@ PRESETS = {
     "iclr kl halfcheetah-medium-v0": dict(eps=4.0, h0=-12.0),
     "iclr kl halfcheetah-medium-replay-v0": dict(eps=6.0, h0=-12.0),
     "iclr kl halfcheetah-medium-expert-v0": dict(eps=11.5, h0=-24.0),
-    "iclr mmd pen-human-v*": dict(eps=0.06, h0=-200.0),
-    "iclr mmd hammer-human-v*": dict(eps=0.1, h0=-60.0),
-    "iclr mmd door-human-v*": dict(eps=0.1, h0=-60.0),
-    "iclr mmd relocate-human-v*": dict(eps=0.1, h0=-60.0),
-    # margins of acml's text and code; those of its ablation with mmd times the root of 20 / 60
+    "iclr mmd pen-human-v?": dict(eps=0.06, h0=-200.0),
+    "iclr mmd hammer-human-v?": dict(eps=0.1, h0=-60.0),
+    "iclr mmd door-human-v?": dict(eps=0.1, h0=-60.0),
+    "iclr mmd relocate-human-v?": dict(eps=0.1, h0=-60.0),
+    # Margins of acml with KL, which iclr takes where it has no eps. "medium" is Minari's, too.
     "* kl *": dict(margin=3.0),
-    **{
-        f"* kl {task}": dict(margin=margin)
-        for task, margin in {
-            "hopper-medium-v*": 0.2,
-            "walker2d-medium-v*": 1.0,
-            "halfcheetah-medium-v*": 7.0,
-            "*medium-expert-v*": 0.2,
-            "*/medium-v*": 0.2,  # ours: at a CPU's rates 7 lets halfcheetah's policy leave the data
-        }.items()
-    },
-    "* mmd *": dict(margin=0.03),
-    **dict.fromkeys(("* mmd hopper-medium-v*", "* mmd *medium-expert-v*"), dict(margin=0.01)),
-    **dict.fromkeys(("* mmd halfcheetah-medium-v*", "* mmd hopper-random-v*"), dict(margin=0.06)),
-    # for env alone again: acml's gp_target
-    **dict.fromkeys(("halfcheetah[-/]*", "mujoco/halfcheetah/*"), dict(gp_target=0.1)),
-    **{
-        name.format(task): dict(
-            divergence="mmd", margin=0.001, actor_lr=5e-8, alpha_lr=1e-7, gp_target=0.005, steps=n
-        )
-        for task, n in dict(pen=250_000, hammer=500_000, door=10**6, relocate=500_000).items()
-        for name in ("{}-*", "D4RL/{}/*", "{}/*")
-    },
-    **{
-        f"acml mmd {name.format(task)}": dict(penalty="tuned")
-        for task in ("pen", "hammer", "door", "relocate")
-        for name in ("{}-*", "D4RL/{}/*", "{}/*")
-    },
-    "antmaze-*": dict(eval_every=100_000, eval_episodes=100),
-    "D4RL/antmaze/*": dict(eval_every=100_000, eval_episodes=100),
-    # For a CPU: clone and first policy in 100k steps each (paper: 400k), RL in 100k (1M), one clone
-    # (3), 2 samples (5). The policy ten times as fast, targets five, beta three; beta starts near
-    # where it ends.
-    **{
-        name: dict(
-            bc_steps=100_000,
-            steps=100_000,
-            members=1,
-            samples=2,
-            polyak=0.005,
-            actor_lr=5e-5,
-            dual_lr=3e-3,
-            dual_start=0.5,
-            dequantize=0.05,
-        )
-        for name in ("hopper/*", "halfcheetah/*")
-    },
-    "hopper-replay-demo": dict(  # shorter still, with one clone and fewer samples
-        bc_steps=8_000,
-        steps=12_000,
-        eval_every=1_000,
-        polyak=0.01,
-        actor_lr=1e-4,
-        dual_lr=3e-3,
-        dual_start=0.5,
-        dequantize=0.05,
-        samples=2,
-        members=1,
-    ),
+    "* kl hopper-medium-v?": dict(margin=0.2),
+    "* kl walker2d-medium-v?": dict(margin=1.0),
+    "* kl halfcheetah-medium-v?": dict(margin=7.0),
+    "* kl mujoco/hopper/medium-v?": dict(margin=0.2),
+    "* kl mujoco/walker2d/medium-v?": dict(margin=1.0),
+    "* kl mujoco/halfcheetah/medium-v?": dict(margin=7.0),
+    "* kl hopper-medium-expert-v?": dict(margin=0.2),
+    "* kl walker2d-medium-expert-v?": dict(margin=0.2),
+    "* kl halfcheetah-medium-expert-v?": dict(margin=0.2),
+    # Margins of acml with mmd, and the kernel's width in either version.
+    "* mmd *": dict(margin=0.05),
+    "* mmd hopper-random-v?": dict(margin=0.1),
+    "* mmd hopper-medium-v?": dict(margin=0.02),
+    "* mmd halfcheetah-medium-v?": dict(margin=0.1),
+    "* mmd mujoco/hopper/medium-v?": dict(margin=0.02),
+    "* mmd mujoco/halfcheetah/medium-v?": dict(margin=0.1),
+    "* mmd hopper-medium-expert-v?": dict(margin=0.02),
+    "* mmd walker2d-medium-expert-v?": dict(margin=0.02),
+    "* mmd halfcheetah-medium-expert-v?": dict(margin=0.02),
+    "iclr mmd *": dict(mmd_width=10.0),
+    "acml mmd *": dict(mmd_width=20.0),
+    **{f"iclr mmd {hand}": dict(margin=0.001, mmd_width=60.0) for hand in HANDS},
+    **{f"acml mmd {hand}": dict(margin=0.001, mmd_width=120.0, gate="tuned") for hand in HANDS},
 }
 
-
-class Nets(nn.Module):
-    """Every network and its target, multipliers before softplus, and what is measured."""
-
-    def __init__(self, data, args):
-        super().__init__()
-        obs_dim, act_dim, members = data.obs.shape[1], data.action.shape[1], args.members
-        self.scaling, self.behavior = Scaling(data), nn.Module()  # its latent z has 2 A numbers
-        self.behavior.encoder = MLP(act_dim + obs_dim, 256, 256, 4 * act_dim, members=members)
-        self.behavior.decoder = MLP(2 * act_dim + obs_dim, 256, 256, 2 * act_dim, members=members)
-        self.behavior.register_buffer("minus_elbo", torch.zeros(()))
-        self.actor = MLP(obs_dim, 256, 256, 2 * act_dim)
-        self.q = ScalarMLP(obs_dim + act_dim, 256, 256, members=2)
-        self.alpha = ScalarMLP(obs_dim, 256, 256)
-        self.actor_target = copy.deepcopy(self.actor).requires_grad_(False)
-        self.q_target = copy.deepcopy(self.q).requires_grad_(False)
-        self.dual = nn.Parameter(torch.tensor([args.dual_start] * 2 + [args.lam]).expm1().log())
-        for name in ("eps", "h0", "eps_gp", "first_d"):
-            self.register_buffer(name, torch.zeros(()))
-        self.register_buffer("moments", torch.zeros(2, dtype=torch.float64))  # sums of D and D^2
-        self.register_buffer("noise", torch.randn(20, act_dim))
-
-
-def gaussian(out, low=-10):
-    """Mean and log-std from the halves of an output; the std is softplus, of at least `low`."""
-    mean, raw = out.chunk(2, -1)
-    return mean, F.softplus(raw.clamp(low, 5)).log()
-
-
-def normal_kl(mean, log_std, mean2=0.0, log_std2=0.0):
-    """KL(N(mean, std^2) || N(mean2, std2^2)), summed over the last axis; by default N(0, I)."""
-    square = (2 * log_std).exp() + (mean - mean2) ** 2
-    return (log_std2 - log_std + 0.5 * (square * math.e ** (-2 * log_std2) - 1)).sum(-1)
-
-
-def behavior_loss(nets, s, a, args):
-    """Eq. 12 of actions, so with the tanh's log-determinant: one value per member (M,)."""
-    a = dequantize(a, args.dequantize).clamp(-1 + 1e-6, 1 - 1e-6)
-    mean, log_std = gaussian(nets.behavior.encoder(torch.atanh(a), s))
-    z = mean + log_std.exp() * torch.randn_like(mean)  # (M, B, Z)
-    p = gaussian(nets.behavior.decoder(z, s.expand(len(z), *s.shape)))
-    return (normal_kl(mean, log_std) - tanh_normal_log_prob(a, *p, clip=1e-6)).mean(1)
-
-
-def divergence(nets, s, n, args):
-    """n actions (n, B, A), log-densities (n, B), D: Eq. 7 (n, B), or the root of Eq. 5 (1, B)."""
-    mean, log_std = gaussian(nets.actor(s).repeat(n, 1, 1), -20)
-    a, log_prob, x = sample_tanh_normal(mean, log_std)
-    rows, s = x.flatten(0, 1), s.repeat(n, 1)  # (nB, A), (nB, S)
-    if args.divergence == "mmd":  # the width 60 is above most distances: it mostly scales D
-        z = torch.randn_like(rows.repeat(args.members, 1, 2))  # (M, nB, Z)
-        b, _ = gaussian(nets.behavior.decoder(z, s.expand(len(z), -1, -1)))
-        b = b.detach().tanh().view(-1, *x.shape[1:])  # (Mn, B, A)
-        k = lambda u, v: ((u.unsqueeze(1) - v).abs().sum(-1) / (-2 * 60)).exp().mean((0, 1))
-        return a, log_prob, (k(a, a) + k(b, b) - 2 * k(a, b) + 1e-6).sqrt().unsqueeze(0)
-    q_mean, q_log_std = gaussian(nets.behavior.encoder(rows, s))
-    latent_kl = normal_kl(q_mean, q_log_std).mean(0).view(n, -1)
-    q_mean, q_log_std = (q.repeat(1, args.samples, 1) for q in (q_mean, q_log_std))
-    z = q_mean + q_log_std.exp() * torch.randn_like(q_mean)  # (M, LnB, Z)
-    p = gaussian(nets.behavior.decoder(z, s.repeat(args.samples, 1).expand(len(z), -1, -1)))
-    p = (part.view(-1, *x.shape) for part in p)  # (ML, n, B, A)
-    return a, log_prob, normal_kl(mean, log_std, *p).mean(0) + latent_kl
-
-
-@torch.no_grad()
-def target_value(nets, r, s2, terminal, args):
-    """y of Eq. 2, (B,)."""
-    a2 = sample_tanh_normal(*gaussian(nets.actor_target(s2).repeat(args.samples, 1, 1), -20))[0]
-    q2 = nets.q_target(s2.repeat(args.samples, 1), a2.flatten(0, 1)).amin(0).view(len(a2), -1)
-    return r + args.gamma * (1 - terminal) * (q2.amax(0) if args.backup == "max" else q2.mean(0))
-
-
-def gradient_penalty(nets, s, a, d, args):
-    """Gradient norm of Eq. 10, (B,), gated and not: the smaller critic's, smooth at 0."""
-    soft = F.softplus(d - nets.eps_gp)
-    gate = soft / soft.max() if args.penalty == "soft" else (d > nets.eps_gp).to(d.dtype)
-    first = nets.q(s, a).detach().argmin(0)[:, None] == 0
-    grads = nets.q.input_gradient(s, a)[..., s.shape[1] :]  # (2, B, A)
-    norm = (torch.where(first, *grads).square().sum(-1) + 1e-12).sqrt()
-    return gate * norm, norm
-
-
-def lagrangian(nets, alpha, beta, q, d, log_prob, args):
-    """Eq. 8, which the policy minimizes, alpha and beta maximize (Algorithm 1, lines 7 to 9)."""
-    sign = 1 if args.divergence == "mmd" else -1
-    return (alpha * (d - nets.eps) - q).mean() + sign * beta * (log_prob.mean() + nets.h0)
-
-
-def update_behavior(nets, opt, data, args):
-    """One step of the clones."""
-    loss = behavior_loss(nets, *sample(data, args.batch_size, ("obs", "action")), args)
-    minimize(opt.behavior, loss.sum())
-    nets.behavior.minus_elbo.lerp_(loss.detach().mean(), 0.01)
-    return {"minus_elbo": loss.detach().mean()}
-
-
-def update_init(nets, opt, data, args):
-    """One step of the policy towards the least D, and of beta."""
-    (s,) = sample(data, args.batch_size, ("obs",))
-    _, log_prob, d = divergence(nets, s, args.samples if args.divergence == "mmd" else 1, args)
-    beta = F.softplus(nets.dual)[1]
-    minimize(opt.init, lagrangian(nets, 1, beta.detach(), 0, d, log_prob, args))
-    minimize(opt.dual, -lagrangian(nets, 1, beta, 0, d.detach(), log_prob.detach(), args))
-    nets.first_d.lerp_(d.detach().mean(), 0.01)
-    return {"d": d.detach().mean(), "entropy": -log_prob.detach().mean(), "beta": beta.detach()}
-
-
-def update(nets, opt, data, args):
-    """One iteration of Algorithm 1, lines 6 to 10."""
-    s, a, r, s2, terminal = sample(data, args.batch_size)
-    a_pi, log_prob, d = divergence(nets, s, args.samples, args)
-    alpha, beta, lam = F.softplus(nets.dual)
-    alpha = F.softplus(nets.alpha(s)) if args.multiplier == "state" else alpha  # (B,) or ()
-    q, y = nets.q(s, a), target_value(nets, r, s2, terminal, args)
-    td_loss = 0.5 * (q - y).square().sum(0).mean()
-    penalty, norm = gradient_penalty(nets, s, a_pi[0].detach(), d[0].detach(), args)
-    minimize(opt.q, td_loss + lam.detach().clamp(min=args.lam) * penalty.mean())
-    q_pi = nets.q(s.repeat(args.samples, 1), a_pi.flatten(0, 1)).amin(0).view_as(log_prob)
-    minimize(opt.actor, lagrangian(nets, alpha.detach(), beta.detach(), q_pi, d, log_prob, args))
-    q_pi, d, log_prob, penalty = (x.detach() for x in (q_pi, d.mean(0), log_prob, penalty))
-    if args.multiplier == "state":
-        minimize(opt.alpha, -lagrangian(nets, alpha, beta.detach(), q_pi, d, log_prob, args))
-        alpha = alpha.detach()
-    gain = lagrangian(nets, alpha, beta, q_pi, d, log_prob, args)
-    gain = gain + (args.penalty != "hard") * lam * (penalty.mean() - args.gp_target)
-    minimize(opt.dual, -gain)
-    polyak(nets.q_target, nets.q, args.polyak)
-    polyak(nets.actor_target, nets.actor, args.polyak)
-    nets.moments += torch.stack([d.mean(), d.square().mean()])
-    metrics = {"td_loss": td_loss, "q1_mean": q[0].mean(), "q1_max": q[0].max()}
-    metrics |= {"gated": (penalty > 0).float().mean(), "penalty": penalty.mean(), "beta": beta}
-    metrics |= {"alpha": alpha.mean(), "alpha_min": alpha.min(), "alpha_max": alpha.max()}
-    metrics |= {"d_mean": d.mean(), "d_std": d.std(), "d_max": d.max(), "eps_gp": 1 * nets.eps_gp}
-    metrics |= {"violations": (d > nets.eps).float().mean(), "entropy": -log_prob.mean()}
-    metrics |= {"q_pi": q_pi.mean(), "q_gradient": norm.mean(), "lambda": lam.clamp(args.lam)}
-    return {k: v.detach() for k, v in metrics.items()}
-
-
-def policy(nets, obs, args):
-    """Raw observations (B, S) to deterministic actions (B, A) in the task's bounds."""
-    s = nets.scaling.obs(obs)
-    mean, log_std = gaussian(nets.actor(s), -20)
-    width = {"clipped": 1.0, "mode": 0.0}.get(args.eval_policy, math.inf)  # in deviations
-    a = (mean + log_std.exp() * nets.noise.clamp(-width, width).unsqueeze(1)).tanh()  # (20, B, A)
-    q = nets.q(s.repeat(len(a), 1), a.flatten(0, 1)).view(2, *a.shape[:2])
-    best = (q.mean(0) if args.eval_policy == "clipped" else q[0]).argmax(0)  # (B,)
-    return nets.scaling.action(a[best, torch.arange(s.shape[0], device=s.device)])
-
-
-def train_start(run, nets, opt, data, args):
-    """The clones, or those of an earlier run; then the policy nearest to them, and eps."""
-    share_at_bounds(data, args.dequantize)
-    rates = (1e-3, 5e-4, 1e-4, 5e-5, 1e-5)  # of either phase, over five parts
-    path, known = run.cached("vae", nets.behavior, args.bc_steps, args.batch_size, args.dequantize)
-    step = graphed(update_behavior, nets, opt, data, args, compile=args.compile)
-    for t in run.loop(0 if known else args.bc_steps, phase="behavior"):
-        opt.behavior.lr.fill_(rates[5 * (t - 1) // args.bc_steps])
-        run.after(t, step())
-        if t == args.bc_steps:
-            run.share(path, nets.behavior)
-    h0 = nets.behavior.minus_elbo - (args.divergence == "kl") * data.action.shape[1] * math.log(4)
-    nets.h0.copy_(h0 if args.h0 is None else torch.tensor(args.h0))
-    step = graphed(update_init, nets, opt, data, args, compile=args.compile)
-    for t in run.loop(args.bc_steps, phase="init"):
-        opt.init.lr.fill_(rates[5 * (t - 1) // args.bc_steps])
-        run.after(t, step())
-        if t == args.bc_steps:
-            eps = nets.first_d + args.margin if args.eps is None else torch.tensor(args.eps)
-            nets.eps.copy_(eps), nets.eps_gp.copy_(eps)
-            nets.actor_target.load_state_dict(nets.actor.state_dict())
-            print(f"first policy: D {nets.first_d:.3g} (least), eps {eps:.3g}, H0 {nets.h0:.3g}")
-            act = lambda obs: policy(nets, obs, replace(args, eval_policy="mode"))
-            run.reference("its first policy", act)
-
-
-def train(args):
-    """Train, log and save; returns the mean score of the last 10 evaluations."""
-    method = f"{args.version} {args.divergence} {args.env}"
-    rows = [row for pattern, row in PRESETS.items() if fnmatch(method, pattern)]
-    chosen = {k: v for row in rows for k, v in row.items() if getattr(args, k) is None}
-    vars(args).update(chosen, preset=getattr(args, "preset", {}) | chosen)
-    run = Run(args)
-    data, task = load_dataset(args.env, run.device, args.eval_env)
-    data.reward.sub_(data.reward.min()).div_(data.reward.max().clamp(min=1e-12))  # in [0, 1]
-    nets = Nets(data, args).to(run.device)
-    rates = {"behavior": 1e-3, "q": args.lr, "actor": args.actor_lr, "alpha": args.alpha_lr}
-    opt = SimpleNamespace(**{k: Adam(getattr(nets, k).parameters(), v) for k, v in rates.items()})
-    opt.init, opt.dual = Adam(nets.actor.parameters(), 1e-3), Adam([nets.dual], args.dual_lr)
-    run.start(data, task, nets, opt)
-    train_start(run, nets, opt, data, args)
-    step = graphed(update, nets, opt, data, args, compile=args.compile)
-    for t in run.loop(args.steps):
-        metrics = step()
-        if t % args.epoch_steps == 0:  # eps_GP of Eq. 10
-            mean, square = nets.moments / args.epoch_steps
-            nets.eps_gp.copy_(mean + (square - mean**2).clamp(min=0).sqrt())
-            nets.moments.zero_()
-        run.after(t, metrics, lambda obs: policy(nets, obs, args))
-    return run.finish()
-
+ADROIT = dict(divergence="mmd", actor_lr=5e-8, alpha_lr=1e-7, gp_target=0.005)
+# For a CPU: clone and first policy in 8,000 steps each (paper: 400,000), RL in 12,000 (1,000,000),
+# one clone (3) and 2 samples (5). The policy is twenty times as fast, targets ten, beta three.
+DEMO = dict(
+    version="acml",
+    bc_steps=8_000,
+    q_steps=2_000,
+    steps=12_000,
+    eval_every=1_000,
+    members=1,
+    samples=2,
+    polyak=0.01,
+    actor_lr=1e-4,
+    dual_lr=3e-3,
+    dual_start=0.5,
+    dequantize=0.05,
+)
+PRESETS = {
+    "hopper-medium-expert-demo": DEMO | dict(margin=0.2),  # shortened
+    "hopper-replay-demo": DEMO | dict(margin=3.0),  # shortened
+    "pointmaze-medium-demo": DEMO | dict(margin=3.0),  # shortened
+    "halfcheetah-*": dict(gp_target=0.1),
+    "mujoco/halfcheetah/*": dict(gp_target=0.1),
+    "pen-*": ADROIT | dict(steps=250_000),
+    "hammer-*": ADROIT | dict(steps=500_000),
+    "door-*": ADROIT | dict(steps=1_000_000),
+    "relocate-*": ADROIT | dict(steps=500_000),
+    "D4RL/pen/*": ADROIT | dict(steps=250_000),
+    "D4RL/hammer/*": ADROIT | dict(steps=500_000),
+    "D4RL/door/*": ADROIT | dict(steps=1_000_000),
+    "D4RL/relocate/*": ADROIT | dict(steps=500_000),
+    "antmaze-*": dict(eval_every=100_000, eval_episodes=100),
+    "D4RL/antmaze/*": dict(eval_every=100_000, eval_episodes=100),
+}
 
 if __name__ == "__main__":
-    train(parse(Args, PRESETS))
+    from harness import main
+
+    main(Args, PRESETS, train)
