@@ -74,7 +74,7 @@ def load(name: str, eval_env: str | None):
             state = {"rewards": reward, "masks": mask, "terminals": state["terminals"]}
             columns |= {k: column(x) for k, x in state.items()}
             arrays = _read_columns(path.name, columns, raw, eval_env, task, None)
-    except UNREADABLE as error:
+    except (*UNREADABLE, IndexError, TypeError) as error:
         raise InputError(f"{path} is not a complete npz file ({error!s:.200}); {again}") from None
     if task:
         task.data_score = solved_share(mask == 0, state["terminals"].astype(bool))
@@ -137,11 +137,11 @@ def own_numpy(state):
 
 
 class Success(gymnasium.Wrapper):
-    """The reward is 1 where an episode ends with its task solved, and 0 elsewhere: OGBench's score
-    is the share of such episodes.
+    """The reward is 1 where the task is solved, which ends the episode, and 0 elsewhere: OGBench's
+    score is the share of such episodes.
 
-    OGBench's mazes draw from numpy's global generator and from the action space, so that a seed for
-    reset alone does not repeat an episode; here both belong to the environment and are seeded."""
+    OGBench's mazes draw from numpy's global generator, so that a seed for reset alone does not
+    repeat an episode; here every environment has a generator of its own in its place."""
 
     def __init__(self, env):
         super().__init__(env)
@@ -151,7 +151,6 @@ class Success(gymnasium.Wrapper):
     def reset(self, *, seed=None, options=None):
         if seed is not None:
             self.state = np.random.RandomState(seed).get_state()
-            self.unwrapped.action_space.seed(seed)
         with own_numpy(self.state) as state:
             result = self.env.reset(seed=seed, options=options)
             self.state = state()
@@ -164,5 +163,4 @@ class Success(gymnasium.Wrapper):
                 self.state = state()
         else:
             obs, _, terminal, timeout, info = self.env.step(action)
-        solved = (terminal or timeout) and bool(info["success"])
-        return obs, float(solved), terminal, timeout, info
+        return obs, float(info["success"]), terminal, timeout, info

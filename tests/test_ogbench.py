@@ -181,11 +181,51 @@ def test_a_file_without_masks_names_the_task(tmp_path):
 
 
 @installed
+@pytest.mark.parametrize(
+    "data",
+    [
+        "pointmaze-medium-navigate",
+        "puzzle-3x3-play",
+        *(pytest.param(x, marks=pytest.mark.soak) for x in ("cube-double-play", "scene-play")),
+    ],
+)
+def test_rewards_of_a_file_are_those_of_the_environment(data, folder):
+    """A recording made in the task itself, which runs on where it is solved."""
+    import gymnasium
+
+    maze, draw = "maze" in data, np.random.default_rng(0)
+    name, options = data.rpartition("-")[0], {"max_episode_steps": 300 if maze else 30}
+    env = gymnasium.make(f"{name}-singletask-task3-v0", terminate_at_goal=False, **options)
+    obs, _ = env.reset(seed=0)
+    kept, over = {}, False
+    while not over:
+        action = draw.uniform(-1, 1, env.action_space.shape)
+        if maze:
+            action = towards_goal(env)
+        row = {"observations": obs, "actions": action}
+        obs, reward, terminal, timeout, info = env.step(action)
+        over = terminal or timeout
+        row |= {"qpos": info["prev_qpos"], "qvel": info["prev_qvel"], "reward": reward}
+        row |= {"button_states": info.get("prev_button_states", 0), "terminals": over}
+        for key, value in row.items():
+            kept.setdefault(key, []).append(value)
+    arrays = {k: np.array(x, np.float32) for k, x in kept.items()}
+    reward = arrays.pop("reward")
+    np.savez(folder / f"{data}-v0.npz", **arrays)
+    loaded, _ = load_dataset(f"{data}-singletask-task3-v0")
+    np.testing.assert_array_equal(loaded.reward.numpy(), reward[:-1])
+    np.testing.assert_array_equal(loaded.terminal.numpy(), reward[:-1] == 0)
+    assert not maze or 0 < loaded.terminal.sum() < 299
+
+
+@installed
 def test_a_broken_file_is_one_line(folder):
     path = folder / "pointmaze-medium-navigate-v0.npz"
     arrays = raw()
     np.savez(path, **{k: v for k, v in arrays.items() if k != "qpos"})
     assert "no qpos" in error_of(f"{NAME}-v0")
+    np.savez(path, **arrays | {"qpos": arrays["qpos"][:, 0]})
+    assert "not a complete npz file" in error_of(f"{NAME}-v0")
     np.savez(path, **arrays | {"actions": arrays["actions"][:-1]})
     assert "actions has shape" in error_of(f"{NAME}-v0")
     np.savez(path, **arrays | {"observations": arrays["observations"] * np.nan})
@@ -214,16 +254,21 @@ def test_a_missing_file_is_downloaded_from_a_mirror(folder, monkeypatch, capsys)
 # ---- evaluation ------------------------------------------------------------------------------
 
 
-def walk(env, seed, towards=None, steps=10**6):
+def towards_goal(env):
+    """The action of OGBench's own path finder."""
+    maze = env.unwrapped
+    subgoal, _ = maze.get_oracle_subgoal(maze.get_xy(), maze.cur_goal_xy)
+    return (subgoal - maze.get_xy()) / (np.linalg.norm(subgoal - maze.get_xy()) + 1e-6)
+
+
+def walk(env, seed, towards=None):
     """Rewards and observations of one episode, by OGBench's own path finder or at random."""
     draw, (obs, _) = np.random.default_rng(0), env.reset(seed=seed)
     seen, rewards, over = [obs], [], False
-    while not over and len(rewards) < steps:
+    while not over:
         action = draw.uniform(-1, 1, 2)
         if towards is not None:
-            maze = env.unwrapped
-            subgoal, _ = maze.get_oracle_subgoal(maze.get_xy(), maze.cur_goal_xy)
-            action = (subgoal - maze.get_xy()) / (np.linalg.norm(subgoal - maze.get_xy()) + 1e-6)
+            action = towards_goal(env)
         obs, reward, terminal, timeout, info = env.step(action)
         seen.append(obs)
         rewards.append(reward)
@@ -245,17 +290,26 @@ def test_the_return_of_an_episode_is_its_success():
 
 
 @installed
-@pytest.mark.parametrize("maze", ["pointmaze-medium", "pointmaze-teleport"])
+@pytest.mark.parametrize("maze", ["pointmaze-medium", "antmaze-medium", "pointmaze-teleport"])
 def test_a_seed_repeats_an_episode_and_leaves_numpy_alone(maze):
     env, other = (Task(f"{maze}-singletask-v0").make() for _ in range(2))
-    np.random.seed(3)
-    before = np.random.get_state()[1].copy()
-    _, first = walk(env, 5, steps=200)
-    assert np.array_equal(np.random.get_state()[1], before)
-    np.random.seed(4)
-    _, second = walk(other, 5, steps=200)
-    _, third = walk(env, 6, steps=200)
-    assert np.array_equal(first, second) and not np.array_equal(first, third)
+
+    def episode(env, seed, numpy_seed):
+        np.random.seed(numpy_seed)
+        before = np.random.get_state()[1].copy()
+        draw, (obs, _) = np.random.default_rng(0), env.reset(seed=seed)
+        seen = [obs]
+        for _ in range(30):
+            if maze == "pointmaze-teleport":  # onto an entrance; the exit is drawn
+                env.unwrapped.set_xy(np.array(env.unwrapped._teleport_info["teleport_in_xys"][0]))
+            seen.append(env.step(draw.uniform(-1, 1, env.action_space.shape))[0])
+        assert np.array_equal(np.random.get_state()[1], before)
+        return np.array(seen)
+
+    first = episode(env, 5, numpy_seed=3)
+    assert np.array_equal(first, episode(other, 5, numpy_seed=4))
+    assert np.array_equal(first, episode(env, 5, numpy_seed=5))
+    assert not np.array_equal(first, episode(env, 6, numpy_seed=3))
 
 
 @installed
