@@ -113,12 +113,12 @@ def code_hashes(algorithm_file) -> dict:
     }
 
 
-def git_state() -> dict:
+def git_state(root=ROOT) -> dict:
     """The commit of the checkout, and whether git sees edits in it; None without git."""
 
     def git(*words):
         try:
-            line = ["git", "-C", str(ROOT), *words]
+            line = ["git", "-C", str(root), *words]
             return subprocess.run(line, capture_output=True, text=True, timeout=20)
         except (OSError, subprocess.TimeoutExpired):
             return None
@@ -178,6 +178,10 @@ class Folder:
         for left in (self.out / "cache").glob("*.tmp"):
             if _is_abandoned(left):
                 left.unlink(missing_ok=True)
+
+    def close(self) -> None:
+        """Let other processes have the folder."""
+        self.lock.close()
 
     def clear(self) -> None:
         """Remove what an earlier run wrote. Raises InputError."""

@@ -418,6 +418,7 @@ class Run:
         folder.save_again()
         if not folder.unsaved:  # a summary means that all is saved
             folder.save("summary.json", json.dumps(summary, indent=2).encode())
+        folder.close()
         if folder.unsaved:
             names = ", ".join(sorted(folder.unsaved))
             raise InputError(
@@ -460,6 +461,7 @@ class Run:
         saved = f"saved at {self.phase} step {t}"
         if "checkpoint.pt" in self.folder.unsaved:
             saved = "not saved"
+        self.folder.close()
         print(f"\nstopped, {saved}; continue with: {self.continuation()}", flush=True)
         raise SystemExit(130)
 

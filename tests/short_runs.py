@@ -96,7 +96,8 @@ def start(name, /, hook=None, prepare=None, **values):
     """Train algorithms/`name`.py in the current folder, without evaluation unless asked for;
     returns (mean score or None, the run). `prepare(run)` may change the run before it starts."""
     module = importlib.import_module(name)
-    values = short(module.Args) | dict(eval_env="none", eval_every=6, eval_episodes=1) | values
+    rare = dict(eval_env="none", eval_every=6, eval_episodes=1, log_every=4, save_every=7)
+    values = short(module.Args) | rare | values
     run = Watched(module.Args(**values), hook)
     if prepare:
         prepare(run)

@@ -1,0 +1,617 @@
+"""harness/folder.py: what is written whole or not at all, what is read back, what is refused."""
+
+import errno
+import importlib
+import json
+import math
+import multiprocessing
+import os
+import random
+import re
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from short_runs import (
+    ROOT,
+    SCRIPTS,
+    assert_same_run,
+    at,
+    checkpoint,
+    folder,
+    same,
+    start,
+    stop_by,
+    write_log,
+)
+
+from common import InputError
+from harness.folder import (
+    Folder,
+    code_hash,
+    code_hashes,
+    git_state,
+    load_tensors,
+    node,
+    read_json,
+    save_tensors,
+    write_atomic,
+)
+
+STOP = at("train", 9, stop_by(signal.SIGTERM))
+
+# ---- files -----------------------------------------------------------------------------------
+
+
+def test_a_write_that_fails_midway_keeps_the_old_file(tmp_path):
+    """A file that may not grow beyond two bytes, as on a disk that fills up meanwhile."""
+    path = tmp_path / "x.bin"
+    write_atomic(path, b"old")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2, limits[1]))
+    try:
+        with pytest.raises(OSError):
+            write_atomic(path, b"new content")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert path.read_bytes() == b"old" and list(tmp_path.iterdir()) == [path]
+
+
+def test_a_rename_that_fails_leaves_no_temporary_file(tmp_path):
+    (tmp_path / "x.bin").mkdir()
+    with pytest.raises(OSError):
+        write_atomic(tmp_path / "x.bin", b"new")
+    assert [path.name for path in tmp_path.iterdir()] == ["x.bin"]
+
+
+def test_readers_never_see_half_a_file(tmp_path):
+    """Another process writes as fast as it can."""
+    path, reads = tmp_path / "shared.pt", 0
+
+    def write():
+        for i in range(300):
+            save_tensors(path, torch.full((5000,), i))
+
+    job = multiprocessing.get_context("fork").Process(target=write)
+    job.start()
+    while job.is_alive():
+        if path.exists():
+            tensor = load_tensors(path)
+            assert (tensor == tensor[0]).all()
+            reads += 1
+    assert job.exitcode == 0 and reads > 10
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_tensors_survive_a_round_trip(tmp_path):
+    state = {"a": [torch.arange(3), torch.tensor(math.inf)], "b": "text", "n": 3}
+    save_tensors(tmp_path / "x.pt", state)
+    assert same(load_tensors(tmp_path / "x.pt"), state)
+    assert [p.name for p in tmp_path.iterdir()] == ["x.pt"]
+
+
+class Bomb:
+    def __reduce__(self):
+        return os.mkdir, ("bomb",)
+
+
+def test_the_bomb_is_a_bomb(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.save({"x": Bomb()}, "bomb.pt")
+    with pytest.raises(InputError, match=r"bomb\.pt cannot be read"):
+        load_tensors(Path("bomb.pt"))
+    assert not Path("bomb").exists()
+    torch.load("bomb.pt", weights_only=False)
+    assert Path("bomb").exists()
+
+
+DAMAGED_JSON = {
+    "half": b'{"args": ',
+    "deep": b'{"args":' * 99_999,
+    "deep lists": b"[" * 99_999,
+    "bytes": bytes(range(256)),
+    "number": b'{"args": ' + b"9" * 9999 + b"}",
+}
+
+
+@pytest.mark.parametrize("case", DAMAGED_JSON)
+def test_damaged_json_is_a_value_error(tmp_path, case):
+    (tmp_path / "x.json").write_bytes(DAMAGED_JSON[case])
+    with pytest.raises(ValueError):
+        read_json(tmp_path / "x.json")
+
+
+def test_nothing_waits_for_a_pipe(tmp_path):
+    os.mkfifo(tmp_path / "x")
+    with pytest.raises(ValueError):
+        read_json(tmp_path / "x")
+    with pytest.raises(InputError, match="it is not a file"):
+        load_tensors(tmp_path / "x")
+
+
+# ---- stop, kill, continue --------------------------------------------------------------------
+
+
+def test_resume_keeps_metrics_of_earlier_steps(here):
+    """TD3+BC's actor moves on every second step; row 3 holds its loss of step 2, resumed or not."""
+    start("td3_bc", out="whole", log_every=1)
+    with pytest.raises(SystemExit):
+        start("td3_bc", at("train", 4, stop_by(signal.SIGTERM)), out="parts", log_every=1)
+    start("td3_bc", out="parts", log_every=1, resume=True)
+    assert_same_run("td3_bc", "whole", "parts")
+
+
+def test_killed_run_continues_from_its_last_checkpoint(here):
+    """No signal handler runs: the steps after the checkpoint at 14 are done again."""
+    start("bc", out="whole")
+    with pytest.raises(ZeroDivisionError):
+        start("bc", at("train", 17, lambda *_: 1 / 0), out="parts")
+    assert checkpoint("bc", "parts")["step"] == 14
+    start("bc", out="parts", resume=True)
+    assert_same_run("bc", "whole", "parts")
+
+
+def test_finished_run_says_so(here, capsys):
+    start("bc")
+    before = {p: p.stat().st_mtime_ns for p in folder("bc").iterdir()}
+    with pytest.raises(SystemExit) as left:
+        start("bc", resume=True)
+    assert left.value.code == 0
+    assert "is finished: there is nothing to resume" in capsys.readouterr().out
+    with pytest.raises(InputError, match=r"is finished, with steps 20, not 30: add --overwrite"):
+        start("bc", resume=True, steps=30)
+    assert before == {p: p.stat().st_mtime_ns for p in folder("bc").iterdir()}
+
+
+@pytest.mark.parametrize("finished", [False, True])
+@pytest.mark.parametrize(
+    "content",
+    [b'{"args": ', b'{"args":' * 9999, b"[]", b'{"args": 3}', b'{"args": {}, "settings": 3}'],
+)
+def test_damaged_config_is_one_line(here, finished, content):
+    if finished:
+        start("bc")
+    else:
+        with pytest.raises(SystemExit):
+            start("bc", STOP)
+    (folder("bc") / "config.json").write_bytes(content)
+    with pytest.raises(InputError, match=r"config.json is damaged: add --overwrite or a new --na"):
+        start("bc", resume=True)
+
+
+def test_existing_run(here):
+    """Refused; replaced with --overwrite; --resume starts afresh where there is nothing."""
+    start("bc", resume=True)
+    assert checkpoint("bc")["step"] == 20
+    with pytest.raises(InputError, match=r"exists: add --resume, --overwrite, or a new --name"):
+        start("bc", steps=6)
+    assert checkpoint("bc")["step"] == 20
+    (folder("bc") / "stale.csv").touch()
+    start("bc", overwrite=True, steps=6)
+    assert checkpoint("bc")["step"] == 6 and not (folder("bc") / "stale.csv").exists()
+    start("bc", name="other")
+    assert (Path("runs") / "log__bc-other__3" / "summary.json").exists()
+
+
+def test_what_cannot_be_removed_is_one_line(here):
+    start("bc")
+    (folder("bc") / "odd.csv").mkdir()
+    with pytest.raises(InputError, match=r"odd.csv cannot be removed .*remove it or use a new --n"):
+        start("bc", overwrite=True)
+
+
+def test_temporary_files_of_killed_saves_are_removed(here):
+    """Those of this folder, and in the cache those of processes that are gone."""
+    path, cache = folder("bc"), Path("runs/cache")
+    path.mkdir(parents=True), cache.mkdir()
+    child = subprocess.Popen([sys.executable, "-c", ""])
+    child.wait()
+    left = [path / "checkpoint.pt.x.1.tmp", cache / f"a.pt.{node()}.{child.pid}.tmp"]
+    left += [cache / "old.pt.elsewhere.1.tmp"]
+    kept = [cache / f"a.pt.{node()}.{os.getpid()}.tmp", cache / "new.pt.elsewhere.1.tmp"]
+    for file in (*left, *kept):
+        file.touch()
+    two_days_ago = time.time() - 172_800
+    os.utime(left[-1], (two_days_ago, two_days_ago))
+    start("bc")
+    assert not [file.name for file in left if file.exists()]
+    assert all(file.exists() for file in kept)
+
+
+def test_a_folder_is_trained_by_one_process(here):
+    lines = []
+
+    def second(*_):
+        script = [sys.executable, ROOT / "algorithms" / "td3_bc.py", "--env", "log.npz"]
+        words = ["--seed", "3", "--device", "cpu", "--eval-env", "none", "--overwrite"]
+        found = subprocess.run([*script, *words], capture_output=True, text=True)
+        assert found.returncode == 1
+        lines.append(found.stderr.strip())
+
+    _, run = start("td3_bc", at("train", 3, second))
+    assert lines == ["runs/log__td3_bc__3 is being trained by another process"]
+    assert (folder("td3_bc") / "summary.json").exists()
+    assert run.folder.lock.closed, "a finished run keeps its folder from other processes"
+
+
+# ---- identity --------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def own(here, monkeypatch):
+    """own(name): a copy of an algorithm file that a test may edit, imported as my_NAME."""
+    monkeypatch.syspath_prepend(here)
+
+    def make(name):
+        path = here / f"my_{name}.py"
+        shutil.copy(ROOT / "algorithms" / f"{name}.py", path)
+        importlib.invalidate_caches()
+        importlib.import_module(path.stem)
+        return path
+
+    yield make
+    for name in [name for name in sys.modules if name.startswith("my_")]:
+        del sys.modules[name]
+
+
+def edit(path, old, new):
+    text = path.read_text()
+    assert text.count(old) >= 1, old
+    path.write_text(text.replace(old, new))
+
+
+@pytest.mark.parametrize("finished", [False, True])
+def test_resume_with_other_settings_data_or_code_is_refused(own, finished):
+    path = own("td3_bc")
+    name = path.stem
+    hook = None if finished else STOP
+    try:
+        start(name, hook)
+    except SystemExit as stopped:
+        assert stopped.code == 130 and not finished
+    kept = checkpoint(name), (folder(name) / "checkpoint.pt").read_bytes()
+    made = "is finished, with" if finished else r"checkpoint\.pt was made with"
+    for key, value in (("alpha", 9.0), ("steps", 30), ("batch_size", 4), ("eval_every", 5)):
+        with pytest.raises(InputError, match=rf"{made} {key} .*, not {value}: "):
+            start(name, resume=True, **{key: value})
+    write_log("log.npz", seed=1)  # the same name, other rows
+    with pytest.raises(InputError, match=rf"{made} data "):
+        start(name, resume=True)
+    write_log("log.npz")
+    edit(path, "q2 = nets.q_target(s2, a2).amin(0)", "q2 = nets.q_target(s2, a2).amax(0)")
+    with pytest.raises(InputError, match=rf"{made} code of algorithm \w+, not \w+"):
+        start(name, resume=True)
+    edit(path, "q2 = nets.q_target(s2, a2).amax(0)", "q2 = nets.q_target(s2, a2).amin(0)  # (B,)")
+    assert (folder(name) / "checkpoint.pt").read_bytes() == kept[1]
+    with pytest.raises(SystemExit if finished else RecursionError) as left:  # a comment is no code
+        start(name, resume=True, save_every=3)
+        raise RecursionError
+    assert finished is (getattr(left.value, "code", None) == 0)
+    assert checkpoint(name)["step"] == 20
+
+
+def test_a_checkpoint_of_other_versions_is_refused(here):
+    with pytest.raises(SystemExit):
+        start("td3_bc", STOP)
+    before = (folder("td3_bc") / "checkpoint.pt").read_bytes()
+    for key, value in (("code of harness", "0"), ("torch", "1.0"), ("momentum", 0.9)):
+        saved = checkpoint("td3_bc")
+        saved["settings"] = json.dumps(json.loads(saved["settings"]) | {key: value})
+        save_tensors(folder("td3_bc") / "checkpoint.pt", saved)
+        with pytest.raises(InputError, match=rf"was made with {key} {value}, not "):
+            start("td3_bc", resume=True)
+        (folder("td3_bc") / "checkpoint.pt").write_bytes(before)
+
+
+def test_shared_stages_are_keyed_by_code(own):
+    path = own("fisher_brc")
+    start(path.stem, name="first")
+    _, run = start(path.stem, name="second")
+    assert not run.count("behavior")
+    edit(path, "def update(", "def changed():\n    return 1\n\n\ndef update(")
+    _, run = start(path.stem, name="third")
+    assert run.count("behavior"), "other code read the clone"
+
+
+def test_code_is_hashed_without_its_text(tmp_path):
+    """Docstrings, comments, layout and PRESETS change no number; everything else may."""
+    text = '"""Doc."""\n\nPRESETS = {}\n\n\ndef f(x):\n    """Doc."""\n    return x + 1\n'
+    path = tmp_path / "x.py"
+
+    def hashed(text):
+        path.write_text(text)
+        return code_hash(path)
+
+    first = hashed(text)
+    assert len(first) == 12
+    assert hashed(text.replace("Doc.", "Other.")) == first
+    assert hashed(text.replace("x + 1", "(x +  1)  # one")) == first
+    assert hashed(text.replace("{}", "{'a': dict(lr=1)}")) == first
+    assert hashed(text.replace("x + 1", "x + 2")) != first
+    assert hashed(text.replace("def f", "def g")) != first
+    assert hashed(text + "y = 1\n") != first
+    assert code_hash(path, path) != code_hash(path)
+
+
+def test_config_holds_the_identity_of_code_and_data(here):
+    _, run = start("bc")
+    config = json.loads((folder("bc") / "config.json").read_text())
+    assert config["code"] == code_hashes(ROOT / "algorithms" / "bc.py")
+    assert config["code"].keys() == {"algorithm", "common", "harness"}
+    assert config["dataset_sha256"] == run.data.digest == config["settings"]["data"]
+    assert re.fullmatch("[0-9a-f]{16}", run.data.digest)
+    assert config["versions"]["torch"] == torch.__version__ and config["command"] == "algorithm.py"
+    assert {key: config[key] for key in ("commit", "dirty")} == git_state()
+
+
+def test_dirty_is_what_git_sees(tmp_path):
+    def git(*words):
+        me = ["-c", "user.name=x", "-c", "user.email=x@example.com"]
+        subprocess.run(["git", "-C", str(tmp_path), *me, *words], check=True)
+
+    assert git_state(tmp_path) == {"commit": None, "dirty": None}
+    git("init", "-q")
+    (tmp_path / "x.py").write_text("1")
+    git("add", "x.py"), git("commit", "-q", "-m", "x")
+    (tmp_path / "mine.py").touch()
+    state = git_state(tmp_path)
+    assert re.fullmatch("[0-9a-f]{40}", state["commit"]) and state["dirty"] is False
+    (tmp_path / "x.py").write_text("2")
+    assert git_state(tmp_path) == state | {"dirty": True}
+
+
+# ---- full disks ------------------------------------------------------------------------------
+
+
+def full_disk(is_full):
+    """prepare(run): a disk on which nothing can be written while is_full(run)."""
+
+    def prepare(run):
+        def write(path, content):
+            if is_full(run):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            write_atomic(path, content)
+
+        run.folder.write = write
+
+    return prepare
+
+
+@pytest.mark.parametrize(
+    "name",
+    [x.stem if x.stem == "bc" else pytest.param(x.stem, marks=pytest.mark.soak) for x in SCRIPTS],
+)
+def test_full_disk_is_said_once_and_training_goes_on(here, capsys, name):
+    runs = []
+    disk = full_disk(lambda run: runs.append(run) or True)
+    with pytest.raises(InputError, match=r"could not be saved: free some space") as error:
+        start(name, prepare=disk)
+    assert runs[-1].count("train") == 20, "training stopped"
+    assert not (folder(name) / "summary.json").exists(), "it would count as finished"
+    assert "\n" not in str(error.value)
+    said = capsys.readouterr().err.splitlines()
+    for file in ("config.json", "train.csv", "checkpoint.pt"):
+        lines = [x for x in said if x.startswith(str(folder(name) / file))]
+        assert len(lines) == 1 and "No space left on device" in lines[0], said
+    assert len(said) == len(set(said)), "said twice"
+
+
+def test_disk_that_is_full_for_a_while_changes_nothing(here, capsys):
+    start("td3_bc", out="whole")
+    start("td3_bc", prepare=full_disk(lambda run: 5 <= len(run.calls) <= 15), out="parts")
+    assert "not saved (No space left on device)" in capsys.readouterr().err
+    assert (folder("td3_bc", "parts") / "summary.json").exists()
+    assert_same_run("td3_bc", "whole", "parts")
+
+
+def test_disk_that_is_full_at_the_end_loses_nothing(here):
+    start("td3_bc", out="whole")
+    with pytest.raises(InputError, match=r"checkpoint.*repeat the command with --resume"):
+        start("td3_bc", prepare=full_disk(lambda run: len(run.calls) > 15), out="parts")
+    start("td3_bc", out="parts", resume=True)
+    assert (folder("td3_bc", "parts") / "summary.json").exists()
+    assert_same_run("td3_bc", "whole", "parts")
+
+
+def test_space_that_is_freed_before_the_end_is_enough(here):
+    tries = []
+
+    def is_full(run):  # both writes of the last step fail; then somebody makes room
+        late = len(run.calls) == 20
+        tries.append(late)
+        return late and sum(tries) <= 2
+
+    start("td3_bc", prepare=full_disk(is_full))
+    assert sum(tries) > 2 and {"checkpoint.pt", "train.csv", "summary.json"} <= {
+        path.name for path in folder("td3_bc").iterdir()
+    }
+
+
+def test_a_stop_on_a_full_disk_says_that_nothing_was_saved(here, capsys):
+    with pytest.raises(SystemExit):
+        start("bc", STOP, prepare=full_disk(lambda run: True))
+    assert "stopped, not saved; continue with: " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("size", [0, pytest.param(20_000, marks=pytest.mark.soak)])
+def test_files_cannot_grow(here, size):
+    """A real limit, TensorBoard's events included: training goes on, lines without a traceback,
+    and an exit code, because the weights (all files, where size is 0) are lost."""
+    limit = "import resource, runpy, sys\n"
+    limit += f"resource.setrlimit(resource.RLIMIT_FSIZE, ({size}, {size}))\n"
+    limit += "runpy.run_path(sys.argv.pop(1), run_name='__main__')"
+    script = str(ROOT / "algorithms" / "bc.py")
+    words = "--env log.npz --eval-env none --steps 400 --batch-size 8 --log-every 1 --device cpu"
+    done = subprocess.run(
+        [sys.executable, "-c", limit, script, *words.split()], capture_output=True, text=True
+    )
+    said = done.stderr.splitlines()
+    assert "Traceback" not in done.stderr and len(said) == len(set(said)) < 8
+    assert "train 400/400" in done.stdout
+    assert "checkpoint.pt not saved (File too large)" in done.stderr
+    assert done.returncode == 1 and "could not be saved: free some space" in said[-1]
+
+
+# ---- damaged checkpoints ---------------------------------------------------------------------
+
+
+def damage(path, kind):
+    content = path.read_bytes()
+    if kind == "half":
+        path.write_bytes(content[: len(content) // 2])
+    elif kind == "bomb":
+        saved = load_tensors(path)
+        torch.save({**saved, "references": Bomb()}, path)
+    elif kind == "flipped":
+        middle = len(content) // 2
+        path.write_bytes(content[:middle] + bytes(64) + content[middle + 64 :])
+    elif kind == "foreign":
+        torch.save({"weights": torch.zeros(3)}, path)
+    else:
+        path.write_bytes({"empty": b"", "text": b"hello\nworld\n"}[kind])
+
+
+def refused_checkpoint(path):
+    """The line with which a continuation refuses a checkpoint, which stays as it is."""
+    left = path.read_bytes()
+    with pytest.raises(InputError) as error:
+        start("bc", at("train", 10, lambda *_: pytest.fail("it trained")), resume=True)
+    assert "checkpoint.pt" in str(error.value) and "\n" not in str(error.value)
+    assert path.read_bytes() == left
+    assert not Path("bomb").exists(), "the checkpoint was unpickled"
+    return str(error.value)
+
+
+@pytest.mark.parametrize("kind", ["half", "empty", "text", "flipped", "foreign", "bomb"])
+def test_damaged_checkpoint_is_one_line(here, kind):
+    with pytest.raises(SystemExit):
+        start("bc", STOP)
+    damage(folder("bc") / "checkpoint.pt", kind)
+    refused_checkpoint(folder("bc") / "checkpoint.pt")
+
+
+def poison(saved, case):
+    """A checkpoint that reads well and fits no run."""
+    nets = dict(saved["nets"])
+    first = next(iter(nets))
+    short = [saved["opt"][0][:-1]]
+    wide = [[x.repeat(2) if x.ndim == 1 else x for x in saved["opt"][0]]]
+    return (
+        saved
+        | {
+            "phase": {"phase": "nowhere"},
+            "step": {"step": "nine"},
+            "late step": {"step": -1},
+            "settings": {"settings": "[" * 9999},
+            "settings number": {"settings": 3},
+            "missing weight": {"nets": {k: v for k, v in nets.items() if k != first}},
+            "other shape": {"nets": nets | {first: torch.zeros(1, 1)}},
+            "text for weights": {"nets": "weights"},
+            "optimizer": {"opt": []},
+            "optimizer short": {"opt": short},
+            "optimizer wide": {"opt": wide},
+            "rng": {"rng": [torch.zeros(3)]},
+            "rng none": {"rng": []},
+            "rows": {"rows": '{"eval": [{"step": 1}]}'},
+            "rows text": {"rows": "nothing"},
+            "references": {"references": {"data": "high"}},
+            "last": {"last": {"pi_loss": "small"}},
+            "seconds": {"seconds": [1.0]},
+        }[case]
+    )
+
+
+POISON = """phase,step,late step,settings,settings number,missing weight,other shape,
+text for weights,optimizer,optimizer short,optimizer wide,rng,rng none,rows,rows text,references,
+last,seconds""".replace("\n", "").split(",")
+
+
+@pytest.fixture(scope="module")
+def stopped_run(tmp_path_factory):
+    """The folder of a run that was stopped at step 9."""
+    here, root = os.getcwd(), tmp_path_factory.mktemp("stopped")
+    os.chdir(root)
+    write_log("log.npz")
+    try:
+        start("bc", at("train", 9, lambda run, _: setattr(run, "stopped", True)))
+    except SystemExit:
+        pass
+    os.chdir(here)
+    return root / "runs"
+
+
+@pytest.mark.parametrize("case", POISON)
+def test_poisoned_checkpoint_is_one_line(here, stopped_run, case):
+    shutil.copytree(stopped_run, "runs")
+    path = folder("bc") / "checkpoint.pt"
+    save_tensors(path, poison(load_tensors(path), case))
+    line = refused_checkpoint(path)
+    assert "add --overwrite or a new --name" in line and len(line) < 400
+
+
+def test_files_of_a_run_that_are_pipes_are_one_line(here, stopped_run):
+    for name, says in (("checkpoint.pt", "cannot be read"), ("config.json", "is damaged")):
+        shutil.copytree(stopped_run, "runs")
+        (folder("bc") / name).unlink()
+        os.mkfifo(folder("bc") / name)
+        with pytest.raises(InputError, match=says):
+            start("bc", resume=True)
+        shutil.rmtree("runs")
+
+
+# ---- names and tables ------------------------------------------------------------------------
+
+
+def test_names_of_folders(here):
+    import bc
+
+    def path(**values):
+        return Folder(bc.Args(**values), "bc").path.as_posix()
+
+    assert path(env="hopper-medium-v2", seed=4) == "runs/hopper-medium-v2__bc__4"
+    assert (
+        path(env="mujoco/hopper/medium-v0", name="x.1") == "runs/mujoco-hopper-medium-v0__bc-x.1__0"
+    )
+    assert path(env="a/b/log.HDF5", out="o") == "o/log__bc__0"
+    with pytest.raises(InputError, match="--name is 'a b': use letters"):
+        path(name="a b")
+
+
+def test_a_table_on_disk_survives_a_kill_and_is_shared(here):
+    import bc
+
+    runs = [Folder(bc.Args(env="log.npz"), "bc") for _ in range(2)]
+    (here / "runs" / "cache").mkdir(parents=True)
+    table, finished = runs[0].chunks("samples", (6, 2), 3, "key")
+    assert table.shape == (6, 2) and finished.tolist() == [0, 0, 0]
+    table[2:4], finished[1] = 5.0, 1
+    again, marks = runs[1].chunks("samples", (6, 2), 3, "key")
+    assert again.tolist() == [[0, 0]] * 2 + [[5, 5]] * 2 + [[0, 0]] * 2
+    assert marks.tolist() == [0, 1, 0]
+    assert not runs[1].chunks("samples", (6, 2), 3, "other")[1].any()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, limits[1]))
+    try:
+        with pytest.raises(InputError, match="--out runs: File too large; use another folder"):
+            runs[0].chunks("large", (100, 100), 3)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+def test_random_bytes_in_place_of_a_table_are_refused_or_read(here):
+    """The file of a shared table is never executed, whatever it holds."""
+    import bc
+
+    run = Folder(bc.Args(env="log.npz"), "bc")
+    (here / "runs" / "cache").mkdir(parents=True)
+    run.chunks("samples", (6, 2), 3)
+    (path,) = (here / "runs" / "cache").iterdir()
+    path.write_bytes(random.Random(0).randbytes(7))
+    table, finished = run.chunks("samples", (6, 2), 3)
+    assert table.shape == (6, 2) and finished.shape == (3,)

@@ -1,0 +1,657 @@
+"""harness/run.py: flags and presets, evaluation, phases, what a run says and when it stops."""
+
+import inspect
+import json
+import math
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, ClassVar
+
+import gymnasium
+import numpy as np
+import pytest
+import torch
+from short_runs import (
+    ROOT,
+    SCRIPTS,
+    at,
+    checkpoint,
+    flags,
+    folder,
+    outcome,
+    rows,
+    run_main,
+    same,
+    start,
+    stop_by,
+    write_log,
+)
+from torch import nn
+
+from common import BatchSize, Count, InputError, NonNegative, Positive, Range, RunArgs, Seed, Share
+from harness import main, parse
+from harness.folder import load_tensors
+from harness.run import Run, evaluate, number_type, seed_everything
+
+TD3_BC = ROOT / "algorithms" / "td3_bc.py"
+
+# ---- the command line ------------------------------------------------------------------------
+
+
+@dataclass
+class Args(RunArgs):
+    phases: ClassVar = {"clone": "bc_steps", "rows": None, "train": "steps"}
+    env: str = "hopper-medium"
+    """dataset"""
+    seed: Seed = 0
+    """random seed"""
+    steps: Count = 1000
+    """gradient steps"""
+    batch_size: BatchSize = 256
+    """rows"""
+    alpha: NonNegative = 2.5
+    """weight of Q"""
+    lr: Positive = 1e-3
+    """Adam's learning rate"""
+    share: Share | None = None
+    """a share, or None"""
+    free: float = 1.0
+    """any number"""
+    bc_steps: Count = 2000
+    """gradient steps of the clone"""
+
+    def resolve(self):
+        self.share = 0.5 if self.share is None else self.share
+
+
+PRESETS = {
+    "hopper-*": dict(steps=20, batch_size=32),
+    "hopper-medium*": dict(steps=30, bc_steps=60),
+    "ant[12]": dict(alpha=9.0),
+    "*.npz": dict(alpha=7.0),
+}
+
+
+def parsed(line=""):
+    return parse(Args, PRESETS, line.split())[0]
+
+
+def test_presets_match_by_pattern_and_later_rows_win():
+    def values(line):
+        args = parsed(line)
+        return args.steps, args.batch_size, args.alpha
+
+    assert values("") == (30, 32, 2.5)  # the default --env has presets too
+    assert values("--env hopper-expert") == (20, 32, 2.5)
+    assert values("--env=ant2") == (1000, 256, 9.0)
+    assert values("--env ant3") == (1000, 256, 2.5)
+    assert parse(Args, {}, [])[1] == {} and parsed().share == 0.5
+    args, preset = parse(Args, PRESETS, ["--env", "ant2"])
+    assert preset == dict(alpha=9.0) and args.env == "ant2"
+    for path in ("logs.npz", "ant1.hdf5", "hopper-logs.NPZ", "hopper-medium/x.h5"):
+        assert parse(Args, PRESETS, ["--env", path])[1] == {}, "a file's name says nothing"
+
+
+def test_typed_flag_wins_even_at_its_default():
+    args = parsed("--steps 1000 --alpha 2.5 --batch-size 256")
+    assert (args.steps, args.alpha, args.batch_size) == (1000, 2.5, 256)
+    assert parsed("--batch_size 256").batch_size == 256  # the other spelling
+    assert parsed("--resume").resume and not parsed("").resume
+
+
+def test_the_preset_that_is_named_is_the_one_in_force():
+    """What a typed flag replaces is no longer named."""
+    assert parse(Args, PRESETS, [])[1] == dict(steps=30, batch_size=32, bc_steps=60)
+    line = "--batch-size 8 --steps 40".split()
+    assert parse(Args, PRESETS, line)[1] == {}
+    line = "--batch-size 8 --steps 90".split()
+    assert parse(Args, PRESETS, line)[1] == dict(bc_steps=60)
+
+
+@pytest.mark.parametrize(
+    ("line", "bc_steps"),
+    [
+        ("", 60),
+        ("--steps 40", 40),
+        ("--steps 100", 60),
+        ("--steps 40 --bc-steps 500", 500),
+        ("--env x --steps 300", 300),
+        ("--env x --steps 3000", 2000),
+        ("--env x", 2000),
+    ],
+)
+def test_an_earlier_phase_is_at_most_as_long_as_typed_steps(line, bc_steps):
+    assert parsed(line).bc_steps == bc_steps
+
+
+@pytest.mark.parametrize(
+    ("line", "steps", "batch_size"),
+    [
+        ("--steps 1e5", 100_000, 32),
+        ("--steps 2.5e3 --batch-size=1e3", 2500, 1000),
+        ("--steps=1E+2 --batch_size 64", 100, 64),
+        ("--steps 123456789012", 123456789012, 32),
+    ],
+)
+def test_whole_numbers_as_powers_of_ten(line, steps, batch_size):
+    args = parsed(line)
+    assert (args.steps, args.batch_size) == (steps, batch_size)
+    assert type(args.steps) is type(args.batch_size) is int
+
+
+def test_only_whole_numbers_are_rewritten():
+    assert parsed("--alpha 1e5").alpha == 1e5
+    assert parsed("--env 1e5").env == "1e5"
+    assert parsed("--free=-1e-1").free == -0.1 and parsed("--free inf").free == math.inf
+    assert parsed("--env a=b").env == parsed("--env=a=b").env == "a=b"
+    assert parsed("--share None").share == 0.5 and parsed("--share 0.25").share == 0.25
+
+
+WHOLE, SEED = "a whole number from 1 to 1e12", "a whole number from 0 to 2147483647"
+ROWS, ABOVE = "a whole number from 1 to 1e6", "a finite number above 0"
+
+
+@pytest.mark.parametrize(
+    ("line", "says"),
+    [
+        ("--batch-size 0", f"--batch-size is 0: use {ROWS}"),
+        ("--batch-size 1e12", f"--batch-size is 1e12: use {ROWS}"),
+        ("--steps -5", f"--steps is -5: use {WHOLE}"),
+        ("--steps 1.5", f"--steps is 1.5: use {WHOLE}"),
+        ("--steps=1.5e0", f"--steps is 1.5e0: use {WHOLE}"),
+        ("--steps many", f"--steps is many: use {WHOLE}"),
+        ("--steps --seed 1", f"--steps is --seed: use {WHOLE}"),
+        ("--seed -1", f"--seed is -1: use {SEED}"),
+        ("--seed 1e30", f"--seed is 1e30: use {SEED}"),
+        ("--seed 1e400", f"--seed is 1e400: use {SEED}"),
+        (f"--seed {'9' * 9999}", f"--seed is {'9' * 40}: use {SEED}"),
+        ("--seed nan", f"--seed is nan: use {SEED}"),
+        ("--seed inf", f"--seed is inf: use {SEED}"),
+        ("--lr nan", f"--lr is nan: use {ABOVE}"),
+        ("--lr inf", f"--lr is inf: use {ABOVE}"),
+        ("--lr=-inf", f"--lr is -inf: use {ABOVE}"),
+        ("--lr 0", f"--lr is 0: use {ABOVE}"),
+        ("--share 1.5", "--share is 1.5: use a number from 0 to 1"),
+        ("--share none", "--share is none: use a number from 0 to 1"),
+        ("--free x", "--free is x: use a number"),
+        ("--eval-episodes 1e9", "--eval-episodes is 1e9: use a whole number from 1 to 10,000"),
+    ],
+)
+def test_numbers_that_cannot_be_are_one_line(line, says):
+    with pytest.raises(InputError) as caught:
+        parsed(line)
+    assert isinstance(caught.value, SystemExit)
+    assert str(caught.value) == says
+
+
+def test_a_preset_out_of_range_is_one_line():
+    with pytest.raises(InputError, match="--alpha is nan: use a finite number of 0 or more"):
+        parse(Args, {"*": dict(alpha=math.nan)}, [])
+
+
+def test_types_of_numbers_are_found_in_every_annotation():
+    allowed = Range(0, 1, "x")
+    assert number_type(int) == (int, None) and number_type(str) == (None, None)
+    assert number_type(float | None) == (float, None)
+    assert number_type(Annotated[int, allowed]) == (int, allowed)
+    assert number_type(Annotated[float, allowed] | None) == (float, allowed)
+
+
+def test_help_shows_the_defaults_of_the_env_and_the_rule_of_lengths(capsys):
+    with pytest.raises(SystemExit) as caught:
+        parsed("--env ant1 --help")
+    out = " ".join(capsys.readouterr().out.split())
+    assert caught.value.code == 0
+    assert "flags and presets" in out and "weight of Q" in out and "9.0" in out
+    assert "Where --steps is typed and --bc-steps is not, that phase is at most as long." in out
+
+
+@pytest.mark.parametrize("line", ["--nonsense 3", "--precision half", "--steps"])
+def test_flags_that_cannot_be_read_exit_nonzero(line, capsys):
+    with pytest.raises(SystemExit) as caught:
+        parsed(line)
+    assert caught.value.code not in (0, None)
+    assert line.split()[0].strip("-") in "".join(capsys.readouterr())
+
+
+def test_command_line_is_the_default(monkeypatch):
+    monkeypatch.setattr("sys.argv", ["script.py", "--seed", "4"])
+    assert parse(Args, {})[0].seed == 4
+    assert inspect.signature(parse).parameters["argv"].default is None
+
+
+# ---- seeds and evaluation --------------------------------------------------------------------
+
+
+def test_seed_everything():
+    def draws(seed):
+        seed_everything(seed)
+        return torch.rand(3).tolist() + np.random.rand(3).tolist()
+
+    assert draws(5) == draws(5)
+    assert not set(draws(5)) & set(draws(6))
+    draws(2**40)  # numpy alone takes 32 bits
+
+
+class FakeEnv:
+    """Pays (seed, then twice that ...) for `length` steps; checks what it is given."""
+
+    def __init__(self, length, terminal):
+        self.length, self.terminal, self.seeds, self.actions = length, terminal, [], []
+
+    def reset(self, seed):
+        self.seeds.append(seed)
+        self.t = 0
+        return np.array([seed, 0], np.float32), {}
+
+    def step(self, action):
+        assert self.t < self.length, "stepped after its episode ended"
+        self.t += 1
+        self.actions.append(action)
+        over = self.t == self.length
+        obs = np.array([self.seeds[-1], self.t], np.float32)
+        return obs, self.seeds[-1] * self.t, over and self.terminal, over and not self.terminal, {}
+
+
+def test_evaluate_runs_one_episode_in_each_environment():
+    envs = [FakeEnv(3, True), FakeEnv(1, False), FakeEnv(5, False)]
+    torch.manual_seed(0)
+    state = torch.get_rng_state()
+
+    def act(obs):
+        assert obs.shape == (3, 2) and obs.dtype == torch.float32
+        return obs * 10 + torch.rand(3, 2)
+
+    returns = evaluate(act, envs, 50, torch.device("cpu"))
+    assert torch.equal(torch.get_rng_state(), state)
+    assert [env.seeds for env in envs] == [[50], [51], [52]]
+    assert returns.tolist() == [50 * 6, 51, 52 * 15]  # undiscounted, 1 + 2 + ... + length
+    assert [len(env.actions) for env in envs] == [3, 1, 5]
+    for i, env in enumerate(envs):
+        due = [[10 * (50 + i), 10 * t] for t in range(env.length)]
+        noise = np.array(env.actions) - due
+        assert (noise > -1e-4).all() and (noise < 1 + 1e-4).all()
+
+    again = [FakeEnv(3, True), FakeEnv(1, False), FakeEnv(5, False)]
+    torch.manual_seed(123)
+    evaluate(act, again, 50, torch.device("cpu"))
+    assert np.array_equal(again[2].actions, envs[2].actions)  # its own random stream
+
+
+def test_evaluate_needs_no_gradient():
+    net = nn.Linear(2, 2)
+    assert evaluate(net, [FakeEnv(1, True)], 1, torch.device("cpu")).tolist() == [1]
+
+
+def test_summary_is_the_mean_of_the_last_ten(here):
+    values = iter(range(1, 100))
+
+    def scripted(run):
+        run.evaluate = lambda act: np.full(2, float(next(values)))
+
+    final, _ = start("bc", prepare=scripted, eval_env=None, eval_every=1, steps=12)
+    summary = json.loads((folder("bc") / "summary.json").read_text())
+    assert final == summary["score"] == np.mean(range(3, 13)) == 7.5
+    assert (summary["last"], summary["best"], summary["evaluations"]) == (12, 12, 12)
+    table = rows(folder("bc") / "eval.csv")
+    assert [float(row["score"]) for row in table] == list(range(1, 13))
+    assert [int(row["step"]) for row in table] == list(range(1, 13))
+    assert {"return", "episode_0", "episode_1"} <= table[0].keys()
+
+
+def test_evaluation_leaves_the_random_stream_alone(here):
+    start("td3_bc", out="none")
+    start("td3_bc", out="some", eval_env="Pendulum-v1", eval_every=3, eval_episodes=2)
+    assert same(checkpoint("td3_bc", "none")["nets"], checkpoint("td3_bc", "some")["nets"])
+
+
+# ---- lengths and lines -----------------------------------------------------------------------
+
+
+def test_the_first_line_names_every_phase_and_its_length(here, capsys):
+    words = ["--env", "log.npz", "--eval-env", "none", "--batch-size", 4, "--precision", "highest"]
+    run_main("fisher_brc", *words, "--steps", 3)
+    capped = "steps: behavior 3, train 3 (without --bc-steps, at most --steps); seed 0"
+    assert capped in capsys.readouterr().out
+    run_main("fisher_brc", *words, "--steps", 3, "--bc-steps", 5, "--seed", 1)
+    assert "steps: behavior 5, train 3; seed 1" in capsys.readouterr().out
+    run_main("bc", *words, "--steps", 3)
+    assert "steps: train 3; seed 0" in capsys.readouterr().out
+
+
+def test_the_printed_preset_is_what_is_in_force(here, capsys):
+    import td3_bc
+
+    presets = {"hopper-replay-demo": dict(steps=4, alpha=1.5, policy_freq=3)}
+    words = "--eval-env none --batch-size 4 --precision highest --policy-freq 1".split()
+    main(td3_bc.Args, presets, td3_bc.train, words)
+    assert "; preset steps=4, alpha=1.5\n" in capsys.readouterr().out
+    config = json.loads(Path("runs/hopper-replay-demo__td3_bc__0/config.json").read_text())
+    assert config["preset"] == dict(steps=4, alpha=1.5) and config["args"]["policy_freq"] == 1
+
+
+def test_every_phase_says_how_far_it_is_also_on_a_pipe(here, capsys):
+    """The first line after seconds, then every half minute."""
+    assert Run.first_line_after <= 10 and Run.line_every <= 60
+
+    def often(run):
+        run.first_line_after = run.line_every = 0
+
+    start("fisher_brc", prepare=often, log_every=1000)
+    out = capsys.readouterr().out
+    assert re.search(r"^behavior 1/10 \d+/s, \d+ s left$", out, re.M), out
+    assert re.search(r"^train 19/20 \d+/s, \d+ s left$", out, re.M), out
+    start("bc")
+    assert "1/20" not in capsys.readouterr().out
+
+
+# ---- shared stages ---------------------------------------------------------------------------
+
+
+def final_nets(name):
+    """Weights, less the clone's entropy weight: phase one alone uses it, so it is not cached."""
+    nets = load_tensors(Path("runs") / f"log__fisher_brc-{name}__3" / "checkpoint.pt")["nets"]
+    return {k: v for k, v in nets.items() if k != "log_bc_weight"}
+
+
+def test_cached_clone_changes_nothing(here, capsys):
+    start("fisher_brc", name="first")
+    cache = list(Path("runs/cache").iterdir())
+    assert len(cache) == 1
+    _, run = start("fisher_brc", name="second")
+    assert not run.count("behavior") and "clone: read from" in capsys.readouterr().out
+    assert same(final_nets("first"), final_nets("second"))
+    for key, value in (("bc_lr", 5e-4), ("bc_steps", 5), ("batch_size", 6), ("seed", 4)):
+        _, run = start("fisher_brc", name=key, **{key: value})
+        assert run.count("behavior"), f"another {key} read the cached clone"
+    write_log("log.npz", seed=1)
+    _, run = start("fisher_brc", name="data")
+    assert run.count("behavior"), "other data read the cached clone"
+    write_log("log.npz")
+    start("fisher_brc", name="lam", lam=9.0)
+    assert len(list(Path("runs/cache").iterdir())) == 6
+    assert not same(final_nets("first"), final_nets("lam"))
+    cache[0].write_bytes(b"damaged")
+    with pytest.raises(InputError, match=rf"{cache[0].name} cannot be read .*delete it"):
+        start("fisher_brc", name="third")
+
+
+def test_two_processes_share_one_cache(here):
+    words = flags(ROOT / "algorithms" / "fisher_brc.py", eval_env="none", steps=5)
+    command = [sys.executable, str(ROOT / "algorithms" / "fisher_brc.py"), *words]
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    jobs = [subprocess.Popen([*command, "--name", name], **pipes) for name in "ab"]
+    said = [job.communicate()[0] for job in jobs]
+    assert [job.returncode for job in jobs] == [0, 0], said
+    assert same(final_nets("a"), final_nets("b"))
+    assert len(list(Path("runs/cache").iterdir())) == 1  # and no temporary file
+
+
+# ---- values ----------------------------------------------------------------------------------
+
+
+def nan_metrics(run, metrics):
+    return {**metrics, next(iter(metrics)): torch.tensor(math.nan)}
+
+
+@pytest.mark.parametrize("phase", ["train", "behavior"])
+def test_loss_that_is_not_finite_stops_the_run(here, phase):
+    with pytest.raises(InputError) as error:
+        start("fisher_brc", at(phase, 8, nan_metrics), log_every=2, save_every=3)
+    line = str(error.value)
+    assert re.search(rf"{phase} step 8: \w+ is nan; training diverged", line)
+    assert f"the last good checkpoint is {folder('fisher_brc') / 'checkpoint.pt'}" in line
+    assert "\n" not in line
+    saved = checkpoint("fisher_brc")
+    assert (saved["phase"], saved["step"]) == (phase, 6)
+    assert all(x.isfinite().all() for x in saved["nets"].values())
+
+
+@pytest.mark.parametrize("stopped", [False, True])
+def test_diverged_weights_are_never_saved(here, stopped):
+    """Between two rows of train.csv a checkpoint, or a stop, must not replace the good one."""
+
+    def action(run, metrics):
+        with torch.no_grad():
+            run.nets.actor.weights[0].fill_(math.nan)
+        if stopped:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return nan_metrics(run, metrics)
+
+    with pytest.raises(SystemExit):
+        start("bc", at("train", 13, action), log_every=10, save_every=2)
+    saved = checkpoint("bc")
+    assert all(x.isfinite().all() for x in saved["nets"].values()), saved["step"]
+    assert 10 <= saved["step"] <= 12
+
+
+def test_divergence_before_any_checkpoint(here):
+    with pytest.raises(InputError, match=r"step 4: pi_loss is nan.*no checkpoint was due yet"):
+        start("bc", at("train", 4, nan_metrics))
+
+
+@pytest.mark.parametrize(("scale", "said"), [(1.0, 0), (1e6, 1), (1e-6, 1), (0.0, 1)])
+def test_scale_of_rewards_is_named_where_it_matters(here, capsys, scale, said):
+    write_log("log.npz", scale=scale)
+    start("td3_bc")
+    out = capsys.readouterr().out
+    with np.load("log.npz") as log:
+        size = np.abs(log["rewards"]).mean()
+    assert out.count(f"note: rewards are {size:.2g} in size") == said, out
+    assert out.count("note: rewards are") == said and "Q runs away" not in out
+    start("bc")
+    assert "note: rewards" not in capsys.readouterr().out, "BC reads none"
+
+
+def with_q(values):
+    values = iter(values)
+    return lambda run, t, metrics: metrics | {"q_mean": torch.tensor(next(values))}
+
+
+@pytest.mark.parametrize(("value", "said"), [(1e4, True), (-1e4, True), (1.0, False)])
+def test_q_beyond_any_return_is_said_once(here, capsys, value, said):
+    """The log's rewards are below 4, so no return is above 400 at discount 0.99."""
+    start("td3_bc", with_q([1.0] * 10 + [value] * 10))
+    out = capsys.readouterr().out
+    assert out.count("Q runs away") == said and ("no policy can reach more than" in out) == said
+
+
+def test_the_reward_shift_counts_as_reward(here, capsys):
+    start("td3_bc", with_q(np.linspace(1, 1e4, 20).tolist()), reward_shift=-100.0)
+    assert "Q runs away" not in capsys.readouterr().out
+
+
+# ---- bad input -------------------------------------------------------------------------------
+
+
+class CarBox(gymnasium.Env):
+    """Sizes of the log, other bounds."""
+
+    observation_space = gymnasium.spaces.Box(-1, 1, (3,), np.float32)
+    action_space = gymnasium.spaces.Box(-1, 1, (1,), np.float32)
+
+    def reset(self, *, seed=None, options=None):
+        return np.zeros(3, np.float32), {}
+
+    def step(self, action):
+        return np.zeros(3, np.float32), 0.0, True, False, {}
+
+
+gymnasium.register("CarBox-v0", CarBox)
+
+# name: (flags after those of a good run, what the line says)
+BAD = {
+    "unknown-env": ("--env hopper-medum-v2", r"unknown dataset .*hopper-medium-v2"),
+    "missing-file": ("--env lag.npz", r"no file lag\.npz.*did you mean log\.npz"),
+    "truncated-file": ("--env half.npz", r"half\.npz is not a complete npz file"),
+    "task-of-the-data": ("--env car.npz", r"\(3, 1\).*MountainCarContinuous-v0 \(2, 1\)"),
+    "task-of-the-flag": ("--eval-env MountainCarContinuous-v0", r"\(3, 1\).*\(2, 1\).*--eval-env"),
+    "other-bounds": ("--eval-env CarBox-v0", r"action bounds \[-2.\] to \[2.\], CarBox-v0 \[-1.\]"),
+    "unknown-task": ("--eval-env Pendulun-v1", r"no task Pendulun-v1.*Pendulum-v1"),
+    "both": ("--resume --overwrite", r"--resume .*--overwrite .*use one"),
+    "device": ("--device gpu7", r"--device gpu7: .*use cpu, cuda or auto"),
+    "no-such-device": ("--device cuda:99", r"--device cuda:99: "),
+    "batch": ("--batch-size 0", r"--batch-size is 0: use a whole number from 1 to 1e6"),
+    "out-is-a-file": ("--out log.npz", r"log\.npz"),
+    "name": ("--name a/b", r"--name is 'a/b': use letters, digits"),
+}
+ONE = [x if x.stem == "td3_bc" else pytest.param(x, marks=pytest.mark.soak) for x in SCRIPTS]
+
+
+@pytest.mark.parametrize("path", ONE, ids=lambda p: p.stem)
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_is_one_line(path, case, here):
+    Path("half.npz").write_bytes(Path("log.npz").read_bytes()[:2000])
+    write_log("car.npz", {"env_id": "MountainCarContinuous-v0"})
+    argv, says = BAD[case]
+    lines, status = outcome(path, [*flags(path), *argv.split()])
+    assert status == 1 and len(lines) == 1, lines
+    assert re.search(says, lines[0]), lines[0]
+    files = {p.name for p in here.rglob("*")}
+    assert files == {"log.npz", "half.npz", "car.npz"}, "written before the input was checked"
+
+
+def test_bad_input_in_a_process_of_its_own(here):
+    """The interpreter's own exit: one line, no traceback, status 1."""
+    command = [sys.executable, str(TD3_BC), "--env", "hopper-medum-v2"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 1 and not Path("runs").exists()
+    assert len(done.stderr.splitlines()) == 1 and "hopper-medium-v2" in done.stderr
+
+
+def test_networks_beyond_the_memory_are_one_line(here):
+    """Four petabytes: more than a process can address."""
+    lines, status = outcome(TD3_BC, flags(TD3_BC, critics=10**12, eval_env="none"))
+    assert status == 1 and len(lines) == 1, lines
+    assert lines[0].startswith("out of memory (") and "use a --batch-size below 8" in lines[0]
+
+
+FULL = {
+    "cpu": RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried"),
+    "cuda": torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 8 GiB.\nGPU 0 has"),
+    "numpy": MemoryError("Unable to allocate 9 TiB"),
+    "size": RuntimeError("Storage size calculation overflowed with sizes=[99]"),
+}
+
+
+@pytest.mark.parametrize("case", FULL)
+def test_a_lack_of_memory_is_one_line_that_names_the_batch(here, case):
+    import bc
+
+    def train(run, data, args):
+        raise FULL[case]
+
+    with pytest.raises(InputError, match="^out of memory .*--batch-size below 8") as error:
+        main(bc.Args, bc.PRESETS, train, flags(ROOT / "algorithms" / "bc.py"))
+    assert "\n" not in str(error.value)
+
+
+def test_a_mistake_in_the_code_keeps_its_traceback(here):
+    import bc
+
+    def train(run, data, args):
+        raise RuntimeError("shapes cannot be multiplied")
+
+    with pytest.raises(RuntimeError, match="shapes"):
+        main(bc.Args, bc.PRESETS, train, flags(ROOT / "algorithms" / "bc.py"))
+
+
+# ---- stopping --------------------------------------------------------------------------------
+
+
+def test_the_printed_command_continues_the_run(here, monkeypatch, capsys):
+    """--overwrite beside --resume would be refused."""
+    import td3_bc
+
+    start("td3_bc", out="whole")
+
+    def train(run, data, args):
+        after = run.after
+
+        def stopping(t, metrics, act=None):
+            if t == 7:
+                os.kill(os.getpid(), signal.SIGINT)
+            after(t, metrics, act)
+
+        run.after = stopping
+        td3_bc.train(run, data, args)
+
+    words = flags(TD3_BC, eval_env="none", eval_every=6, eval_episodes=1, save_every=7)
+    monkeypatch.setattr(sys, "argv", [str(TD3_BC), *words, "--overwrite", "--no-resume"])
+    with pytest.raises(SystemExit) as stopped:
+        main(td3_bc.Args, td3_bc.PRESETS, train)
+    assert stopped.value.code == 130
+    command = re.search("continue with: (.*)", capsys.readouterr().out)[1]
+    assert "overwrite" not in command and command.endswith(" --resume")
+    done = subprocess.run(
+        shlex.split(command),
+        capture_output=True,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0 and "resumed after train step 7" in done.stdout, done.stderr
+    assert same(checkpoint("td3_bc")["nets"], checkpoint("td3_bc", "whole")["nets"])
+
+
+def test_second_signal_does_not_wait(here):
+    twice = lambda run, metrics: [os.kill(os.getpid(), signal.SIGINT) for _ in range(2)] and None
+    with pytest.raises(KeyboardInterrupt):
+        start("bc", at("train", 5, twice))
+
+
+@pytest.mark.parametrize("saved", [False, True])
+def test_ctrl_c_outside_the_loop_says_what_is_saved(here, capsys, saved):
+    import bc
+
+    def train(run, data, args):
+        if saved:
+            bc.train(run, data, args)
+        raise KeyboardInterrupt
+
+    with pytest.raises(SystemExit) as stopped:
+        main(bc.Args, bc.PRESETS, train, flags(ROOT / "algorithms" / "bc.py"))
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert stopped.value.code == 130
+    assert last.startswith("stopped; continue with: ") == saved
+    assert saved or last == "stopped before anything was saved"
+
+
+def test_ctrl_c_during_the_imports_is_one_line(tmp_path):
+    (tmp_path / "h5py.py").write_text("raise KeyboardInterrupt")
+    (tmp_path / "fcntl.py").write_text("raise KeyboardInterrupt")  # what the harness imports first
+    code = f"import sys; sys.path[:0] = [{str(tmp_path)!r}, {str(ROOT)!r}]; import harness"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 130 and done.stderr == ""
+    assert done.stdout.strip() == "stopped before anything was saved"
+
+
+def test_a_reader_that_leaves_is_no_error(here):
+    """`python algorithms/bc.py | head -1`"""
+    command = [sys.executable, str(ROOT / "algorithms" / "bc.py")]
+    command += flags(command[1], eval_env="none", log_every=1, steps=3000)
+    job = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    job.stdout.readline()
+    job.stdout.close()
+    assert job.wait(60) in (0, 1)
+    assert "Traceback" not in job.stderr.read()
+
+
+def test_time_is_counted_once(here):
+    began = time.time()
+    _, run = start("bc", eval_env=None)
+    assert 0 < run.train_seconds + run.eval_seconds <= time.time() - began
+
+
+def test_stop_before_the_first_step_of_a_later_phase(here):
+    """The last step of phase one is saved with its phase."""
+    with pytest.raises(SystemExit):
+        start("fisher_brc", at("behavior", 10, stop_by(signal.SIGTERM)))
+    saved = checkpoint("fisher_brc")
+    assert (saved["phase"], saved["step"]) == ("behavior", 10)
