@@ -19,8 +19,8 @@ reaches a third of the way between D4RL's reference scores, or --medium-return; 
 --medium-step. "Expert" is the agent after --train-steps, or the policy of --expert-step.
 
 The controller wanders in the medium maze. Every episode starts in another cell, and the controller
-walks to a cell at most five cells away, with noise; in half of the episodes it stops midway. The
-task of the dataset is to get from one corner of the maze to the opposite one, which no episode
+walks to a cell at most four cells away, with noise; in half of the episodes it stops midway. The
+task of the dataset is to get from one corner of the maze to a cell eight cells away, which no episode
 shows: good paths must be stitched together from pieces.
 
 Ctrl-C saves the agent; the same command continues. With --agent FILE the agent is kept, and other
@@ -344,7 +344,7 @@ def squashed(actor, s):
 # ---- the maze's controller -------------------------------------------------------------------
 
 
-MAZE_START, MAZE_GOAL = (1, 1), (6, 6)  # of the task: opposite corners of the medium maze
+MAZE_START, MAZE_GOAL = (1, 1), (4, 6)  # of the task, eight cells apart
 
 
 def maze_with(maze, start_cells, goal_cell):
@@ -381,7 +381,7 @@ def drive_maze(env, steps: int, seed: int) -> Recorder:
         obs = env.reset(seed=seed if not recorder.size else None)[0]
         start = tuple(point.maze.cell_xy_to_rowcol(maze_position(point)))
         paths = paths_from(point.maze.maze_map, start)
-        near_cells = [cell for cell in paths if 2 <= len(paths[cell]) <= 5]
+        near_cells = [cell for cell in paths if 2 <= len(paths[cell]) <= 4]
         path = paths[near_cells[rng.integers(len(near_cells))]]
         if rng.random() < 0.5:  # stops midway
             path = path[: 1 + rng.integers(len(path))]
