@@ -2,7 +2,7 @@
 
 The data's actions are U(-1/4, 1/4) with reward |a| - 1/8, so the best lie at the data's two edges.
 BRAC fits R(a) and adds alpha log mu(a); Fisher-BRC fits O(a) + log mu(a) with a penalty on O'(a)^2.
-mu is the Laplace fit of the data: log mu is about 1.386 - 8 |a|.
+Here log mu(a) is about 1.386 - 8 |a|, the Laplace fit of the data.
 
 Differs: the paper's right panel cannot come from its text. With the penalty over U(-1, 1) the exact
 optimum inside the data is r + 9 w sinh((1/8 - |a|) / w) / cosh(1/8 / w), w = sqrt(lambda / 4): from
@@ -23,7 +23,9 @@ import torch
 import tyro
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "algorithms"))
-from fisher_brc import Adam, ScalarMLP, gradient_penalty, minimize  # noqa: E402
+from fisher_brc import gradient_penalty  # noqa: E402
+
+from common import Adam, ScalarMLP, minimize  # noqa: E402
 
 
 @dataclass

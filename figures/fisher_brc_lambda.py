@@ -1,6 +1,6 @@
 """Fisher-BRC's lambda (figures 2 and 4 of arXiv:2103.08050), as seen within a minute.
 
-One short clone, then a run of fisher_brc.py's own update per lambda, on the bundled data.
+fisher_brc.py trains on the bundled data once for each lambda; the runs share one short clone.
 
 Differs: the paper shows scores over 1,000,000 steps on 15 tasks, for lambda 0, 0.1 and 1. This is
 the first 700 steps with batches of 64, after a clone that is far too short, and with targets ten
@@ -14,7 +14,6 @@ import sys
 from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 
 import matplotlib.figure
 import numpy as np
@@ -24,6 +23,8 @@ import tyro
 sys.path.insert(0, str(Path(__file__).parents[1] / "algorithms"))
 import fisher_brc  # noqa: E402
 
+from harness import load_dataset  # noqa: E402
+
 
 @dataclass
 class Args:
@@ -32,7 +33,7 @@ class Args:
     lambdas: tuple[float, ...] = (0.0, 0.1, 1.0, 10.0)
     """weights of the gradient penalty"""
     bc_steps: int = 600
-    """gradient steps of the clone that all share"""
+    """gradient steps of the clone"""
     steps: int = 700
     """gradient steps per lambda"""
     batch_size: int = 64
@@ -43,34 +44,45 @@ class Args:
     """where the picture goes"""
 
 
-def optimizers(nets, how):
-    rates = {"behavior": how.bc_lr, "offset": how.lr, "actor": how.lr}
-    opt = {k: fisher_brc.Adam(getattr(nets, k).parameters(), lr) for k, lr in rates.items()}
-    opt["bc_weight"] = fisher_brc.Adam([nets.log_bc_weight], how.bc_lr)
-    opt["temperature"] = fisher_brc.Adam([nets.log_temperature], how.lr)
-    return SimpleNamespace(**opt)
+class Watched:
+    """A run that keeps every metric; the first one leaves its clone in `clone` for the others."""
+
+    device = torch.device("cpu")
+    start = reference = lambda self, *args, **largest: None
+
+    def __init__(self, seed, clone):
+        self.seed, self.clone = seed, clone
+
+    def cached(self, stage, module, *settings):
+        if self.clone:
+            module.load_state_dict(self.clone)
+        return bool(self.clone)
+
+    def share(self, stage, module):
+        self.clone.update(copy.deepcopy(module.state_dict()))
+
+    def loop(self, steps, phase="train"):
+        torch.manual_seed(self.seed + 1)
+        self.seen = defaultdict(list)
+        return range(1, steps + 1)
+
+    def after(self, t, metrics, act=None):
+        for name, value in metrics.items():
+            self.seen[name].append(value.item())
 
 
-def curves(nets, data, how):
-    """{metric of the file's update: its value at every step} from copies of the networks."""
-    torch.manual_seed(how.seed + 1)
-    nets, seen = copy.deepcopy(nets), defaultdict(list)
-    opt = optimizers(nets, how)
-    for _ in range(how.steps):
-        for name, value in fisher_brc.update(nets, opt, data, how).items():
-            seen[name].append(value.item())
-    return seen
+def curves(data, lam, clone, args):
+    """{metric: its value at every step} of one lambda."""
+    lengths = dict(bc_steps=args.bc_steps, steps=args.steps, batch_size=args.batch_size)
+    run = Watched(args.seed, clone)
+    torch.manual_seed(args.seed)
+    fisher_brc.train(run, data, fisher_brc.Args(lam=lam, polyak=0.05, **lengths))
+    return run.seen
 
 
 def main(args):
-    torch.manual_seed(args.seed)
-    same = dict(batch_size=args.batch_size, steps=args.steps, seed=args.seed, polyak=0.05)
-    data, _ = fisher_brc.load_dataset(args.env, "cpu", "none")
-    how = fisher_brc.Args(**same)
-    nets = fisher_brc.Nets(data, how)
-    opt = optimizers(nets, how)
-    for _ in range(args.bc_steps):
-        fisher_brc.update_behavior(nets, opt, data, how)
+    data, _ = load_dataset(args.env, "cpu", "none")
+    clone = {}
     figure = matplotlib.figure.Figure((10, 6.5), layout="constrained")
     panels = figure.subplots(2, 2)
     shown = {
@@ -81,7 +93,7 @@ def main(args):
     }
     width = max(1, args.steps // 25)  # of the running mean
     for i, lam in enumerate(args.lambdas):
-        seen = curves(nets, data, fisher_brc.Args(lam=lam, **same))
+        seen = curves(data, lam, clone, args)
         for panel, name in zip(panels.flat, shown):
             y = np.convolve(seen[name], np.full(width, 1 / width), "valid")
             panel.plot(np.arange(len(y)) + width, y, f"C{i}", label=f"λ = {lam:g}")

@@ -48,14 +48,15 @@ def iterate(mdp, args, steps, noise=0.0):
         path.append((log_b + q / args.kl_coef).log_softmax(-1))
         rho = path[-1] - log_b
         value = (path[-1].exp() * (q - args.kl_coef * rho)).sum(-1)
-        q = r + itrpo.shaping(rho, args) + 0.9 * p @ value + noise * torch.randn_like(q)
+        q = itrpo.target_value(r, 0.0, rho, p @ value, args) + noise * torch.randn_like(q)
     return torch.stack(path), q
 
 
 def setting(tau, control=False, alpha=4.0):
-    name = f"BRAC, α = {alpha * (1 - tau):.2g}" if control else f"iTRPO, τ = {tau:g}"
-    how = dict(setting="paper", kl_coef=alpha, shape_coef=tau, control=control, name=name)
-    return itrpo.resolve(itrpo.Args(**how))
+    args = itrpo.Args(setting="paper", kl_coef=alpha, shape_coef=tau, control=control, gamma=0.9)
+    args.name = f"BRAC, α = {alpha * (1 - tau):.2g}" if control else f"iTRPO, τ = {tau:g}"
+    args.resolve()
+    return args
 
 
 def kl(log_p, log_q):
