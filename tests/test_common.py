@@ -1,11 +1,7 @@
 """common.py, helper by helper, against oracles that share no code with it."""
 
 import copy
-import inspect
-import os
-import subprocess
-import sys
-from dataclasses import dataclass
+import re
 from types import SimpleNamespace
 
 import numpy as np
@@ -15,27 +11,27 @@ import torch
 import torch.distributions as D
 from oracles import stack
 from torch import nn
+from torch.overrides import TorchFunctionMode
 from torch.testing import assert_close
 
-import common
 from common import (
     MLP,
     Adam,
+    Data,
     InputError,
     ScalarMLP,
     Scaling,
     dequantize,
-    evaluate,
     graphed,
+    largest_value,
     minimize,
+    next_action,
     normal_log_prob,
     normalize_obs,
     orthogonal_,
-    parse,
     polyak,
     sample,
     sample_tanh_normal,
-    seed_everything,
     share_at_bounds,
     tanh_log_det,
     tanh_normal_log_prob,
@@ -150,12 +146,82 @@ def test_orthogonal_initialization(members):
     assert members is None or not torch.equal(net.weights[0][0], net.weights[0][1])
 
 
+def in_torch(net, activation, eps, member=None):
+    """The same network out of torch.nn's own layers: linear, activation, layer normalization."""
+    layers = []
+    for i, (w, b) in enumerate(zip(net.weights, net.biases, strict=True)):
+        w, b = (w, b) if member is None else (w[member], b[member, 0])
+        linear = nn.Linear(*w.shape, dtype=w.dtype)
+        linear.weight.data, linear.bias.data = w.detach().T.clone(), b.detach().clone()
+        layers.append(linear)
+        if i < len(net.weights) - 1:
+            layers.append(activation)
+            if net.gains:
+                gain, shift = net.gains[i], net.shifts[i]
+                pair = (gain, shift) if member is None else (gain[member, 0], shift[member, 0])
+                norm = nn.LayerNorm(w.shape[1], eps=eps, dtype=w.dtype)
+                norm.weight.data, norm.bias.data = (x.detach().clone() for x in pair)
+                layers.append(norm)
+    return nn.Sequential(*layers)
+
+
+ACTIVATIONS = {"relu": nn.ReLU(), "gelu": nn.GELU(approximate="tanh"), "silu": nn.SiLU()}
+
+
+@pytest.mark.parametrize("eps", [1e-5, 1e-2])
+@pytest.mark.parametrize("layer_norm", [False, True])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("members", [None, 3])
+def test_activations_and_layer_norms_are_torchs(members, activation, layer_norm, eps):
+    torch.manual_seed(0)
+    options = dict(activation=activation, layer_norm=layer_norm, norm_eps=eps)
+    net = MLP(5, 8, 6, 2, members=members, **options).double()
+    for p in (*net.gains, *net.shifts):
+        assert torch.equal(p, torch.full_like(p, p.flatten()[0].item()))  # ones, or zeros
+        p.data += 0.3 * torch.randn_like(p)
+    x = torch.randn(7, 5).double()
+    out = net(x)
+    coefficients = torch.randn(7, 2).double()
+    for e in range(members or 1):
+        member = e if members else None
+        oracle = in_torch(net, ACTIVATIONS[activation], eps, member)
+        own = out[e] if members else out
+        assert_close(own, oracle(x))
+        if members:
+            assert_close(net(x, member=e), oracle(x))
+        params = [*net.gains, *net.weights]
+        grads = torch.autograd.grad((own * coefficients).sum(), params, retain_graph=True)
+        (oracle(x) * coefficients).sum().backward()
+        norms = [m.weight.grad for m in oracle if isinstance(m, nn.LayerNorm)]
+        linears = [m.weight.grad.T for m in oracle if isinstance(m, nn.Linear)]
+        for found, expected in zip(grads, norms + linears, strict=True):
+            assert_close((found[e] if members else found).view_as(expected), expected)
+    assert len(net.gains) == len(net.norms) == 2 * layer_norm
+
+
+def test_norms_follow_their_parameters_to_every_device():
+    net = nn.Sequential(MLP(3, 4, 4, 1, members=2, layer_norm=True)).to("meta")[0]
+    assert all(g is a and s is b for (g, s), a, b in zip(net.norms, net.gains, net.shifts))
+
+
 # ---- updates ---------------------------------------------------------------------------------
+
+
+class Called(TorchFunctionMode):
+    """The names of torch's functions that are called inside."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        self.names.append(getattr(func, "__name__", ""))
+        return func(*args, **(kwargs or {}))
 
 
 @pytest.mark.parametrize("compiling", [False, True])
 @pytest.mark.parametrize("eps", [1e-8, 1e-3])
-def test_adam_is_torch_adam(compiling, eps, monkeypatch):
+def test_adam_is_torch_adam(compiling, eps):
     torch.manual_seed(0)
     start = [torch.randn(4, 3), torch.randn(3), torch.randn(())]
     scales = (1.0, 1e-3, 100.0)  # with eps = 1e-3 the second is damped
@@ -169,16 +235,24 @@ def test_adam_is_torch_adam(compiling, eps, monkeypatch):
             p.grad = x.clone()
         oracle.step()
 
-    def other_branch(*_, **__):
-        raise AssertionError("the other branch ran")
-
-    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: compiling)
-    monkeypatch.setattr(torch, "_fused_adam_" if compiling else "_foreach_lerp_", other_branch)
     params = [nn.Parameter(p.clone()) for p in start]
-    opt = Adam(params, lr=1e-2, eps=eps)
-    for g, lr in zip(grads, lrs):
-        opt.lr.fill_(lr)
-        opt.step([x.clone() for x in g])
+    opt, code = Adam(params, lr=1e-2, eps=eps), []
+
+    def backend(graph, inputs):
+        code.append(graph.code)
+        return graph.forward
+
+    step = torch.compile(opt.step, backend=backend, fullgraph=True) if compiling else opt.step
+    with torch.no_grad():  # the first call compiles
+        for g, lr in zip(grads, lrs):
+            opt.lr.fill_(lr)
+            step([x.clone() for x in g])
+    if compiling:
+        assert code and all("_foreach_addcmul_" in x and "_fused" not in x for x in code)
+    else:
+        with Called() as called:
+            Adam([nn.Parameter(torch.ones(2))], lr=0.1).step([torch.ones(2)])
+        assert "_fused_adam_" in called.names and "_foreach_addcmul_" not in called.names
     assert opt.count == 20
     for p, q in zip(params, expected):
         assert_close(p, q, atol=3e-6, rtol=0)
@@ -216,6 +290,29 @@ def test_minimize_touches_its_own_parameters_only():
     oracle.step()
     for p, q in zip(nets["own"].parameters(), kept["own"].parameters()):
         assert_close(p, q, atol=1e-7, rtol=0)
+
+
+def test_the_recipe_of_adamw_is_torchs():
+    """The class in minimize's docstring, as it stands there, with its weight decay of 0.01."""
+    recipe = minimize.__doc__[minimize.__doc__.index("        class AdamW") :]
+    names = {"Adam": Adam, "torch": torch}
+    exec(re.sub("^        ", "", recipe, flags=re.M), names)
+    torch.manual_seed(0)
+    start = [torch.randn(4, 3), torch.randn(3)]
+    grads = [[torch.randn_like(p) for p in start] for _ in range(20)]
+    expected = [nn.Parameter(p.clone()) for p in start]
+    oracle = torch.optim.AdamW(expected, lr=1e-2, weight_decay=0.01)
+    opt = names["AdamW"]([nn.Parameter(p.clone()) for p in start], lr=1e-2)
+    for g in grads:
+        for p, x in zip(expected, g):
+            p.grad = x.clone()
+        oracle.step()
+        loss = sum((p * x).sum() for p, x in zip(opt.params, g))  # whose gradient is g
+        minimize(opt, loss)
+    for p, q, first in zip(opt.params, expected, start):
+        assert_close(p, q, atol=3e-6, rtol=0)
+        assert (p - first).abs().max() > 0.01
+    assert len(opt.state()) == 2 * len(start) + 2
 
 
 def test_polyak_average():
@@ -369,6 +466,64 @@ def test_sampled_rows_belong_together(tiny_data):
     assert torch.equal(s2 - 300, s)
 
 
+def test_five_tensors_make_data():
+    """An episode starts after a terminal and where a row does not continue the one before."""
+    obs = torch.arange(12.0).view(6, 2)
+    next_obs = torch.cat([obs[1:], obs[:1]])
+    next_obs[3] += 1  # a cut that nothing marks
+    terminal, reward = torch.tensor([0.0, 1, 0, 0, 0, 0]), torch.arange(6.0)
+    data = Data(obs, torch.zeros(6, 3), reward, next_obs, terminal)
+    assert data.episode.tolist() == [0, 0, 1, 1, 2, 2]
+    assert data.episode_return.tolist() == [1, 5, 9]
+    assert data.action_low.tolist() == [-1] * 3 and data.action_high.tolist() == [1] * 3
+    assert data.obs_mean.tolist() == [0, 0] and data.obs_std.tolist() == [1, 1]
+    assert (data.name, data.digest) == ("data", "")
+    assert Scaling(data).action(torch.ones(1, 3)).tolist() == [[1, 1, 1]]
+    kept = Data(**{**vars(data), "episode": torch.zeros(6).long(), "episode_return": reward[:1]})
+    assert not kept.episode.any() and kept.episode_return.tolist() == [0]
+
+
+def test_data_of_one_row():
+    data = Data(torch.ones(1, 2), torch.ones(1, 1), torch.ones(1), torch.ones(1, 2), torch.ones(1))
+    assert data.episode.tolist() == [0] and data.episode_return.tolist() == [1]
+
+
+def test_next_action_stays_in_its_episode():
+    data = SimpleNamespace(
+        episode=torch.tensor([0, 0, 0, 1, 2, 2]),
+        action=torch.arange(12.0).view(6, 2) + 1,
+    )
+    action, known = next_action(data)
+    assert known.tolist() == [True, True, False, False, True, False]
+    for i in range(6):
+        expected = data.action[i + 1] if known[i] else torch.zeros(2)
+        assert torch.equal(action[i], expected)
+    assert data.action[0].tolist() == [1, 2], "the data's own actions are left as they are"
+
+
+@pytest.mark.parametrize(
+    ("gamma", "bonus", "largest"),
+    [(0.9, 0.0, 40.0), (0.9, 1.0, 50.0), (0.9, -1.0, 50.0), (0, 0, 4)],
+)
+def test_largest_value_is_the_largest_reward_for_ever(gamma, bonus, largest, capsys):
+    data = SimpleNamespace(reward=torch.tensor([1.0, -4.0, 2.0]))
+    assert abs(largest_value(data, gamma, bonus) - largest) < 1e-4
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize(("size", "said"), [(1e-9, 1), (1.0, 0), (1e9, 1), (0.0, 1)])
+def test_rewards_of_an_odd_size_are_named(size, said, capsys):
+    largest_value(SimpleNamespace(reward=torch.full((5,), size)), 0.99)
+    out = capsys.readouterr().out
+    assert out.count("note: rewards are") == said
+    assert not said or "multiply the file's rewards by a constant" in out
+
+
+def test_largest_value_without_discount_is_finite():
+    data = SimpleNamespace(reward=torch.ones(3))
+    assert np.isfinite(largest_value(data, 1.0))
+
+
 # ---- running ---------------------------------------------------------------------------------
 
 
@@ -393,234 +548,6 @@ def test_compile_on_an_older_torch_is_one_line(monkeypatch):
     with pytest.raises(InputError, match="--compile needs torch") as caught:
         graphed(lambda net: {}, nn.Linear(1, 1), compile=True)
     assert "\n" not in str(caught.value)
-
-
-def test_seed_everything():
-    def draws(seed):
-        seed_everything(seed)
-        return torch.rand(3).tolist() + np.random.rand(3).tolist()
-
-    assert draws(5) == draws(5)
-    assert not set(draws(5)) & set(draws(6))
-    draws(2**40)  # numpy alone takes 32 bits
-
-
-@pytest.fixture
-def precision():
-    before = torch.get_float32_matmul_precision()
-    yield
-    torch.set_float32_matmul_precision(before)
-
-
-def test_bad_precision_is_one_line(precision):
-    with pytest.raises(InputError, match="--precision is 'low': give auto, highest"):
-        common.choose_device("cpu", "low")
-
-
-@pytest.mark.parametrize("device", ["nonsense", "cuda:99", ""])
-def test_bad_device_is_one_line(device, precision):
-    with pytest.raises(InputError, match="--device.*give cpu, cuda or auto") as caught:
-        common.choose_device(device, "highest")
-    assert "\n" not in str(caught.value)
-
-
-def test_every_cpu_thread_flushes_subnormals():
-    code = (
-        "import torch; from common import choose_device; choose_device('cpu', 'auto');"
-        "print(int((torch.full((4_000_000,), 1e-38) * 0.1).count_nonzero()))"
-    )
-    env = dict(os.environ, OMP_NUM_THREADS="2", PYTHONPATH=os.path.dirname(common.__file__))
-    assert subprocess.check_output([sys.executable, "-c", code], env=env) == b"0\n"
-
-
-@pytest.mark.parametrize(
-    ("flag", "right"),
-    [("--gamma 1", "from 0 to below 1"), ("--gamma 1.5", "from 0"), ("--polyak 2", "1 at most"),
-     ("--lr -1", "above 0"), ("--lr nan", "above 0"), ("--alpha nan", "a number")],
-)  # fmt: skip
-def test_numbers_that_cannot_work_are_one_line(flag, right):
-    import td3_bc
-
-    with pytest.raises(InputError, match=rf"{flag.split()[0]} is .*: give .*{right}"):
-        parse(td3_bc.Args, td3_bc.PRESETS, flag.split())
-
-
-def test_device_and_precision(precision):
-    expected = "cuda" if torch.cuda.is_available() else "cpu"
-    for asked in ("medium", "highest"):
-        assert common.choose_device("auto", asked).type == expected
-        assert torch.get_float32_matmul_precision() == asked
-    device = common.choose_device("cpu", "auto")
-    assert device == torch.device("cpu")
-    assert torch.get_float32_matmul_precision() in ("medium", "highest")
-    torch.manual_seed(0)
-    a, b = torch.randn(2, 256, 256)
-    assert_close((a @ b).double(), a.double() @ b.double(), atol=1e-4, rtol=0)
-
-
-class FakeEnv:
-    """Pays (seed, then twice that ...) for `length` steps; checks what it is given."""
-
-    def __init__(self, length, terminal):
-        self.length, self.terminal, self.seeds, self.actions = length, terminal, [], []
-
-    def reset(self, seed):
-        self.seeds.append(seed)
-        self.t = 0
-        return np.array([seed, 0], np.float32), {}
-
-    def step(self, action):
-        assert self.t < self.length, "stepped after its episode ended"
-        self.t += 1
-        self.actions.append(action)
-        over = self.t == self.length
-        obs = np.array([self.seeds[-1], self.t], np.float32)
-        return obs, self.seeds[-1] * self.t, over and self.terminal, over and not self.terminal, {}
-
-
-def test_evaluate_runs_one_episode_in_each_environment():
-    envs = [FakeEnv(3, True), FakeEnv(1, False), FakeEnv(5, False)]
-    torch.manual_seed(0)
-    state = torch.get_rng_state()
-
-    def act(obs):
-        assert obs.shape == (3, 2) and obs.dtype == torch.float32
-        return obs * 10 + torch.rand(3, 2)
-
-    returns = evaluate(act, envs, 50, torch.device("cpu"))
-    assert torch.equal(torch.get_rng_state(), state)
-    assert [env.seeds for env in envs] == [[50], [51], [52]]
-    assert returns.tolist() == [50 * 6, 51, 52 * 15]  # undiscounted, 1 + 2 + ... + length
-    assert [len(env.actions) for env in envs] == [3, 1, 5]
-    for i, env in enumerate(envs):
-        due = [[10 * (50 + i), 10 * t] for t in range(env.length)]
-        noise = np.array(env.actions) - due
-        assert (noise > -1e-4).all() and (noise < 1 + 1e-4).all()
-
-    again = [FakeEnv(3, True), FakeEnv(1, False), FakeEnv(5, False)]
-    torch.manual_seed(123)
-    evaluate(act, again, 50, torch.device("cpu"))
-    assert np.array_equal(again[2].actions, envs[2].actions)  # its own random stream
-
-
-def test_evaluate_needs_no_gradient():
-    net = nn.Linear(2, 2)
-    assert evaluate(net, [FakeEnv(1, True)], 1, torch.device("cpu")).tolist() == [1]
-
-
-# ---- command line ----------------------------------------------------------------------------
-
-
-@dataclass
-class Args:
-    env: str = "hopper-medium"
-    """dataset"""
-    seed: int = 0
-    """random seed"""
-    steps: int = 1000
-    """gradient steps"""
-    batch_size: int = 256
-    """rows"""
-    precision: str = "auto"
-    """fp32 products"""
-    resume: bool = False
-    """go on"""
-    overwrite: bool = False
-    """replace"""
-    alpha: float = 2.5
-    """weight of Q"""
-
-
-PRESETS = {
-    "*": dict(steps=10, alpha=1.0),
-    "hopper-*": dict(steps=20, batch_size=32),
-    "hopper-medium*": dict(steps=30),
-    "ant[12]": dict(alpha=9.0),
-}
-
-
-def parsed(line=""):
-    return parse(Args, PRESETS, line.split())
-
-
-def test_presets_match_by_pattern_and_later_rows_win():
-    def values(line):
-        args = parsed(line)
-        return args.steps, args.batch_size, args.alpha
-
-    assert values("") == (30, 32, 1.0)  # the default --env has presets too
-    assert values("--env hopper-expert") == (20, 32, 1.0)
-    assert values("--env=ant2") == (10, 256, 9.0)
-    assert values("--env ant3") == (10, 256, 1.0)
-    assert parsed("--env ant2").preset == dict(steps=10, alpha=9.0)
-    assert parsed("--env ant2").env == "ant2"
-    assert parse(Args, {}, []).preset == {}
-    assert vars(parse(Args, {}, [])) == vars(Args()) | {"preset": {}}
-
-
-def test_typed_flag_wins_even_at_its_default():
-    args = parsed("--steps 1000 --alpha 2.5 --batch-size 256")
-    assert (args.steps, args.alpha, args.batch_size) == (1000, 2.5, 256)
-    assert parsed("--batch_size 256").batch_size == 256  # the other spelling
-    assert parsed("--resume").resume and not parsed("").resume
-
-
-@pytest.mark.parametrize(
-    ("line", "steps", "batch_size"),
-    [
-        ("--steps 1e5", 100_000, 32),
-        ("--steps 2.5e3 --batch-size=1e3", 2500, 1000),
-        ("--steps=1E+2 --batch_size 64", 100, 64),
-    ],
-)
-def test_whole_numbers_as_powers_of_ten(line, steps, batch_size):
-    args = parsed(line)
-    assert (args.steps, args.batch_size) == (steps, batch_size)
-    assert type(args.steps) is type(args.batch_size) is int
-
-
-def test_only_whole_numbers_are_rewritten():
-    assert parsed("--alpha 1e5").alpha == 1e5
-    assert parsed("--env 1e5").env == "1e5"
-    assert parsed("--alpha=-1e-1").alpha == -0.1
-    assert parsed("--env a=b").env == parsed("--env=a=b").env == "a=b"
-
-
-@pytest.mark.parametrize(
-    ("line", "words"),
-    [
-        ("--batch-size 0", "--batch-size is 0"),
-        ("--steps -5", "--steps is -5"),
-        ("--seed -1", "--seed is -1"),
-    ],
-)
-def test_bad_values_are_one_line(line, words):
-    with pytest.raises(InputError) as caught:
-        parsed(line)
-    assert isinstance(caught.value, SystemExit)
-    assert words in str(caught.value) and "\n" not in str(caught.value)
-
-
-def test_help_shows_the_defaults_of_the_env(capsys):
-    with pytest.raises(SystemExit) as caught:
-        parsed("--env ant1 --help")
-    out = capsys.readouterr().out
-    assert caught.value.code == 0
-    assert "helper by helper" in out and "weight of Q" in out and "9.0" in out
-
-
-@pytest.mark.parametrize("line", ["--nonsense 3", "--steps 1.5", "--steps 1.5e0", "--alpha x"])
-def test_flags_that_cannot_be_read_exit_nonzero(line, capsys):
-    with pytest.raises(SystemExit) as caught:
-        parsed(line)
-    assert caught.value.code not in (0, None)
-    assert line.split()[0].strip("-") in "".join(capsys.readouterr())
-
-
-def test_command_line_is_the_default(monkeypatch):
-    monkeypatch.setattr("sys.argv", ["script.py", "--seed", "4"])
-    assert parse(Args, {}).seed == 4
-    assert inspect.signature(parse).parameters["argv"].default is None
 
 
 def test_adam_takes_gradients_of_any_layout():
