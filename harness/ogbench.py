@@ -27,7 +27,7 @@ from harness.datasets import UNREADABLE, _open, _read_columns, _require_regular,
 from harness.tasks import Task, build, near, require, table
 
 SETS = "ogbench_sets.csv"
-INSTALL = "pip install ogbench"
+INSTALL = "pip install ogbench 'mujoco<3.11'"
 
 
 def names() -> list[str]:
