@@ -3,8 +3,8 @@
 which holds D only on average: some states use up the room that others leave.
 
 Differs: the paper's task is unnamed, its run 1M steps; here 1,500 steps each of clone, first policy
-and RL, batches of 64, one action per state; eps is the first policy's D + 1, H0 acml's. The rates
-were picked by looking: alpha(s) at 1e-3 oscillates, D ends at 0.28. One alpha is not yet at eps.
+and RL, batches of 64, one action per state; eps is the first policy's D + 1, H0 acml's (0 before
+RL). Rates were picked by looking: alpha(s) at 1e-3 oscillates. One alpha is not yet at eps.
 
     python figures/brac_plus_multiplier.py
 """
@@ -23,6 +23,8 @@ import tyro
 sys.path.insert(0, str(Path(__file__).parents[1] / "algorithms"))
 import brac_plus  # noqa: E402
 
+from harness import load_dataset  # noqa: E402
+
 
 @dataclass
 class Args:
@@ -39,27 +41,33 @@ class Args:
 
 
 def setting(multiplier):
-    how = dict(batch_size=64, samples=1, members=1, dequantize=0.05, dual_start=math.log(2))
-    how |= dict(penalty="hard", backup="mean", polyak=0.05)
-    return brac_plus.Args(multiplier=multiplier, **how)
+    sizes = dict(batch_size=64, samples=1, members=1, dequantize=0.05, polyak=0.05)
+    how = brac_plus.Args(multiplier=multiplier, dual_start=math.log(2), **sizes)
+    how.resolve()  # the rest is iclr's
+    return how
 
 
 def optimizers(nets):
-    rates = {"behavior": 1e-3, "q": 1e-3, "actor": 3e-4, "alpha": 3e-5}
+    rates = {"behavior": 1e-3, "q": 1e-3, "actor": 3e-4, "alpha_net": 3e-5}
     opt = {k: brac_plus.Adam(getattr(nets, k).parameters(), lr) for k, lr in rates.items()}
-    opt |= dict(init=brac_plus.Adam(nets.actor.parameters(), 1e-3))
-    return SimpleNamespace(**opt, dual=brac_plus.Adam([nets.dual], 3e-3))
+    opt |= {k: brac_plus.Adam([getattr(nets, k)], 3e-3) for k in ("alpha", "beta")}
+    init = brac_plus.Adam(nets.actor.parameters(), 1e-3)
+    return SimpleNamespace(**opt, init=init, init_beta=opt["beta"])
 
 
 def start(data, args):
     """Clone and first policy, with eps and H0 set."""
-    opt = optimizers(nets := brac_plus.Nets(data, how := setting("state")))
-    for step, adam in (brac_plus.update_behavior, opt.behavior), (brac_plus.update_init, opt.init):
+    how = setting("state")
+    nets = brac_plus.Nets(data, how)
+    opt = optimizers(nets)
+    phases = (brac_plus.update_behavior, opt.behavior), (brac_plus.update_first_policy, opt.init)
+    for update, adam in phases:
         for t in range(args.bc_steps):
             adam.lr.fill_(1e-3 * (1 - t / args.bc_steps))
-            step(nets, opt, data, how)
+            update(nets, opt, data, how)
     nets.h0.copy_(nets.behavior.minus_elbo - data.action.shape[1] * math.log(4))
-    nets.eps.copy_(nets.first_d + 1), nets.eps_gp.copy_(nets.eps)
+    nets.eps.copy_(nets.first_d + 1)
+    nets.eps_gp.copy_(nets.eps)
     nets.actor_target.load_state_dict(nets.actor.state_dict())
     return nets
 
@@ -69,6 +77,8 @@ def final(nets, data, multiplier, args):
     torch.manual_seed(1)
     nets, how = copy.deepcopy(nets), setting(multiplier)
     opt = optimizers(nets)
+    if multiplier == "state":
+        opt.alpha = opt.alpha_net
     for _ in range(args.steps):
         brac_plus.update(nets, opt, data, how)
     s = data.obs[:: len(data.obs) // args.states][: args.states]
@@ -77,7 +87,7 @@ def final(nets, data, multiplier, args):
 
 def main(args):
     torch.manual_seed(0)
-    data, _ = brac_plus.load_dataset(args.env, "cpu", "none")
+    data, _ = load_dataset(args.env, "cpu", "none")
     data.reward.sub_(data.reward.min()).div_(data.reward.max())
     nets = start(data, args)
     figure = matplotlib.figure.Figure((8, 4.8), layout="constrained")

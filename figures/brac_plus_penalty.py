@@ -22,7 +22,7 @@ import torch
 import tyro
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "algorithms"))
-from brac_plus import Adam, ScalarMLP, gradient_penalty, minimize  # noqa: E402
+from brac_plus import Adam, ScalarMLP, gradient_norm, minimize, penalty_gate  # noqa: E402
 
 
 @dataclass
@@ -50,8 +50,9 @@ def squared_slope(net, x):
 
 def gated_norm(net, x):
     """Eq. 10 of brac_plus.py: x is the action, |x| its divergence, 0.8 the threshold."""
-    nets, args = SimpleNamespace(q=net, eps_gp=0.8), SimpleNamespace(penalty="hard")
-    return gradient_penalty(nets, x[:, :0], x, x.abs().squeeze(1), args)[0].mean()
+    nets, args = SimpleNamespace(q=net, eps_gp=0.8), SimpleNamespace(gate="hard")
+    norm = gradient_norm(nets, x[:, :0], x.unsqueeze(0))  # no state, one action
+    return (penalty_gate(nets, x.abs().squeeze(1), args) * norm).mean()
 
 
 def fit(x, y, penalty, args):
