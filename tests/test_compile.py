@@ -1,42 +1,37 @@
 """Eager and compiled updates are the same updates (needs a torch that compiles them whole)."""
 
 import importlib
-from pathlib import Path
 
 import pytest
 import torch
 import torch._dynamo
+from short_runs import SCRIPTS
+from stand_in import PlainRun
 
-import speed
-
-NAMES = sorted(p.stem for p in (Path(__file__).parents[1] / "algorithms").glob("*.py"))
 NAMES = [  # half a minute each
-    name if name in ("td3_bc", "fisher_brc") else pytest.param(name, marks=pytest.mark.soak)
-    for name in NAMES
+    x.stem if x.stem == "td3_bc" else pytest.param(x.stem, marks=pytest.mark.soak) for x in SCRIPTS
 ]
 
 
+class TenSteps(PlainRun):
+    """Ten steps of every phase, past any warm start, each phase from the same seed."""
+
+    def loop(self, steps, phase="train"):
+        super().loop(steps, phase)
+        torch.manual_seed(1)
+        return range(steps // 2 + 1, steps // 2 + 11)
+
+
 def run(name, compile, data):
-    """Metrics of ten steps of every phase of the file's own `train`."""
-    module, found = importlib.import_module(name), {}
-
-    class TenSteps(speed.Stopwatch):
-        def loop(self, steps, phase="train"):
-            self.phase = phase
-            torch.manual_seed(1)
-            yield from range(steps // 2 + 1, steps // 2 + 11)  # past any warm start
-
-        def after(self, t, metrics, act=None):
-            for key, value in metrics.items():
-                found.setdefault(f"{self.phase} {key}", []).append(value.item())
-
-    with pytest.MonkeyPatch.context() as patch:  # compiled noise may be drawn in another order
-        patch.setattr(torch, "randn_like", lambda x: torch.full_like(x, 0.3))
-        patch.setattr(torch, "rand_like", lambda x: torch.full_like(x, 0.4))
-        patch.setattr(module, "Run", lambda args: TenSteps(args, 1.0))
-        patch.setattr(module, "load_dataset", lambda *_: (data, None))
-        module.train(module.Args(batch_size=64, device="cpu", compile=compile))
-    return found
+    """{"phase metric": ten values} of the file's own `train`."""
+    module, ten = importlib.import_module(name), TenSteps()
+    torch.manual_seed(0)
+    module.train(ten, data, module.Args(batch_size=64, compile=compile))
+    return {
+        f"{phase} {key}": [row[key] for row in rows if key in row]
+        for phase, rows in ten.phases.items()
+        for key in dict.fromkeys(key for row in rows for key in row)
+    }
 
 
 @pytest.mark.parametrize("name", NAMES)
