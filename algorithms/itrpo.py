@@ -131,16 +131,10 @@ class Args(RunArgs):
                 setattr(self, name, value)
         if not self.ratio_min <= self.ratio_max:
             clips = f"--ratio-min is {self.ratio_min} and --ratio-max is {self.ratio_max}"
-            raise InputError(f"{clips}: use a lower clip that is at most the upper one")
+            raise InputError(f"{clips}: use two numbers in this order, or -inf and inf")
         if self.control:
             self.kl_coef *= 1 - self.shape_coef
             self.shape_coef = 0.0
-
-
-BODY = dict(kl_coef=0.9, shape_coef=0.03, bonus=0.0, penalty=0.0)
-BODY |= dict(ratio_min=-math.inf, ratio_max=math.inf)
-CODE = BODY | dict(bonus=5.0, penalty=0.1, ratio_min=-1.0)
-SETTINGS = {"paper": BODY, "code": CODE, "trust": CODE | dict(shape_coef=0.9)}
 
 
 class Nets(nn.Module):
@@ -361,6 +355,12 @@ def train(run, data, args):
         if t % args.log_every == 0:
             nets.last_actor.load_state_dict(nets.actor.state_dict())
 
+
+BODY = dict(
+    kl_coef=0.9, shape_coef=0.03, bonus=0.0, penalty=0.0, ratio_min=-math.inf, ratio_max=math.inf
+)
+CODE = BODY | dict(bonus=5.0, penalty=0.1, ratio_min=-1.0)
+SETTINGS = {"paper": BODY, "code": CODE, "trust": CODE | dict(shape_coef=0.9)}
 
 PRESETS = {
     "hopper-medium-expert-demo": dict(  # shortened; faster targets
