@@ -28,7 +28,7 @@ The authors' code, against the paper:
 This file, against the authors' code:
 - Adam's epsilon of 1e-7 is added to the root after its bias correction. Keras adds it before: in
   the form here, that is 1e-7 / sqrt(1 - 0.999^t), 32 times as much at update 1 and 1.3 times at
-  update 1,000. After 20 updates the actor's weights differ by about 2e-3 of their size.
+  update 1,000. After 20 updates the actor's weights differ by two or three thousandths.
 - Rows are drawn with replacement. The authors go through the data in shuffled epochs.
 - Rows that a time limit cut are kept where the data has their next observation; D4RL's loader
   drops them.
