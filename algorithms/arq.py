@@ -1,226 +1,146 @@
 """Action-Restricted Q-learning, ARQ (Goo & Niekum, "Know Your Boundaries", 2022; arXiv:2206.00695).
 
-Idea: clone the behavior policy with a diffusion model, and let Q-learning maximize over actions
-drawn from that clone only, so that no action outside the data's support is ever believed.
+Idea: clone the behavior policy beta(a|s) with a diffusion model, and let Q-learning maximize only
+over actions drawn from that clone, so that no action outside the data's support is ever believed.
 
-    L_score = E |raw(m x + sigma z, s, t) + z|^2,   s_psi = raw / sigma     (score matching)
-    supp(s) = {a_data} + those of N samples of s_psi with beta(a|s) > eps   (4)
-    y    = r + gamma K-th largest of min_i Q'_i(s', supp(s')),  L_Q = sum_i E[(Q_i - y)^2 / 2]  (5)
-    pi(a|s) ~ exp(alpha Q(s,a)) over fresh samples (implicit)               (6)
-    L_pi = E[ -min(exp(alpha A(s,a)), 100) log pi_phi(a|s) ],  A = Q - mean Q over supp(s)
+    L_score = E |raw(m a + sigma z, s, t) + z|^2,  z ~ N(0, I)           (score matching)
+    s_psi(a, s, t) = raw(a, s, t) / sigma(t), the score of the clone
+    supp(s) = {a_data} + those of N samples of s_psi with beta(a|s) > eps                        (4)
+    y    = r + gamma (1 - terminal) max(K-th largest q over supp(s'), q(s', a'_data)),
+           q(s', a) = min_i Q'_i(s', a)
+    L_Q  = sum_i E[ (Q_i(s,a) - y)^2 / 2 ]                                                       (5)
+    pi(a|s) ~ exp(alpha Q'_1(s,a)) over supp(s) of fresh samples, without a_data                 (6)
+    L_pi = -E[ min(exp(alpha_pi A(s,a)), 100) log pi_phi(a|s) ],
+           A(s,a) = Q'_1(s,a) - mean of Q'_1 over supp(s)                (weighted regression)
 
-Stages: score, sample (every state of the data, once), q, train (pi_phi, the run's score); last,
-the implicit policy and the clone (the paper's "s_psi") are scored. Runs share finished stages.
+A run trains the score network (phase "score"), draws the samples of every state of the data
+("sample"), computes their likelihoods where --filter asks for them ("grade"), trains Q ("q") and
+then pi_phi ("train"), whose score is the run's. Last it scores the implicit policy of (6) and the
+clone, which the paper calls s_psi. Runs of equal settings share the first four phases.
 
-Not in the paper but in the authors' code, and here: beta is the density of z-scored actions; the
-data's action is a candidate, never filtered, and its value a floor of y; filtered samples are
-masked, not redrawn; policies use the first target critic; rows without next action train no Q.
+The authors' code, against the paper:
+- beta is the density of the z-scored action.
+- The data's next action is always in the support, and y is never below its value (--floor).
+- A rejected sample is left out; no other is drawn in its place.
+- The policies use the target of the first critic alone.
+- The weights of pi_phi are at most 100.
+- Locomotion's rewards are multiplied by 1,000 / (best - worst return of an episode); the paper's
+  wording leaves this open.
+- Samples that may act are clipped to the bounds, and then their likelihood is computed. Samples
+  that train Q are never clipped.
+- The Langevin step of the sampler takes its size from the norms of each sample alone. Near a mode
+  the score is almost 0, so the step is long and samples spread.
+- Q^beta is trained on batches of 100; the paper says 512, as here.
 
-Departures, all ours: samples take 20 steps of DPM-Solver++(2M), 21 network evaluations. The paper's
-predictor-corrector (1,000) is --sampler pc --sample-steps 500: on a Hopper score 0.09 of a z-score
-away (Wasserstein-1; two runs of pc 0.06, the authors' --corrector sample 0.21). Divergence is exact
-up to 10 dimensions (ten probes). No filter but in the paper's domains: days on a CPU. Samples are
-clipped when drawn. Fewer than K left: the smallest counts; none: the likeliest acts.
+This file, against the authors' code:
+- The default sampler is DPM-Solver++(2M), with 21 network evaluations instead of 1,000.
+  --sampler pc --sample-steps 500 is the authors' sampler only with --corrector sample; the default
+  corrector, sigma, takes its step size from the noise level alone.
+- Without --filter, actions outside the support do reach Q: those few that the sampler leaves there,
+  and those that the clone has not learned. The authors filter in all domains. Here the presets of
+  the paper's domains filter, and the default does not, because likelihoods take days on a CPU.
+- The divergence in the likelihood is exact up to 10 action dimensions. The authors always use ten
+  random probes.
+- The samples that train Q are clipped to the bounds, after their likelihood is computed.
+- Where fewer than K actions are in the support, the smallest value counts; in the authors' code it
+  is minus infinity, and the floor replaces it. Where the implicit policy has no sample in the
+  support, the likeliest one acts; in the authors' code this is an error.
+- Samples that are not finite end the run; the authors draw them again.
+- A column of actions that is constant in the data is constant in the samples.
+- The network's time features have the angle 2 pi t f; the authors wrote 3.1415 for pi.
+- A row without a next action trains Q only if it is terminal. The authors drop one row more where a
+  time limit ends an episode.
+- Robomimic's data has no reader here, so its settings and its residual policy are left out.
 
-    python algorithms/arq.py --env hopper-medium-v2  # no flags: 18 ± 1, 3 seeds, 11 min
+    python algorithms/arq.py
 """
 
 import copy
-import hashlib
 import math
-import os
 import sys
-import tempfile
-import time
+import zlib
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Literal
 
-import numpy as np
 import torch
+import torch.nn.functional as F
 from scipy.integrate import solve_ivp
-from torch import nn
+from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from common import (
-    MLP,
-    Adam,
-    InputError,
-    ScalarMLP,
-    Scaling,
-    graphed,
-    load_dataset,
-    minimize,
-    normal_log_prob,
-    parse,
-    polyak,
-    sample,
-)
-from experiment import Run
+from common import BatchSize, Count, NonNegative, Number, Positive, PositiveShare, Seed, ShareBelow1
+from common import MLP, Adam, Data, InputError, RunArgs, ScalarMLP, Scaling
+from common import graphed, largest_value, minimize, normal_log_prob, normalize_obs, polyak, sample
 
 
 @dataclass
-class Args:
+class Args(RunArgs):
+    phases = {"score": "score_steps", "sample": None, "grade": None, "q": "q_steps"}
+    phases |= {"train": "steps"}
     env: str = "hopper-replay-demo"
     """dataset: bundled name, D4RL name, Minari id, or path of an .hdf5 or .npz file"""
-    seed: int = 0
+    seed: Seed = 0
     """seeds networks, batches and evaluation"""
-    steps: int = 1_000_000
-    """gradient steps"""
-    batch_size: int = 256
+    steps: Count = 1_000_000
+    """gradient steps of the policy pi_phi, after all other phases"""
+    batch_size: BatchSize = 512
     """transitions per gradient step"""
-    device: str = "auto"
-    """cpu, cuda, or auto: cuda where there is one"""
-    precision: str = "auto"
-    """fp32 products: highest, high, medium, or auto: the fastest that does not round"""
-    compile: bool = False
-    """compile the whole update: faster after half a minute"""
-    eval_every: int = 5_000
+    eval_every: Count = 5_000
     """gradient steps between evaluations"""
-    eval_episodes: int = 10
-    """episodes per evaluation"""
-    eval_env: str | None = None
-    """Gymnasium id to evaluate in; None: the dataset's own task; "none": no evaluation"""
-    log_every: int = 1_000
-    """gradient steps between rows of train.csv"""
-    save_every: int = 50_000
-    """gradient steps between checkpoints"""
-    out: str = "runs"
-    """folder of all runs"""
-    name: str = ""
-    """suffix of the run's folder, tells variants apart"""
-    resume: bool = False
-    """continue this run from its checkpoint"""
-    overwrite: bool = False
-    """replace this run's folder"""
-    track: bool = False
-    """mirror the logs to Weights & Biases"""
-
     value: Literal["arq", "sarsa", "none"] = "arq"
-    """what y bootstraps from: arq (Eq. 5), sarsa (Q^beta; paper: --q-lr 1e-4), none (no Q)"""
-    n: int = 30
+    """target of Q: arq (Eq. 5), sarsa (Q^beta; the paper adds --q-lr 1e-4), or none (no Q)"""
+    n: Count = 30
     """samples N of the clone per state"""
-    k: int = 9
-    """K of Eq. 5: 1 is the maximum over candidates, N + 1 the minimum"""
+    k: Count = 9
+    """K of Eq. 5: 1 is the maximum over the support, N + 1 the minimum"""
     floor: bool = True
     """y is at least the target of the data's next action (authors' code)"""
-    alpha: float = 1.0
-    """implicit policy's sharpness (Eq. 6): 0 is the clone, infinity is greedy"""
-    alpha_pi: float = 1.0
-    """sharpness of pi_phi's weights: 0 is behavior cloning"""
-    pi: Literal["gaussian", "deterministic", "resnet"] = "gaussian"
-    """pi_phi: gaussian (state-independent deviation), deterministic, resnet (deterministic)"""
-    gamma: float = 0.99
+    alpha: NonNegative = 1.0
+    """sharpness alpha of the implicit policy (Eq. 6): 0 is the clone, a large one is greedy"""
+    alpha_pi: NonNegative = 1.0
+    """sharpness of the weights of pi_phi: 0 is behavior cloning"""
+    pi: Literal["gaussian", "deterministic"] = "gaussian"
+    """pi_phi: a Gaussian with one deviation for all states, or a deterministic network"""
+    gamma: ShareBelow1 = 0.99
     """discount"""
-    polyak: float = 0.005
+    polyak: PositiveShare = 0.005
     """share of the online critics that targets take over per step"""
-    q_lr: float = 3e-4
+    q_lr: Positive = 3e-4
     """Adam's learning rate of the critics"""
-    q_steps: int = 1_000_000
+    q_steps: Count = 1_000_000
     """gradient steps of the critics"""
+    normalize_obs: bool = False
+    """shift and scale observations to mean 0 and deviation 1 over the data, for all networks"""
     normalize_reward: bool = False
-    """divide rewards by (largest - smallest episode return) / 1000"""
-    reward_shift: float = 0.0
-    """added to every reward"""
-    score_steps: int = 1_000_000
-    """gradient steps of the score network, before all others"""
-    score_lr: float = 1e-4
+    """divide rewards by (best - worst episode return) / 1000"""
+    reward_shift: Number = 0.0
+    """added to every reward, after --normalize-reward"""
+    score_steps: Count = 1_000_000
+    """gradient steps of the score network, before all other phases"""
+    score_lr: Positive = 1e-4
     """Adam's learning rate of the score network"""
-    width: int = 256
-    """its width"""
-    ensemble: int = 1
+    width: Count = 256
+    """hidden units of the score network"""
+    ensemble: Count = 1
     """score networks whose mean is taken"""
-    sampler: Literal["dpm", "pc"] = "dpm"
-    """dpm (DPM-Solver++(2M)) or pc (predictor-corrector, the paper's)"""
-    sample_steps: int = 20
-    """steps of the sampler: dpm needs 15 or more, the paper's pc has 500"""
-    corrector: Literal["sigma", "sample", "batch"] = "sigma"
-    """pc's step size: sigma (of the noise level), sample (each row's norms), batch (their means)"""
+    sampler: Literal["sde", "ode", "pc"] = "ode"
+    """sde and ode: DPM-Solver++(2M) with and without noise; pc: predictor-corrector (the paper)"""
+    sample_steps: Count = 20
+    """steps of the sampler: sde and ode need 15 or more, the paper's pc has 500"""
+    corrector: Literal["sigma", "sample"] = "sigma"
+    """step size of pc: from the noise level sigma, or from each sample's norms (authors' code)"""
     filter: bool = False
-    """drop samples whose log-likelihood (of z-scored actions) is not above the threshold (Eq. 4)"""
-    threshold: float = -5.0
-    """with --filter: log eps of Eq. 4"""
-    ll_quantile: float = 0.0
-    """with --filter, above 0: the threshold is this quantile of the data's own log-likelihood"""
+    """leave out samples whose log-likelihood, of the z-scored action, is too small (Eq. 4)"""
+    threshold: Number = -5.0
+    """log eps of Eq. 4, for --filter"""
     until: Literal["score", "sample", "q", "train", "implicit"] = "implicit"
-    """last stage to run; train is pi_phi, implicit also scores the policies that sample"""
+    """last phase to run; implicit also scores the policies that sample"""
 
-
-PRESETS = {
-    "*": dict(batch_size=512),  # tables A.1 to A.3 by domain; the defaults are locomotion's
-    "hopper-*": dict(filter=True, normalize_reward=True),
-    "halfcheetah-*": dict(filter=True, normalize_reward=True),
-    "walker2d-*": dict(filter=True, normalize_reward=True),
-    "mujoco/*": dict(filter=True, normalize_reward=True),
-    "kitchen-*": dict(filter=True, score_steps=300_000, q_lr=1e-4),
-    "D4RL/kitchen/*": dict(filter=True, score_steps=300_000, q_lr=1e-4),
-    "pen-*": dict(
-        filter=True, score_steps=300_000, ensemble=3, q_lr=1e-4, alpha=10.0, alpha_pi=10.0
-    ),
-    "door-*": dict(
-        filter=True, score_steps=300_000, ensemble=3, q_lr=1e-4, alpha=10.0, alpha_pi=10.0
-    ),
-    "hammer-*": dict(
-        filter=True, score_steps=300_000, ensemble=3, q_lr=1e-4, alpha=10.0, alpha_pi=10.0
-    ),
-    "relocate-*": dict(
-        filter=True, score_steps=300_000, ensemble=3, q_lr=1e-4, alpha=10.0, alpha_pi=10.0
-    ),
-    "D4RL/pen/*": dict(
-        filter=True, score_steps=300_000, ensemble=3, q_lr=1e-4, alpha=10.0, alpha_pi=10.0
-    ),
-    "D4RL/door/*": dict(
-        filter=True, score_steps=300_000, ensemble=3, q_lr=1e-4, alpha=10.0, alpha_pi=10.0
-    ),
-    "D4RL/hammer/*": dict(
-        filter=True, score_steps=300_000, ensemble=3, q_lr=1e-4, alpha=10.0, alpha_pi=10.0
-    ),
-    "D4RL/relocate/*": dict(
-        filter=True, score_steps=300_000, ensemble=3, q_lr=1e-4, alpha=10.0, alpha_pi=10.0
-    ),
-    "antmaze-*": dict(
-        filter=True, k=3, alpha=10.0, alpha_pi=10.0, pi="deterministic", reward_shift=-1.0
-    )
-    | dict(eval_every=100_000, eval_episodes=100),
-    "D4RL/antmaze/*": dict(
-        filter=True, k=3, alpha=10.0, alpha_pi=10.0, pi="deterministic", reward_shift=-1.0
-    )
-    | dict(eval_every=100_000, eval_episodes=100),
-    # Robomimic's data has no reader here yet
-    "robomimic/*": dict(
-        filter=True, score_steps=150_000, ensemble=3, q_lr=1e-4, alpha=0.1, alpha_pi=0.1
-    )
-    | dict(pi="resnet", steps=300_000, reward_shift=-1.0),
-    "robomimic/*-mg": dict(score_steps=1_000_000, alpha=1.0, alpha_pi=10.0),
-    # two CPU cores, 100k to 200k transitions, half an hour: narrow score, N 30 -> 10 with the K
-    # of about the same quantile, no filter
-    "hopper/*": dict(
-        batch_size=256, score_steps=150_000, width=128, sample_steps=15, n=10, k=3, filter=False
-    )
-    | dict(q_steps=100_000, steps=100_000, normalize_reward=True),
-    "halfcheetah/*": dict(
-        batch_size=256, score_steps=150_000, width=128, sample_steps=15, n=10, k=3, filter=False
-    )
-    | dict(q_steps=100_000, steps=100_000, normalize_reward=True),
-    "pointmaze/*": dict(
-        batch_size=256, score_steps=150_000, width=128, sample_steps=15, n=10, k=3, filter=False
-    )
-    | dict(q_steps=100_000, steps=100_000, reward_shift=-1.0, alpha=10.0, alpha_pi=10.0)
-    | dict(pi="deterministic"),
-    "door/*": dict(
-        batch_size=256, score_steps=100_000, width=128, sample_steps=20, n=10, k=3, filter=False
-    )
-    | dict(q_steps=100_000, steps=100_000, q_lr=1e-4, alpha=10.0, alpha_pi=10.0),
-    "hopper-replay-demo": dict(
-        batch_size=256, score_steps=30_000, width=128, sample_steps=15, n=10, k=3, filter=False
-    )
-    | dict(score_lr=5e-4, q_steps=30_000, steps=20_000, eval_every=2_000),
-}
-
-EPS, T_MIN = 1e-5, 1e-3  # times where training and likelihood begin, and where sampling ends
-EMA, TIME_SCALE, SNR, PI_LR, MAX_WEIGHT = 0.999, 30.0, 0.16, 3e-4, 100.0  # paper and its code
-EXACT_DIMS, PROBES, ODE_TOL, CHUNK = 10, 10, 1e-5, 64  # CHUNK: states, 16-fold on a GPU
+    def resolve(self):
+        if self.value == "arq" and self.k > self.n + 1:
+            raise InputError(f"--k {self.k} exceeds N + 1 = {self.n + 1}: use a larger --n")
 
 
 class Nets(nn.Module):
@@ -230,341 +150,585 @@ class Nets(nn.Module):
         super().__init__()
         obs_dim, act_dim = data.obs.shape[1], data.action.shape[1]
         self.scaling = Scaling(data)
-        for name, x in (("s", data.obs), ("a", data.action)):  # z-scoring, for the score alone
-            self.register_buffer(f"{name}_mean", x.mean(0))
-            self.register_buffer(f"{name}_std", x.std(0, correction=0).clamp(min=0.05))
-        self.register_buffer("threshold", torch.tensor(args.threshold if args.filter else -1e9))
-        score = act_dim + obs_dim, args.width, act_dim, 3, nn.functional.silu
-        self.score = ResNet(*score, args.ensemble if args.ensemble > 1 else None, timed=True)
-        self.q = ScalarMLP(obs_dim + act_dim, 256, 256, members=1 if args.value == "sarsa" else 2)
-        resnet = args.pi == "resnet" and ResNet(obs_dim, 2048, act_dim, 4, torch.relu)
-        self.actor = resnet or MLP(obs_dim, 256, 256, act_dim)
+        self.z_obs = ZScore(data.obs)
+        self.z_action = ZScore(data.action)
+        self.score = ScoreNet(obs_dim, act_dim, args.width, args.ensemble)
+        critics = 1 if args.value == "sarsa" else 2
+        self.q = ScalarMLP(obs_dim + act_dim, 256, 256, members=critics)
+        self.actor = MLP(obs_dim, 256, 256, act_dim)
         self.log_std = nn.Parameter(torch.zeros(act_dim)) if args.pi == "gaussian" else None
-        for net in (x for x in self.modules() if isinstance(x, MLP)):  # as Keras starts
-            for w, b in zip(net.weights, net.biases):
-                nn.init.zeros_(b), w.data.uniform_(-1, 1).mul_(math.sqrt(6 / sum(w.shape[-2:])))
+        for net in self.modules():
+            if isinstance(net, MLP):
+                glorot_(net)
         self.score_ema = copy.deepcopy(self.score).requires_grad_(False)
         self.q_target = copy.deepcopy(self.q).requires_grad_(False)
 
 
-class ResNet(nn.Module):
-    """Linear, `blocks` times x + L2(act(L1(act(x + e)) + e)), linear; e embeds the time, if any."""
+class ScoreNet(nn.Module):
+    """The network `raw`, or an ensemble of them: residual layers, to which the time's embedding e
+    is added."""
 
-    def __init__(self, n_in, width, n_out, blocks, act, members=None, timed=False):
+    def __init__(self, obs_dim, act_dim, width, ensemble):
         super().__init__()
-        self.act, self.layers = act, MLP(n_in, *[width] * (2 * blocks + 1), n_out, members=members)
-        if timed:
-            self.register_buffer("frequencies", TIME_SCALE * torch.randn(1, width // 2))
-            self.time = MLP(width // 2 * 2, width, members=members)
+        members = ensemble if ensemble > 1 else None
+        features = max(width // 2, 1)
+        self.first = MLP(act_dim + obs_dim, width, members=members)
+        self.hidden = nn.ModuleList(MLP(width, width, members=members) for _ in range(6))
+        self.last = MLP(width, act_dim, members=members)
+        self.register_buffer("frequencies", 30 * torch.randn(1, features))  # authors' code: 30
+        self.time = MLP(2 * features, width, members=members)
 
-    def context(self, s):
-        """The state's share of the first layer: the same for all times and samples."""
-        return s @ self.layers.weights[0][..., -s.shape[-1] :, :] + self.layers.biases[0]
+    def forward(self, x, s, t):
+        """z-scored actions x (..., B, A) and states s (..., B, S), t a number or (..., B, 1) ->
+        (B, A), for an ensemble (E, B, A)."""
+        angle = 2 * math.pi * t * self.frequencies
+        e = self.time(angle.sin(), angle.cos())
+        h = self.first(x, s)
+        for one, two in zip(self.hidden[::2], self.hidden[1::2]):
+            inner = one(F.silu(h + e))
+            h = h + two(F.silu(inner + e))
+        return self.last(h)
 
-    def forward(self, x, t=None, context=None):
-        """x (..., B, in), t a number or (..., B, 1), context (..., B, width) -> (..., B, out)."""
-        (w, b), *blocks, last = zip(self.layers.weights, self.layers.biases)
-        e = 0.0
-        if t is not None:
-            angle = 2 * math.pi * t * self.frequencies
-            e = self.time(torch.cat([angle.sin(), angle.cos()], -1))
-        x = x @ w[..., : x.shape[-1], :] + ((b if context is None else context) + e)
-        for (w1, b1), (w2, b2) in zip(blocks[::2], blocks[1::2]):
-            y = (self.act(x) @ w1).add_(b1 + e)
-            x = (self.act(y) @ w2).add_(b2).add_(x)
-        return (x - e) @ last[0] + last[1]
+
+class ZScore(nn.Module):
+    """Mean 0 and deviation 1 over the data, for the score network alone. A deviation counts as 0.05
+    at least (authors' code); a coordinate that is constant in the data comes back as it was."""
+
+    def __init__(self, x):
+        super().__init__()
+        self.register_buffer("mean", x.mean(0))
+        self.register_buffer("std", x.std(0, correction=0).clamp(min=0.05))
+        self.register_buffer("constant", x.amin(0) == x.amax(0))
+
+    def forward(self, x):
+        return (x - self.mean) / self.std
+
+    def inverse(self, z):
+        x = z * self.std + self.mean
+        return torch.where(self.constant, self.mean, x)
+
+
+@torch.no_grad()
+def glorot_(net):
+    """The start of Keras's layers: uniform weights, zero biases."""
+    for w in net.weights:
+        n_in, n_out = w.shape[-2:]
+        w.uniform_(-1, 1).mul_(math.sqrt(6 / (n_in + n_out)))
+    for b in net.biases:
+        b.zero_()
+
+
+# ---- data ------------------------------------------------------------------------------------
+
+
+@dataclass
+class SupportData(Data):
+    """The data, and what ARQ adds: the next row of every row, and the support of its state."""
+
+    rows: Tensor = None  # (M,) int64, the rows that train Q
+    next_row: Tensor = None  # (N,) int64; the row itself where an episode ends
+    candidates: Tensor = None  # (N, n, A) samples of the clone, clipped to the bounds
+    in_support: Tensor = None  # (N, n) bool, the samples that count (Eq. 4)
+    advantage: Tensor = None  # (N,) of the data's actions
+
+
+def scale_rewards(data, args):
+    """The rewards that are learned from; changes data.reward, not data.episode_return."""
+    scale = 1.0
+    if args.normalize_reward:
+        gap = data.episode_return.max() - data.episode_return.min()
+        if gap == 0:
+            raise InputError(
+                f"{data.name}: --normalize-reward would divide by zero, because all episodes have "
+                "the same return; use --no-normalize-reward"
+            )
+        scale = 1000 / gap
+    data.reward = data.reward * scale + args.reward_shift
+
+
+def with_next_rows(data):
+    """SupportData of the data, still without samples. Rows that are terminal or have a next action
+    train Q."""
+    i = torch.arange(len(data.obs), device=data.obs.device)
+    goes_on = F.pad(data.episode[1:] == data.episode[:-1], (0, 1))
+    rows = i[goes_on | data.terminal.bool()]
+    if not len(rows):
+        raise InputError(f"{data.name}: no row has a next action; use episodes of several steps")
+    zeros = torch.zeros_like(data.reward)
+    return SupportData(**vars(data), rows=rows, next_row=i + goes_on, advantage=zeros)
+
+
+def select(data, i, *fields):
+    """Rows i of the fields."""
+    return [getattr(data, field).index_select(0, i) for field in fields]
+
+
+# ---- the clone: score matching, samples, likelihoods -----------------------------------------
+
+T_FIRST = 1e-5  # the smallest time of training, where likelihoods begin
+T_LAST = 1e-3  # where sampling ends
 
 
 def schedule(t):
-    """beta(t), and m, sigma with x(t) ~ N(m x, sigma^2): the variance-preserving SDE."""
-    integral = 0.1 * t + 0.5 * 19.9 * t**2
-    return 0.1 + 19.9 * t, torch.exp(-0.5 * integral), torch.sqrt(-torch.expm1(-integral))
-
-
-def even_grid(first, last, steps):
-    """(t, m, sigma) at steps + 1 times even in lambda = log(m / sigma), and lambda's step."""
-    _, m, sigma = schedule(torch.tensor([first, last], dtype=torch.float64))
-    grid = torch.linspace(*(m / sigma).log().tolist(), steps + 1, dtype=torch.float64)
-    t = (torch.sqrt(0.01 + 39.8 * torch.log1p(torch.exp(-2 * grid))) - 0.1) / 19.9
-    return torch.stack([t, *schedule(t)[1:]], 1).tolist(), (grid[1] - grid[0]).item()
+    """beta(t), and m, sigma with a(t) ~ N(m a, sigma^2): the variance-preserving SDE."""
+    beta = 0.1 + 19.9 * t
+    integral = 0.1 * t + 0.5 * 19.9 * t**2  # of beta, from 0 to t
+    m = torch.exp(-0.5 * integral)
+    sigma = torch.sqrt(-torch.expm1(-integral))
+    return beta, m, sigma
 
 
 def score_loss(nets, s, a):
     """Score matching at z-scored s, a (..., B, .): summed over dimensions and ensemble."""
-    t, z = EPS + (1 - EPS) * torch.rand_like(a[..., :1]), torch.randn_like(a)
+    t = torch.rand_like(a[..., :1])
+    t = T_FIRST + (1 - T_FIRST) * t
+    z = torch.randn_like(a)
     _, m, sigma = schedule(t)
-    error = nets.score(m * a + sigma * z, t, nets.score.context(s)) + z
+    error = nets.score(m * a + sigma * z, s, t) + z
     return error.square().sum(-1).mean(-1).sum()
 
 
-def sample_dpm(raw, x, steps):
-    """DPM-Solver++(2M) from noise x (B, A) at t = 1."""
-    (points, h), before = even_grid(1.0, T_MIN, steps), None
-    for (t, m, sigma), (_, m2, sigma2) in zip(points, [*points[1:], (0.0, 1.0, 0.0)]):
-        x0 = (x + sigma * raw(x, t)) / m
+def even_times(steps):
+    """steps + 1 times from 1 to T_LAST that are even in lambda = log(m / sigma): lists of t, m and
+    sigma, and the step of lambda."""
+    ends = torch.tensor([1.0, T_LAST], dtype=torch.float64)
+    _, m, sigma = schedule(ends)
+    first, last = (m / sigma).log().tolist()
+    lam = torch.linspace(first, last, steps + 1, dtype=torch.float64)
+    integral = torch.log1p(torch.exp(-2 * lam))  # of beta, as in `schedule`, solved for t
+    t = (torch.sqrt(0.01 + 39.8 * integral) - 0.1) / 19.9
+    _, m, sigma = schedule(t)
+    h = lam[1] - lam[0]
+    return t.tolist(), m.tolist(), sigma.tolist(), h.item()
+
+
+def sample_dpm(raw, x, steps, noise, generator=None):
+    """DPM-Solver++(2M) from x (B, A) ~ N(0, I) at t = 1; with `noise`, its SDE form."""
+    t, m, sigma, h = even_times(steps)
+    before = None
+    for i in range(steps):
+        x0 = (x + sigma[i] * raw(x, t[i])) / m[i]  # what x would be without noise
         slope = x0 if before is None else 1.5 * x0 - 0.5 * before
-        x, before = sigma2 / sigma * x - m2 * math.expm1(-h) * slope, x0
-    return x0
+        before = x0
+        ratio = sigma[i + 1] / sigma[i]
+        if noise:
+            z = torch.randn(x.shape, generator=generator, dtype=x.dtype, device=x.device)
+            std = sigma[i + 1] * math.sqrt(-math.expm1(-2 * h))
+            x = ratio * math.exp(-h) * x - m[i + 1] * math.expm1(-2 * h) * slope
+            x = x + std * z
+        else:
+            x = ratio * x - m[i + 1] * math.expm1(-h) * slope
+    return (x + sigma[-1] * raw(x, t[-1])) / m[-1]
 
 
 def sample_pc(raw, x, steps, corrector, generator=None):
-    """Predictor-corrector from noise x (B, A): at every t a Langevin, then a reverse-SDE step."""
-    grid, dt = torch.linspace(1, T_MIN, steps, dtype=torch.float64), (1 - T_MIN) / max(steps - 1, 1)
-    for t, beta, sigma in zip(*(v.tolist() for v in (grid, *schedule(grid)[::2]))):
-        z, z2 = torch.randn(2, *x.shape, generator=generator, device=x.device, dtype=x.dtype)
-        score, scale = raw(x, t) / sigma, sigma
-        if corrector != "sigma":
-            norms = torch.stack([z, score]).norm(dim=-1, keepdim=True)  # (2, B, 1)
-            norms = norms.mean(1) if corrector == "batch" else norms
-            scale = norms[0] / norms[1]
-        step = 2 * (SNR * scale) ** 2
+    """Predictor-corrector from x (B, A) ~ N(0, I) at t = 1: at every time t a Langevin step, then
+    a step of the reverse SDE."""
+    times = torch.linspace(1, T_LAST, steps, dtype=torch.float64)
+    dt = (1 - T_LAST) / max(steps - 1, 1)
+    for t in times:
+        beta, _, sigma = (value.item() for value in schedule(t))
+        t = t.item()
+        shape = (2, *x.shape)
+        z, z2 = torch.randn(shape, generator=generator, dtype=x.dtype, device=x.device)
+        score = raw(x, t) / sigma
+        scale = sigma
+        if corrector == "sample":
+            scale = z.norm(dim=-1, keepdim=True) / score.norm(dim=-1, keepdim=True)  # (B, 1)
+        step = 2 * (0.16 * scale) ** 2  # 0.16 is the paper's signal-to-noise ratio
         x = x + step * score + (2 * step) ** 0.5 * z
-        mean = x + beta * dt * (0.5 * x + raw(x, t) / sigma)
+        drift = 0.5 * x + raw(x, t) / sigma
+        mean = x + beta * dt * drift
         x = mean + math.sqrt(beta * dt) * z2
     return mean
 
 
+def trace_vectors(x, generator=None):
+    """Vectors v (K, 1 or B, A) for x (B, A): the sum of v^T J v is the trace of J. Up to 10
+    dimensions they are the axes; above, ten random vectors with which it is so on average."""
+    act_dim = x.shape[1]
+    if act_dim <= 10:
+        return torch.eye(act_dim).unsqueeze(1).to(x)
+    signs = torch.randint(2, (10, *x.shape), generator=generator, device=x.device)
+    return (2 * signs - 1).to(x) / math.sqrt(10)
+
+
 def divergence(raw, x, t, vectors):
-    """raw at x (B, A), and the trace of its Jacobian, the sum over v of v^T J v: (B, A + 1)."""
+    """raw (B, A) at x (B, A), and the trace (B,) of its Jacobian."""
     with torch.enable_grad():
         x = x.detach().requires_grad_()
-        out, trace = raw(x, t), 0.0
+        out = raw(x, t)
+    trace = 0.0
     for v in vectors.expand(-1, *x.shape):
         (grad,) = torch.autograd.grad(out, x, v, retain_graph=True)
-        trace = trace + (grad * v).sum(-1, keepdim=True)
-    return torch.cat([out.detach(), trace], 1)
+        trace = trace + (grad * v).sum(-1)
+    return out.detach(), trace
 
 
-def log_likelihood(raw, x, generator=None):
-    """log p (B,) of z-scored x (B, A): the probability-flow ODE by adaptive RK45; else -inf."""
-    vectors = torch.eye(x.shape[1]).unsqueeze(1).to(x)
-    if x.shape[1] > EXACT_DIMS:
-        signs = torch.randint(2, (PROBES, *x.shape), generator=generator, device=x.device)
-        vectors = (2 * signs - 1).to(x) / math.sqrt(PROBES)
-    x = x.detach().masked_fill(~(finite := x.isfinite().all(1)).unsqueeze(1), 0.0)
+def log_likelihood(raw, x, vectors):
+    """log beta (B,) of z-scored x (B, A): along the probability-flow ODE from T_FIRST to 1
 
-    def slope(t, y):  # d(x, log p) / dt = -beta / 2 (x + s_psi, A + div s_psi)
-        beta, _, sigma = (v.item() for v in schedule(torch.tensor(t, dtype=torch.float64)))
-        y = torch.from_numpy(y).to(x).view(len(x), -1)
-        dy = torch.cat([y[:, :-1], torch.full_like(y[:, :1], x.shape[1])], 1)
-        dy = -0.5 * beta * (dy + divergence(raw, y[:, :-1], t, vectors) / sigma)
+        dx / dt = -beta(t) / 2 (x + s_psi),    dl / dt = -beta(t) / 2 (A + div s_psi)
+
+    it is l plus the log-density of N(0, I) at the end. RK45 takes the same steps for all rows. A
+    row that comes to no finite end has minus infinity."""
+    rows, act_dim = x.shape
+
+    def slope(t, y):
+        beta, _, sigma = schedule(torch.tensor(t, dtype=torch.float64))
+        rate, sigma = -0.5 * beta.item(), sigma.item()
+        y = torch.from_numpy(y).to(x)
+        x_now = y.view(rows, act_dim + 1)[:, :-1]
+        out, trace = divergence(raw, x_now, t, vectors)
+        dx = rate * (x_now + out / sigma)
+        dl = rate * (act_dim + trace / sigma)
+        dy = torch.cat([dx, dl.unsqueeze(1)], 1)
         return dy.flatten().double().cpu().numpy()
 
-    start = nn.functional.pad(x, (0, 1)).flatten().double().cpu().numpy()
-    ode = solve_ivp(slope, (EPS, 1.0), start, rtol=ODE_TOL, atol=ODE_TOL)
-    y = torch.from_numpy(ode.y[:, -1]).to(x).view(len(x), -1)
-    log_prob = normal_log_prob(y[:, :-1], 0.0, torch.zeros_like(y[:, :-1])).sum(1) + y[:, -1]
-    return log_prob.masked_fill(~(finite & log_prob.isfinite() & ode.success), -math.inf)
+    start = F.pad(x, (0, 1)).flatten().double()
+    ode = solve_ivp(slope, (T_FIRST, 1.0), start.cpu().numpy(), rtol=1e-5, atol=1e-5)
+    end = torch.from_numpy(ode.y[:, -1]).to(x).view(rows, act_dim + 1)
+    log_prior = normal_log_prob(end[:, :-1], 0.0, torch.zeros_like(x)).sum(1)
+    log_prob = log_prior + end[:, -1]
+    valid = log_prob.isfinite() & ode.success
+    return log_prob.masked_fill(~valid, -math.inf)
 
 
-def draw(nets, obs, args, generator=None, x=None):
-    """N samples, or actions x (B, A) in z, at states (B, S): (B, N, A + 1), last log p or 0."""
-    n, score = args.n if x is None else 1, nets.score_ema
-    context = score.context((obs - nets.s_mean) / nets.s_std).repeat_interleave(n, -2)
-    raw = lambda x, t: score(x, t, context).view(args.ensemble, *x.shape).mean(0)
-    noise = torch.empty(len(obs) * n, len(nets.a_mean)).to(obs).normal_(generator=generator)
-    if x is None and args.sampler == "dpm":
-        x = sample_dpm(raw, noise, args.sample_steps)
-    elif x is None:
-        x = sample_pc(raw, noise, args.sample_steps, args.corrector, generator)
-    log_prob = log_likelihood(raw, x, generator) if args.filter else torch.zeros_like(x[:, 0])
-    a = (x.nan_to_num(0.0) * nets.a_std + nets.a_mean).clamp(-1, 1)
-    return torch.cat([a, log_prob.unsqueeze(1)], 1).view(len(obs), n, -1)
+def raw_at(nets, s, n, args):
+    """raw(x, t) at n actions for each of the states s (B, S), the mean over the ensemble."""
+    s = nets.z_obs(s).repeat_interleave(n, 0)
+
+    def raw(x, t):
+        out = nets.score_ema(x, s, t)
+        return out.mean(0) if args.ensemble > 1 else out
+
+    return raw
 
 
-def support_values(nets, s, a, candidates, member=None):
-    """Eq. 4: target Q (..., B, N + 1) of the data's action and N samples, and which count."""
-    actions = torch.cat([a.unsqueeze(1), candidates[..., :-1]], 1)
-    keep = nn.functional.pad(candidates[..., -1] > nets.threshold, (1, 0), value=True)
-    rows = s.unsqueeze(1).expand(-1, actions.shape[1], -1).flatten(0, 1)
-    q = nets.q_target(rows, actions.flatten(0, 1), member=member)
+def draw(nets, s, args, generator=None):
+    """N samples of the clone at each of the states s (B, S): z-scored actions (B, N, A)."""
+    raw = raw_at(nets, s, args.n, args)
+    shape = len(s) * args.n, len(nets.z_action.mean)
+    x = torch.randn(shape, generator=generator, dtype=s.dtype, device=s.device)
+    if args.sampler == "pc":
+        x = sample_pc(raw, x, args.sample_steps, args.corrector, generator)
+    else:
+        noise = args.sampler == "sde"
+        x = sample_dpm(raw, x, args.sample_steps, noise, generator)
+    if not x.isfinite().all():
+        raise InputError(
+            "training diverged: samples of the score network are not finite; use a smaller "
+            "--score-lr"
+        )
+    return x.view(len(s), args.n, -1)
+
+
+def grade(nets, s, x, args, generator=None):
+    """log beta (B, N) of z-scored actions x (B, N, A) at the states s (B, S)."""
+    raw = raw_at(nets, s, x.shape[1], args)
+    flat = x.flatten(0, 1)
+    vectors = trace_vectors(flat, generator)
+    return log_likelihood(raw, flat, vectors).view(x.shape[:2])
+
+
+# ---- Q and the policies over the support -----------------------------------------------------
+
+
+def support_values(nets, s, a, candidates, in_support, member=None):
+    """Eq. 4: target Q (..., B, 1 + N) of the data's action and of N samples, and which count."""
+    a = torch.cat([a.unsqueeze(1), candidates], 1)  # (B, 1 + N, A)
+    keep = F.pad(in_support, (1, 0), value=True)
+    s = s.unsqueeze(1).expand(-1, a.shape[1], -1)
+    s, a = s.flatten(0, 1), a.flatten(0, 1)
+    q = nets.q_target(s, a, member=member)
     return q.unflatten(-1, keep.shape), keep
 
 
 def kth_largest(q, keep, k):
     """K-th of Eq. 5 among the kept of q (B, C): (B,); the smallest where fewer than K are kept."""
-    top = q.masked_fill(~keep, -math.inf).topk(k, 1).values
-    return top.gather(1, keep.sum(1, keepdim=True).clamp(max=k) - 1).squeeze(1)
+    q = q.masked_fill(~keep, -math.inf)
+    largest = q.topk(k, 1).values
+    place = keep.sum(1, keepdim=True).clamp(max=k) - 1
+    return largest.gather(1, place).squeeze(1)
 
 
-def critic_loss(nets, s, a, r, s2, a2, candidates, terminal, args):
-    """Eq. 5; a2 is the data's next action, candidates (B, N, A + 1) the samples at s2."""
-    with torch.no_grad():
-        if args.value == "sarsa":
-            q2 = nets.q_target(s2, a2).amin(0)
-        else:
-            q, keep = support_values(nets, s2, a2, candidates)
-            q = q.amin(0)  # twins first, K-th after
-            q2 = kth_largest(q, keep, args.k)
-            q2 = torch.maximum(q2, q[:, 0]) if args.floor else q2
-        y = r + args.gamma * (1 - terminal) * q2  # (B,)
-    return 0.5 * (nets.q(s, a) - y).square().mean(1).sum(), y.mean()
+def target(nets, r, s2, a2, candidates, in_support, terminal, args):
+    """y (B,) of Eq. 5; a2 is the data's next action, the candidates are the samples at s2."""
+    if args.value == "sarsa":
+        q2 = nets.q_target(s2, a2).amin(0)
+    else:
+        q, keep = support_values(nets, s2, a2, candidates, in_support)
+        q = q.amin(0)  # the minimum of the twins first, the K-th after
+        q2 = kth_largest(q, keep, args.k)
+        if args.floor:
+            q2 = torch.maximum(q2, q[:, 0])
+    return r + args.gamma * (1 - terminal) * q2
 
 
-def advantage(nets, s, a, candidates):
-    """A (B,) of Eq. 6 at the data's action, by the first target critic."""
-    q, keep = support_values(nets, s, a, candidates, member=0)
-    return q[:, 0] - (q * keep).sum(1) / keep.sum(1)
+def critic_loss(nets, s, a, y):
+    """Eq. 5: half the squared error, summed over the critics."""
+    error = nets.q(s, a) - y  # (E, B)
+    return 0.5 * error.square().mean(1).sum()
+
+
+def advantage(nets, s, a, candidates, in_support):
+    """A (B,) of the data's actions, by the target of the first critic."""
+    q, keep = support_values(nets, s, a, candidates, in_support, member=0)
+    mean = (q * keep).sum(1) / keep.sum(1)
+    return q[:, 0] - mean
+
+
+def implicit_logits(nets, s, a, log_prob, args):
+    """Eq. 6: logits (B, N) of samples a (B, N, A), whose log beta is `log_prob` (B, N); None where
+    all of them count. Where none counts, the likeliest does."""
+    rows = s.repeat_interleave(a.shape[1], 0)
+    q = nets.q_target(rows, a.flatten(0, 1), member=0)
+    logits = args.alpha * q.view(a.shape[:2])
+    if log_prob is None:
+        return logits
+    likeliest = log_prob == log_prob.amax(1, keepdim=True)
+    keep = (log_prob > args.threshold) | likeliest
+    return logits.masked_fill(~keep, -math.inf)
 
 
 def policy_loss(nets, s, a, weight, args):
-    """L_pi; deterministic policies by squared error."""
+    """L_pi by weighted regression; a deterministic pi_phi by weighted squared error."""
     out = nets.actor(s)
-    if args.pi != "gaussian":
-        return 0.5 * (weight * (out - a).square().mean(-1)).mean()
-    return -(weight * normal_log_prob(a, out.tanh(), nets.log_std.clamp(-5, 2)).sum(-1)).mean()
+    if args.pi == "deterministic":
+        error = (out - a).square().mean(-1)
+        return 0.5 * (weight * error).mean()
+    log_std = nets.log_std.clamp(-5, 2)  # authors' code
+    log_prob = normal_log_prob(a, out.tanh(), log_std).sum(-1)
+    return -(weight * log_prob).mean()
 
 
 def update_score(nets, opt, data, args):
-    """One step of the score, every member on rows of its own, and of its average."""
+    """One step of the score network, every member on rows of its own, and of its average."""
     s, a = sample(data, args.ensemble * args.batch_size, ("obs", "action"))
-    s = (s - nets.s_mean) / nets.s_std
-    a = (a.clamp(-1 + 1e-5, 1 - 1e-5) - nets.a_mean) / nets.a_std
+    s = nets.z_obs(s)
+    a = nets.z_action(a.clamp(-1 + 1e-5, 1 - 1e-5))  # clipped as in the authors' code
     if args.ensemble > 1:
-        s, a = (x.unflatten(0, (args.ensemble, args.batch_size)) for x in (s, a))
+        members = args.ensemble, args.batch_size
+        s = s.unflatten(0, members)
+        a = a.unflatten(0, members)
     loss = minimize(opt.score, score_loss(nets, s, a))
-    polyak(nets.score_ema, nets.score, 1 - EMA)
+    polyak(nets.score_ema, nets.score, 1 - 0.999)  # authors' code
     return {"loss_per_dim": loss / (args.ensemble * a.shape[-1])}
 
 
 def update_q(nets, opt, data, args):
     """One step of the critics and their targets: first loop of Algorithm 1."""
-    i = data.rows[torch.randint(len(data.rows), (args.batch_size,), device=data.rows.device)]
-    s, a, r, terminal, i2 = (x.index_select(0, i) for x in data.columns)
-    s2, a2, candidates = (x.index_select(0, i2) for x in (data.obs, data.action, data.candidates))
-    loss, target = critic_loss(nets, s, a, r, s2, a2, candidates, terminal, args)
-    loss = minimize(opt.q, loss)
+    rows = data.rows
+    i = rows[torch.randint(len(rows), (args.batch_size,), device=rows.device)]
+    i2 = data.next_row[i]
+    s, a, r, terminal = select(data, i, "obs", "action", "reward", "terminal")
+    s2, a2, candidates, in_support = select(data, i2, "obs", "action", "candidates", "in_support")
+    with torch.no_grad():
+        y = target(nets, r, s2, a2, candidates, in_support, terminal, args)
+    q_loss = minimize(opt.q, critic_loss(nets, s, a, y))
     polyak(nets.q_target, nets.q, args.polyak)
-    return {"q_loss": loss, "target": target}
+    return {"q_loss": q_loss, "target": y.mean()}
 
 
 def update(nets, opt, data, args):
     """One step of pi_phi: second loop of Algorithm 1; Q, and so the advantages, stand still."""
     s, a, adv = sample(data, args.batch_size, ("obs", "action", "advantage"))
-    weight = (args.alpha_pi * adv).exp().clamp(max=MAX_WEIGHT)
-    metrics = {"weight": weight.mean(), "capped": (weight >= MAX_WEIGHT).float().mean()}
-    return metrics | {"pi_loss": minimize(opt.actor, policy_loss(nets, s, a, weight, args))}
+    weight = (args.alpha_pi * adv).exp().clamp(max=100)
+    pi_loss = minimize(opt.actor, policy_loss(nets, s, a, weight, args))
+    return {
+        "weight": weight.mean(),
+        "capped_weights": (weight >= 100).float().mean(),
+        "pi_loss": pi_loss,
+    }
 
 
 def implicit_policy(nets, obs, args):
     """Eq. 6: raw observations (B, S) to actions in the task's bounds, out of N fresh samples."""
     s = nets.scaling.obs(obs)
-    a, log_prob = draw(nets, s, args).tensor_split([-1], -1)
-    q = nets.q_target(s.repeat_interleave(args.n, 0), a.flatten(0, 1), member=0)
-    keep = (log_prob > nets.threshold) | (log_prob == log_prob.amax(1, keepdim=True))
-    logits = (args.alpha * q.view(keep.shape)).masked_fill(~keep, -math.inf).squeeze(-1)
-    i = torch.multinomial(logits.softmax(1), 1)
-    return nets.scaling.action(a.take_along_dim(i.unsqueeze(-1), 1).squeeze(1))
+    x = draw(nets, s, args)
+    a = nets.z_action.inverse(x).clamp(-1, 1)  # (B, N, A)
+    log_prob = grade(nets, s, nets.z_action(a), args) if args.filter else None
+    logits = implicit_logits(nets, s, a, log_prob, args)
+    i = torch.multinomial(logits.softmax(1), 1)  # (B, 1)
+    chosen = a.take_along_dim(i.unsqueeze(-1), 1).squeeze(1)
+    return nets.scaling.action(chosen)
 
 
 def policy(nets, obs, args):
     """pi_phi: raw observations (B, S) to deterministic actions (B, A) in the task's bounds."""
     out = nets.actor(nets.scaling.obs(obs))
-    return nets.scaling.action(out.tanh() if args.pi == "gaussian" else out.clamp(-1, 1))
+    a = out.tanh() if args.pi == "gaussian" else out.clamp(-1, 1)
+    return nets.scaling.action(a)
 
 
-def train_data(data, args):
-    """Shape rewards; find each row's successor. Q trains on rows that end or have one."""
-    spread = data.episode_return.max() - data.episode_return.min()
-    scale = 1000 / spread if args.normalize_reward and spread > 0 else 1.0
-    data.reward = data.reward * scale + args.reward_shift
-    i = torch.arange(len(data.obs), device=data.obs.device)
-    goes_on = torch.cat([data.episode[1:] == data.episode[:-1], i[:1] > 0])
-    data.rows, data.advantage = i[goes_on | data.terminal.bool()], 0 * data.reward
-    data.columns = data.obs, data.action, data.reward, data.terminal, i + goes_on.long()
-    if not len(data.rows):
-        raise InputError(f"{data.name}: no row has a next action; give episodes of several steps")
+# ---- phases ----------------------------------------------------------------------------------
 
 
-def train_stage(run, name, net, update, inputs, steps, *settings):
-    """Train one stage, or read `net` as an earlier run trained it."""
-    path, cached = run.cached(name, net, steps, *settings)
-    step = graphed(update, *inputs, compile=inputs[-1].compile)
-    for t in run.loop(0 if cached else steps, phase=name):
-        run.after(t, step())
-        if t == steps and path:
-            run.share(path, net)
+def train_score(run, nets, opt, data, args):
+    """The score network and its average, which all later phases use."""
+    settings = args.score_steps, args.score_lr, args.batch_size, args.normalize_obs
+    cached = run.cached("score", nets.score_ema, *settings)
+    step = graphed(update_score, nets, opt, data, args, compile=args.compile)
+    for t in run.loop(0 if cached else args.score_steps, phase="score"):
+        metrics = step()
+        run.after(t, metrics)
+        if t == args.score_steps:
+            run.share("score", nets.score_ema)
+
+
+def train_table(run, stage, shape, values, health, seed, *settings):
+    """A table of `shape`, chunk by chunk: values(rows, generator), logged as health(values). Every
+    chunk has random numbers of its own, so that a stopped run continues the table; runs of equal
+    settings share it."""
+    size = 1024 if run.device.type == "cuda" else 64  # rows of a chunk
+    count = math.ceil(shape[0] / size)
+    table, finished = run.chunks(stage, shape, count, size, *settings)
+
+    def fill(c):
+        rows = slice(c * size, (c + 1) * size)
+        if not finished[c]:
+            generator = torch.Generator(run.device)
+            generator.manual_seed(zlib.crc32(f"{stage} {seed} {c}".encode()))
+            table[rows] = values(rows, generator).cpu()
+            finished[c] = 1
+        return table[rows].to(run.device)
+
+    t = count
+    for t in run.loop(0 if finished.all() else count, phase=stage):
+        result = fill(t - 1)
+        run.after(t, health(result))
+    if t == count:  # else the loop was cut short, to measure or to test
+        for c in range(count):
+            fill(c)  # where the table was deleted before the run was resumed
+    return table.to(run.device)
 
 
 def train_samples(run, nets, data, args):
-    """data.candidates (rows, N, A + 1), in a file that a stopped run continues and others share:
-    samples, then a mark for every finished chunk. Returns the settings they depend on."""
-    size, shape = CHUNK, (len(data.obs), args.n, data.action.shape[1] + 1)
-    size *= 16 if run.device.type == "cuda" else 1
-    chunks, total = -(-len(data.obs) // size), math.prod(shape)
-    weights = b"".join(x.cpu().numpy().tobytes() for x in nets.score_ema.state_dict().values())
-    settings = [hashlib.sha256(weights).hexdigest(), size, args.n, args.filter]
-    settings += [args.sampler, args.sample_steps, args.corrector]
-    path, _ = run.cached("samples", nets.score_ema, *settings)
-    try:  # every byte is reserved here: a disk that is too small says so at once
-        with open(path.with_suffix(".f32"), "a+b") if path else tempfile.TemporaryFile() as file:
-            getattr(os, "posix_fallocate", lambda *_: None)(file.fileno(), 0, 4 * (total + chunks))
-            flat = np.memmap(file, np.float32, "r+", shape=total + chunks)
-    except OSError as error:
-        raise InputError(f"--out {args.out}: {error.strerror}; give another folder") from None
-    samples, finished = flat[:total].reshape(shape), flat[total:]
-    if args.filter and args.ll_quantile > 0:
-        i = torch.arange(0, len(data.obs), -(-len(data.obs) // 1024), device=run.device)
-        x = (data.action[i].clamp(-1 + 1e-5, 1 - 1e-5) - nets.a_mean) / nets.a_std
-        log_prob = draw(nets, data.obs[i], args, torch.Generator(run.device).manual_seed(0), x)
-        nets.threshold.copy_(log_prob[..., -1].quantile(args.ll_quantile))
+    """The samples of every state of the data, and which of them are in the support. Returns all
+    settings that they depend on."""
+    weights = nets.score_ema.state_dict().values()
+    digest = [w.view(torch.int32).sum().item() for w in weights]  # of the weights' bits
+    settings = digest, args.n, args.sampler, args.sample_steps, args.corrector
+    shape = len(data.obs), args.n, data.action.shape[1]
 
-    def fill(c):  # each chunk has random numbers of its own
-        rows = slice(c * size, (c + 1) * size)
-        if not finished[c]:
-            seeded = torch.Generator(run.device).manual_seed(hash((args.seed, c)))
-            samples[rows] = draw(nets, data.obs[rows], args, seeded).cpu().numpy()
-            finished[c] = 1
-        return torch.from_numpy(samples[rows])
+    def samples(rows, generator):
+        return draw(nets, data.obs[rows], args, generator)
 
-    start, before = time.time(), finished.sum()
-    for t in run.loop(0 if finished.all() else chunks, phase="sample"):
-        kept = (fill((t - 1) % chunks)[..., -1] > nets.threshold.cpu()).float().mean()
-        run.after(t, {"kept": kept})
-    for c in np.flatnonzero(finished == 0) if path else ():  # lost since this run's checkpoint
-        fill(c)
-    rate = (finished.sum() - before) * size * args.n * args.sample_steps / (time.time() - start)
-    rate and print(f"sample: {rate:,.0f} network evaluations/s (pc: twice), without likelihoods")
-    data.candidates = torch.from_numpy(samples).to(run.device)
-    return settings
+    def outside(x):
+        a = nets.z_action.inverse(x)
+        return {"outside_bounds": (a.abs() > 1).float().mean()}
+
+    def likelihoods(rows, generator):
+        return grade(nets, data.obs[rows], x[rows], args, generator)
+
+    def inside(log_prob):
+        in_support = log_prob > args.threshold
+        return {"in_support": in_support.float().mean()}
+
+    x = train_table(run, "sample", shape, samples, outside, args.seed, *settings)
+    data.candidates = nets.z_action.inverse(x).clamp(-1, 1)
+    data.in_support = torch.ones(shape[:2], dtype=torch.bool, device=run.device)
+    if args.filter:
+        shape = shape[:2]
+        log_prob = train_table(run, "grade", shape, likelihoods, inside, args.seed, *settings)
+        data.in_support = log_prob > args.threshold
+    return *settings, args.filter, args.threshold
 
 
-def train(args):
-    """Train, log and save; returns the mean score of pi_phi's last 10 evaluations."""
-    if args.value == "arq" and args.k > args.n + 1:
-        raise InputError(f"--k {args.k} of N + 1 = {args.n + 1} candidates: lower it or raise --n")
-    run = Run(args)
-    data, task = load_dataset(args.env, run.device, args.eval_env)
-    train_data(data, args)
+def train_q(run, nets, opt, data, args, *settings):
+    """The critics and their targets, and then the advantages of the data's actions. `settings` are
+    those of the samples."""
+    settings += args.value, args.k, args.floor, args.gamma, args.polyak
+    settings += args.q_lr, args.q_steps, args.batch_size
+    settings += args.normalize_obs, args.normalize_reward, args.reward_shift
+    cached = run.cached("q", nets.q_target, *settings)
+    step = graphed(update_q, nets, opt, data, args, compile=args.compile)
+    for t in run.loop(0 if cached else args.q_steps, phase="q"):
+        metrics = step()
+        run.after(t, metrics)
+        if t == args.q_steps:
+            run.share("q", nets.q_target)
+    columns = data.obs, data.action, data.candidates, data.in_support
+    batches = zip(*(column.split(4096) for column in columns))
+    data.advantage = torch.cat([advantage(nets, *batch) for batch in batches])
+
+
+def train_actor(run, nets, opt, data, args):
+    """pi_phi."""
+    step = graphed(update, nets, opt, data, args, compile=args.compile)
+    for t in run.loop(args.steps):
+        metrics = step()
+        run.after(t, metrics, lambda obs: policy(nets, obs, args))
+
+
+def train(run, data, args):
+    """Train on `data`; `run` logs, evaluates and saves."""
+    args.resolve()
+    scale_rewards(data, args)
+    if args.normalize_obs:
+        normalize_obs(data, eps=1e-3)
+    data = with_next_rows(data)
     nets = Nets(data, args).to(run.device)
-    actor = [*nets.actor.parameters(), *([nets.log_std] if args.pi == "gaussian" else [])]
-    opt = SimpleNamespace(q=Adam(nets.q.parameters(), args.q_lr), actor=Adam(actor, PI_LR))
-    opt.score = Adam(nets.score.parameters(), args.score_lr)
-    run.start(data, task, nets, opt)
-    inputs, batch = (nets, opt, data, args), args.batch_size
-    score = nets.score_ema, update_score, inputs, args.score_steps
-    train_stage(run, "score", *score, args.score_lr, batch)
-    if args.value != "none" and args.until != "score":
-        key = train_samples(run, nets, data, args)
-        key += [args.value, args.floor, args.threshold, args.ll_quantile, args.gamma, batch]
-        key += [args.k, args.polyak, args.q_lr, args.normalize_reward, args.reward_shift]
-        if args.until != "sample":
-            train_stage(run, "q", nets.q_target, update_q, inputs, args.q_steps, *key)
-            columns = zip(*(x.split(4096) for x in (data.obs, data.action, data.candidates)))
-            data.advantage = torch.cat([advantage(nets, *rows) for rows in columns])
-    if args.until in ("train", "implicit"):
-        step = graphed(update, *inputs, compile=args.compile)
-        for t in run.loop(args.steps):
-            run.after(t, step(), lambda obs: policy(nets, obs, args))
+    free_std = [nets.log_std] if args.pi == "gaussian" else []
+    opt = SimpleNamespace(
+        score=Adam(nets.score.parameters(), args.score_lr),
+        q=Adam(nets.q.parameters(), args.q_lr),
+        actor=Adam([*nets.actor.parameters(), *free_std], 3e-4),  # the paper's rate
+    )
+    run.start(nets, opt, target=largest_value(data, args.gamma))
+    train_score(run, nets, opt, data, args)
+    if args.until == "score":
+        return
+    if args.value != "none":
+        settings = train_samples(run, nets, data, args)
+    if args.until == "sample":
+        return
+    if args.value != "none":
+        train_q(run, nets, opt, data, args, *settings)
+    if args.until == "q":
+        return
+    train_actor(run, nets, opt, data, args)
+    if args.until == "train":
+        return
+    if args.value != "none":
+        run.reference("implicit policy", lambda obs: implicit_policy(nets, obs, args))
     clone = replace(args, n=1, filter=False)
-    for label, how in {"implicit policy": args, "clone s_psi": clone}.items():
-        if args.until == "implicit" and (args.value != "none" or how is clone):
-            calls, start = [], time.time()
-            run.reference(label, lambda s: calls.append(s) or implicit_policy(nets, s, how))
-            cost = 1000 * (time.time() - start) / max(len(calls), 1)
-            calls and print(f"{label}: {cost:.1f} ms per environment step, its own included")
-    return run.finish()
+    run.reference("clone s_psi", lambda obs: implicit_policy(nets, obs, clone))
 
+
+PRESETS = {
+    **dict.fromkeys(  # the first four rows: tables A.1 to A.3 of the paper
+        ("hopper-*", "halfcheetah-*", "walker2d-*", "mujoco/*"),
+        dict(filter=True, normalize_reward=True),
+    ),
+    **dict.fromkeys(
+        ("kitchen-*", "D4RL/kitchen/*"),
+        dict(filter=True, score_steps=300_000, q_lr=1e-4),
+    ),
+    **dict.fromkeys(
+        ("pen-*", "door-*", "hammer-*", "relocate-*")
+        + ("D4RL/pen/*", "D4RL/door/*", "D4RL/hammer/*", "D4RL/relocate/*"),
+        dict(filter=True, score_steps=300_000, ensemble=3, q_lr=1e-4, alpha=10.0, alpha_pi=10.0),
+    ),
+    **dict.fromkeys(
+        ("antmaze-*", "D4RL/antmaze/*"),
+        dict(filter=True, k=3, alpha=10.0, alpha_pi=10.0, pi="deterministic", reward_shift=-1.0)
+        | dict(eval_every=100_000, eval_episodes=100),
+    ),
+    # shortened: a narrow score network, no filter, and 10 samples with a K of the same quantile
+    "hopper-medium-expert-demo": dict(batch_size=256, steps=20_000, eval_every=2_000)
+    | dict(score_steps=30_000, score_lr=5e-4, width=128, q_steps=30_000)
+    | dict(sample_steps=15, n=10, k=3, filter=False),
+    "hopper-replay-demo": dict(batch_size=256, steps=20_000, eval_every=2_000)
+    | dict(score_steps=30_000, score_lr=5e-4, width=128, q_steps=30_000)
+    | dict(sample_steps=15, n=10, k=3, filter=False),
+    "pointmaze-medium-demo": dict(batch_size=256, steps=20_000, eval_every=2_000)
+    | dict(score_steps=30_000, score_lr=5e-4, width=128, q_steps=30_000)
+    | dict(sample_steps=15, n=10, k=3, filter=False)
+    | dict(alpha=10.0, alpha_pi=10.0, pi="deterministic", reward_shift=-1.0),
+}
 
 if __name__ == "__main__":
-    train(parse(Args, PRESETS))
+    from harness import main
+
+    main(Args, PRESETS, train)

@@ -1,12 +1,13 @@
 """What ARQ's score model can clone (figure A.1 of arXiv:2206.00695): densities beta(a|s) in 1-D.
 
-Four densities are learned by arq.py's own score network and loss, and drawn by its own likelihood,
-the probability-flow ODE. A panel's number is the total variation from the true density, a mean over
-states: 0 is exact, 1 is disjoint.
+The score network and the loss of arq.py learn four densities, and its likelihood, along the
+probability-flow ODE, draws them. The number of a panel is the total variation from the true
+density, averaged over states: 0 is exact, 1 means that the two have nothing in common.
 
-Differs: the paper's four functions and its numbers of rows and steps are not given. For few steps,
-the network is narrower (64, not 256), its time features are slower (4, not 30), the
-learning rate starts at 5e-3 and falls to 0, no average of the weights is taken, batches are of 256.
+Differs: the paper gives neither its four functions nor its numbers of rows and steps. Few steps are
+enough here, because the network is narrower (64, not 256), its time features are slower (4, not
+30), the learning rate falls from 5e-3 to 0, and the weights are not averaged. Batches have 256
+rows.
 
     python figures/arq_densities.py
 """
@@ -23,6 +24,8 @@ from torch.distributions import Normal, Uniform
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "algorithms"))
 import arq  # noqa: E402
+
+from common import Adam, Data  # noqa: E402
 
 
 @dataclass
@@ -61,18 +64,20 @@ def draw(parts):
 
 def clone(s, a, grid, args):
     """Density (S, A) learned from s, a (N, 1), at all pairs of grid = (states, actions)."""
-    data = SimpleNamespace(obs=s, action=a, action_low=-torch.ones(1), action_high=torch.ones(1))
-    data.obs_mean, data.obs_std = torch.zeros(1), torch.ones(1)
-    how = arq.Args(width=64, batch_size=256, filter=True)
+    zeros = torch.zeros(len(s))
+    data = Data(s, a, zeros, s, zeros)
+    how = arq.Args(width=64, batch_size=256)
     nets = arq.Nets(data, how)
-    nets.score.frequencies.mul_(4 / arq.TIME_SCALE)
-    nets.score_ema, opt = nets.score, SimpleNamespace(score=arq.Adam(nets.score.parameters(), 0.0))
+    nets.score.frequencies.mul_(4 / 30)
+    nets.score_ema = nets.score
+    opt = SimpleNamespace(score=Adam(nets.score.parameters(), 0.0))
     for t in range(args.steps):
         opt.score.lr.fill_(5e-3 * (1 - t / args.steps))
         arq.update_score(nets, opt, data, how)
-    s, a = torch.cartesian_prod(*grid)[:, :, None].unbind(1)
-    log_prob = arq.draw(nets, s, how, x=(a - nets.a_mean) / nets.a_std)[..., -1]
-    return (log_prob.exp() / nets.a_std).view(len(grid[0]), -1)
+    states, actions = grid
+    actions = actions[None, :, None].expand(len(states), -1, 1)  # (S, A, 1)
+    log_prob = arq.grade(nets, states[:, None], nets.z_action(actions), how)
+    return log_prob.exp() / nets.z_action.std
 
 
 def main(args):
