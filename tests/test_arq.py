@@ -2,6 +2,8 @@
 
 import copy
 import math
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import arq
@@ -17,6 +19,9 @@ from torch.testing import assert_close
 
 from common import MLP, Adam, Data, InputError
 from harness import parse
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "figures"))
+import arq_densities  # noqa: E402
 
 INF = math.inf
 SAMPLERS = pytest.mark.parametrize("noise", [False, True], ids=["ode", "sde"])
@@ -308,6 +313,71 @@ def test_solver_finds_three_modes(noise):
     share = torch.bincount(mode, minlength=3) / 3000
     assert_close(share.double(), WEIGHTS, atol=0.05, rtol=0)
     assert 0.015 < (mixture().log_prob(x) < -5).double().mean() < 0.055  # exact: 0.0285
+
+
+def log_noised(mode, x, m, sigma):
+    """Log-density of m a + sigma z for a of a Normal or a Uniform."""
+    if isinstance(mode, D.Normal):
+        std = (m**2 * mode.scale**2 + sigma**2).sqrt()
+        return D.Normal(m * mode.loc, std).log_prob(x)
+    low, high = (x - m * mode.high) / sigma, (x - m * mode.low) / sigma
+    right = low + high > 0  # Phi(high) - Phi(low) is that of the other side, where it is exact
+    low, high = torch.where(right, -high, low), torch.where(right, -low, high)
+    log_low, log_high = torch.special.log_ndtr(low), torch.special.log_ndtr(high)
+    difference = log_high + torch.log1p(-(log_low - log_high).exp().clamp(max=1 - 1e-12))
+    return difference - (m * (mode.high - mode.low)).log()
+
+
+def off_support(parts, a):
+    """Share of the actions (S,) that are 3 deviations or more from all Gaussians and outside the
+    uniform band."""
+    inside = torch.zeros(len(a), dtype=torch.bool)
+    for weight, mode in parts:
+        if isinstance(mode, D.Normal):
+            near = (a - mode.loc).abs() < 3 * mode.scale
+        else:
+            near = (a > mode.low) & (a < mode.high)
+        inside |= near & (weight > 0)
+    return 1 - inside.double().mean().item()
+
+
+def test_noise_leaves_fewer_samples_off_the_support():
+    """The densities of figures/arq_densities.py with their exact scores, 20,000 states each."""
+    torch.manual_seed(0)
+    s = 2 * torch.rand(20_000).double() - 1
+    shares = {}
+    for title, parts in arq_densities.modes(s).items():
+        true = arq_densities.draw(parts)[:, 0]
+        mean, std = true.mean(), true.std()
+        parts_z = []
+        for weight, mode in parts:
+            if isinstance(mode, D.Normal):
+                parts_z.append((weight, D.Normal((mode.loc - mean) / std, mode.scale / std)))
+            else:
+                low, high = (mode.low - mean) / std, (mode.high - mean) / std
+                parts_z.append((weight, SimpleNamespace(low=low, high=high)))
+
+        def log_density(x, m, sigma):
+            logs = [w.log() + log_noised(mode, x[:, 0], m, sigma) for w, mode in parts_z]
+            return torch.stack(logs).logsumexp(0)
+
+        shares.setdefault("true", []).append(off_support(parts, true))
+        for steps in (15, 20):
+            for noise in (False, True):
+                x = torch.randn(len(s), 1).double()
+                x = sample_dpm(exact_raw(log_density), x, steps, noise).detach()
+                name = f"{'sde' if noise else 'ode'} {steps}"
+                share = off_support(parts, std * x[:, 0] + mean)
+                shares.setdefault(name, []).append(share)
+    for name, row in shares.items():
+        print(name, *(f"{100 * x:.2f}" for x in row), f"mean {25 * sum(row):.2f}% off the support")
+    mean = {name: sum(row) / 4 for name, row in shares.items()}
+    for steps in (15, 20):
+        assert mean["true"] < mean[f"sde {steps}"] < mean[f"ode {steps}"] < 0.008
+    for noise in (False, True):
+        x = sample_dpm(gaussian(0.0, 1.0), torch.randn(200_000, 1).double(), 20, noise)
+        print("sde" if noise else "ode", f"20: deviation {x.std():.3f}, where 1 is true")
+        assert 1 < x.std() < 1.04
 
 
 # ---- likelihood ------------------------------------------------------------------------------
@@ -835,7 +905,7 @@ def test_phases_are_shared_by_runs_of_equal_settings(start):
         (dict(floor=False), (0, 0, 0, 5, 4)),
         (dict(n=4), (0, 2, 0, 5, 4)),
         (dict(sample_steps=6), (0, 2, 0, 5, 4)),
-        (dict(sampler="sde"), (0, 2, 0, 5, 4)),
+        (dict(sampler="ode"), (0, 2, 0, 5, 4)),
         (dict(sampler="pc"), (0, 2, 0, 5, 4)),
         (dict(sampler="pc", corrector="sample"), (0, 2, 0, 5, 4)),
         (dict(filter=True), (0, 0, 2, 5, 4)),
