@@ -1,6 +1,5 @@
 """The README's own words, run: a table becomes a dataset, a run, a policy that only needs torch."""
 
-import importlib
 import math
 import os
 import re
@@ -9,15 +8,12 @@ import subprocess
 import sys
 from pathlib import Path
 
-import iql
 import numpy as np
 import torch
 
-import evaluate
-from common import parse
-
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
 
 
 def block(start):
@@ -27,57 +23,108 @@ def block(start):
     return "\n".join(line[4:] for line in lines[:end])
 
 
-def test_own_data_end_to_end(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+def call(*words, cwd):
+    done = subprocess.run(
+        [sys.executable, *map(str, words)],
+        cwd=cwd,
+        env=ENVIRONMENT,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def test_own_data_end_to_end(tmp_path):
     rng = np.random.default_rng(0)
     rows = [(e, *rng.normal(size=2), rng.uniform(-2, 2), rng.normal(), e % 2 and t == 9)
             for e in range(6) for t in range(10)]  # fmt: skip
     head = "episode,x,v,u,reward,failed"
-    np.savetxt("log.csv", rows, delimiter=",", header=head, comments="")
-    subprocess.run([sys.executable, "-c", block("import numpy as np")], check=True)
-    with np.load("logs.npz") as saved:
+    np.savetxt(tmp_path / "log.csv", rows, delimiter=",", header=head, comments="")
+    call("-c", block("import numpy as np"), cwd=tmp_path)
+    with np.load(tmp_path / "logs.npz") as saved:
         assert saved["terminals"].sum() == 3 == saved["timeouts"].sum()
         assert saved["observations"].shape == (60, 2) and saved["actions"].shape == (60, 1)
     line = "--env logs.npz --steps 5 --batch-size 8 --device cpu".split()
-    iql.train(parse(iql.Args, iql.PRESETS, line))
-    evaluate.main(evaluate.Args("runs/logs__iql__0", fqe_steps=3, export="policy.pt2"))
-    code = block("import torch") + "\nassert action.shape == (1, 1) and action.abs() <= 2"
-    subprocess.run([sys.executable, "-c", code], check=True)
+    call(ROOT / "algorithms" / "iql.py", *line, cwd=tmp_path)
+    flags = "runs/logs__iql__0 --fqe-steps 3 --export policy.pt2".split()
+    call(ROOT / "tools" / "evaluate.py", *flags, cwd=tmp_path)
+    code = block("import torch                                                        # nothing")
+    call("-c", code + "\nassert action.shape == (1, 1) and action.abs() <= 2", cwd=tmp_path)
+    path = f"import sys, torch; sys.path.insert(0, {str(ROOT)!r})\n"
+    check = "\nassert q.shape == (2, 5) and q_grid.shape == (41,)"
+    call("-c", path + block("from tools.evaluate import load_run") + check, cwd=tmp_path)
 
 
-def test_the_worked_diff_makes_an_algorithm(tmp_path, monkeypatch):
-    """CONTRIBUTING.md's diff applies to awr.py as it is; its loss is CRR's; the file runs."""
+def test_two_files_alone_train(tmp_path):
+    """The README's stand-in for a run, in a folder with nothing but two files of the repository."""
+    shutil.copy(ROOT / "common.py", tmp_path)
+    shutil.copy(ROOT / "algorithms" / "fisher_brc.py", tmp_path)
+    code = block("import torch\n    from common import Data")
+    stand_in = code[code.index("class PlainRun") : code.index("obs, action =")]
+    assert len(stand_in.strip().splitlines()) <= 15
+    (tmp_path / "mine.py").write_text(code)
+    assert call("mine.py", cwd=tmp_path).startswith("tensor([[")
+
+
+def test_the_worked_diff_makes_an_algorithm(tmp_path):
+    """CONTRIBUTING.md's diff applies to awac.py as it is; its loss is CRR's; the file runs."""
     diff = re.search(r"```diff\n(.*?)```", (ROOT / "CONTRIBUTING.md").read_text(), re.S)[1]
     assert len(diff.splitlines()) <= 40
     (tmp_path / "algorithms").mkdir()
-    shutil.copy(ROOT / "algorithms" / "awr.py", tmp_path / "algorithms" / "crr.py")
+    shutil.copy(ROOT / "algorithms" / "awac.py", tmp_path / "algorithms" / "crr.py")
+    shutil.copy(ROOT / "common.py", tmp_path)
+    shutil.copytree(ROOT / "harness", tmp_path / "harness")
+    (tmp_path / "data").symlink_to(ROOT / "data")
     (tmp_path / "crr.diff").write_text(diff)
     patch = ["git", "apply", "--unidiff-zero", "crr.diff"]
     subprocess.run(patch, check=True, cwd=tmp_path, env=os.environ | {"GIT_DIR": "none"})
-    monkeypatch.syspath_prepend(tmp_path / "algorithms")
-    monkeypatch.chdir(tmp_path)
-    crr = importlib.import_module("crr")
-    pi, a = (torch.zeros(3, 1), torch.zeros(1)), torch.tensor([[0.0], [1.0], [2.0]])
-    loss, _ = crr.awr_loss(pi, a, torch.tensor([1.0, -1.0, 5.0]), None)
-    assert abs(loss.item() - (2.0 + 2 * 0.5 * math.log(2 * math.pi)) / 3) < 1e-6
+    by_hand = (2.0 + 2 * 0.5 * math.log(2 * math.pi)) / 3
+    code = f"""
+import torch, crr
+pi, a = (torch.zeros(3, 1), torch.zeros(1)), torch.tensor([[0.0], [1.0], [2.0]])
+loss, _ = crr.awr_loss(pi, a, torch.tensor([1.0, -1.0, 5.0]), None)
+assert abs(loss.item() - {by_hand}) < 1e-6
+"""
+    (tmp_path / "algorithms" / "check.py").write_text(code)
+    call("algorithms/check.py", cwd=tmp_path)
     line = "--steps 4 --batch-size 8 --device cpu --eval-env none".split()
-    crr.train(parse(crr.Args, crr.PRESETS, line))
-    assert (tmp_path / "runs" / "hopper-replay-demo__crr__0" / "summary.json").exists()
+    call("algorithms/crr.py", *line, cwd=tmp_path)
+    assert len([*(tmp_path / "runs").glob("*__crr__0/summary.json")]) == 1
 
 
 def test_every_file_of_the_readme_exists():
     for path in re.findall(r"\]\(([\w/.]+)\)", README):
         assert (ROOT / path).exists(), path
-    for path in (ROOT / "algorithms").glob("*.py"):
-        assert f"algorithms/{path.name}" in README, path.name
+    tracked = subprocess.run(["git", "-C", ROOT, "ls-files", "algorithms"], capture_output=True)
+    for path in tracked.stdout.decode().split():
+        assert path in README, path
 
 
 def test_every_command_names_known_flags():
-    """`python FILE.py ... --flag`: the file exists, and its Args know the flag."""
-    commands = re.findall(r"python ((?:algorithms/)?\w+\.py)([^#`|\n]*)", README)
-    assert len(commands) > 6
+    """`python FILE.py ... --flag`: the file exists, and its Args or RunArgs know the flag."""
+    commands = re.findall(r"python ((?:algorithms|tools)/\w+\.py)([^#`|;\n]*)", README)
+    assert len(commands) > 9
+    common = (ROOT / "common.py").read_text()
     for file, rest in commands:
-        text = (ROOT / file).read_text()
+        text = (ROOT / file).read_text() + common
         for flag in re.findall(r"--([\w-]+)", rest):
             name = flag.removeprefix("no-").replace("-", "_")
             assert name == "help" or re.search(rf"^    {name}: ", text, re.M), (file, flag)
+
+
+def test_the_readmes_equation_is_the_code():
+    text = (ROOT / "algorithms" / "iql.py").read_text()
+    assert block("def value_loss(nets, s, q, args):").rstrip() in text
+
+
+def test_bundled_data_is_what_its_page_says():
+    page = (ROOT / "data" / "README.md").read_text()
+    for path in (ROOT / "data").glob("*.npz"):
+        with np.load(path) as data:
+            count = len(data["rewards"])
+            ends = int((data["terminals"] | data["timeouts"]).sum())
+            at_bound = np.mean(np.abs(data["actions"]) > 0.999)
+        assert f"| `{path.name}` | {count:,} | {ends:,} |" in page, path.name
+        assert at_bound < 0.01, path.name
+    assert torch.get_num_threads() == 1
