@@ -569,7 +569,9 @@ def _require_safe_minari(name):
 
 def _read_minari(name, remote, eval_env):
     """As _read_file. Episodes keep their last observation, so no row is ever dropped."""
-    local = near(name, _local_minari())
+    place = _minari_root() / name
+    local = near(name, _local_minari()) if remote else ""
+    again = f"delete {place} and get it again"
     try:
         import minari
 
@@ -583,16 +585,13 @@ def _read_minari(name, remote, eval_env):
         raise InputError(f"{name} needs more of Minari ({e}): pip install 'minari[hdf5,hf]'") from e
     except Exception as e:  # whatever the server, the network or the file raises
         raise InputError(
-            f"Minari cannot load {name} ({e!s:.300}); correct the id{local}, or put the dataset "
-            f"into {_minari_root() / name}"
+            f"Minari cannot load {name} ({e!s:.300}); "
+            + (f"correct the id{local}, or put the dataset into {place}" if remote else again)
         ) from e
     try:
         return _read_episodes(name, dataset, eval_env)
     except (*UNREADABLE, AttributeError, IndexError, TypeError) as e:
-        raise InputError(
-            f"Minari dataset {name} is not complete ({e!s:.200}); delete {_minari_root() / name} "
-            "and get it again"
-        ) from e
+        raise InputError(f"Minari dataset {name} is not complete ({e!s:.200}); {again}") from e
 
 
 def _read_episodes(name, dataset, eval_env):
