@@ -59,8 +59,8 @@ from common import graphed, minimize, normal_log_prob, normalize_obs, polyak, sa
 
 @dataclass
 class Args(RunArgs):
-    env: str = "hopper-replay-demo"
-    """dataset: bundled name, D4RL name, Minari id, or path of an .hdf5 or .npz file"""
+    env: str = "hopper-medium-expert-demo"
+    """dataset: bundled, D4RL or OGBench name, Minari id, or path of an .hdf5 or .npz file"""
     seed: Seed = 0
     """seeds networks, batches and evaluation"""
     steps: Count = 1_000_000

@@ -99,8 +99,8 @@ from common import graphed, largest_value, minimize, normalize_obs, polyak, samp
 @dataclass
 class Args(RunArgs):
     phases = {"behavior": "bc_steps", "init": "bc_steps", "critics": "q_steps", "train": "steps"}
-    env: str = "hopper-replay-demo"
-    """dataset: bundled name, D4RL name, Minari id, or path of an .hdf5 or .npz file"""
+    env: str = "hopper-medium-expert-demo"
+    """dataset: bundled, D4RL or OGBench name, Minari id, or path of an .hdf5 or .npz file"""
     seed: Seed = 0
     """seeds networks, batches and evaluation"""
     steps: Count = 1_000_000
@@ -193,6 +193,17 @@ class Nets(nn.Module):
         self.register_buffer("first_d", torch.zeros(()))  # running mean of the first policy's D
         self.register_buffer("d_sums", torch.zeros(2, dtype=torch.float64))  # of D and D^2
         self.register_buffer("noise", torch.randn(20, act_dim))  # of acting
+
+
+def fill_in(args):
+    """Args.resolve: flags that are None take the values of TASKS, at the foot of this file."""
+    values = {}
+    for pattern, row in TASKS.items():
+        if fnmatchcase(f"{args.version} {args.divergence} {args.env}", pattern):
+            values |= row
+    for name, value in values.items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
 
 
 def before_softplus(value):
@@ -578,17 +589,6 @@ def train(run, data, args):
         if t % args.epoch_steps == 0:
             measure_eps_gp(nets, args)
         run.after(t, metrics, lambda obs: policy(nets, obs, args))
-
-
-def fill_in(args):
-    """The flags that are None take their values from TASKS, where it has some for them."""
-    values = {}
-    for pattern, row in TASKS.items():
-        if fnmatchcase(f"{args.version} {args.divergence} {args.env}", pattern):
-            values |= row
-    for name, value in values.items():
-        if getattr(args, name) is None:
-            setattr(args, name, value)
 
 
 HANDS = (  # Adroit, by D4RL's names and by Minari's

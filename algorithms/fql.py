@@ -60,7 +60,7 @@ from common import graphed, largest_value, minimize, normalize_obs, polyak, samp
 
 @dataclass
 class Args(RunArgs):
-    env: str = "hopper-replay-demo"
+    env: str = "hopper-medium-expert-demo"
     """dataset: bundled, D4RL or OGBench name, Minari id, or path of an .hdf5 or .npz file"""
     seed: Seed = 0
     """seeds networks, batches and evaluation"""

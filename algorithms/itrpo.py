@@ -78,8 +78,8 @@ from common import graphed, largest_value, minimize, normalize_obs, polyak, samp
 @dataclass
 class Args(RunArgs):
     phases = {"behavior": "bc_steps", "train": "steps"}
-    env: str = "hopper-replay-demo"
-    """dataset: bundled name, D4RL name, Minari id, or path of an .hdf5 or .npz file"""
+    env: str = "hopper-medium-expert-demo"
+    """dataset: bundled, D4RL or OGBench name, Minari id, or path of an .hdf5 or .npz file"""
     seed: Seed = 0
     """seeds networks, batches and evaluation"""
     steps: Count = 1_000_000
