@@ -210,9 +210,7 @@ def train(run, data, args):
 
 PRESETS = {
     "hopper-replay-demo": dict(steps=60_000, eval_every=3_000, returns_every=1_000),  # shortened
-    "hopper-medium-expert-demo": dict(  # shortened
-        steps=60_000, eval_every=3_000, returns_every=1_000
-    ),
+    "hopper-medium-expert-demo": dict(steps=25_000, eval_every=2_500),  # shortened
     "antmaze-*": dict(reward_shift=-1.0, eval_every=100_000, eval_episodes=100),
     "D4RL/antmaze/*": dict(reward_shift=-1.0, eval_every=100_000, eval_episodes=100),
     "pointmaze-medium-demo": dict(  # shortened

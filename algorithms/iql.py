@@ -245,7 +245,9 @@ PRESETS = {
     "mujoco/hopper/*": dict(normalize_reward=True),
     "mujoco/walker2d/*": dict(normalize_reward=True),
     "hopper-replay-demo": dict(steps=30_000, eval_every=3_000),  # shortened
-    "hopper-medium-expert-demo": dict(steps=30_000, eval_every=3_000),  # shortened
+    "hopper-medium-expert-demo": dict(  # shortened; faster targets
+        normalize_obs=True, beta=10.0, polyak=0.01, steps=25_000, eval_every=2_500
+    ),
     **dict.fromkeys(
         ("antmaze-*", "D4RL/antmaze/*"),
         dict(tau=0.9, beta=10.0, reward_shift=-1.0, eval_every=100_000, eval_episodes=100),
@@ -254,9 +256,10 @@ PRESETS = {
         [f"D4RL/pointmaze/{size}-v*" for size in ("open", "umaze", "medium", "large")],
         dict(tau=0.9, beta=10.0, alpha_bc=0.003, reward_shift=-1.0),
     ),
-    "pointmaze-medium-demo": dict(  # shortened
-        tau=0.9, beta=10.0, alpha_bc=0.003, reward_shift=-1.0, steps=30_000, eval_every=3_000
-    ),
+    "pointmaze-medium-demo": dict(  # AntMaze's settings, shortened; faster targets
+        tau=0.9, beta=10.0, alpha_bc=0.003, reward_shift=-1.0, polyak=0.02
+    )
+    | dict(steps=10_000, eval_every=1_000, eval_episodes=20),
     **dict.fromkeys(
         [
             pattern.format(task)

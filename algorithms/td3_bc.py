@@ -160,7 +160,7 @@ def train(run, data, args):
 
 
 PRESETS = {
-    "hopper-medium-expert-demo": dict(steps=30_000, eval_every=3_000),  # shortened
+    "hopper-medium-expert-demo": dict(steps=25_000, eval_every=2_500),  # shortened
     "hopper-replay-demo": dict(steps=30_000, eval_every=3_000),  # shortened
     "pointmaze-medium-demo": dict(steps=30_000, eval_every=3_000),  # shortened
     "antmaze-*": dict(reward_shift=-1.0, eval_every=100_000, eval_episodes=100),
