@@ -5,9 +5,11 @@ the dataset. D4RL's own ant mazes are rebuilt, because gymnasium-robotics' diffe
 that matters to a policy trained on D4RL's data: coordinates, torques, time step and goals.
 """
 
+import contextlib
 import csv
 import difflib
 import importlib.util
+import io
 import re
 import warnings
 from dataclasses import dataclass, field
@@ -116,7 +118,8 @@ def register(task_id: str) -> None:
             warnings.simplefilter("ignore")
             importlib.import_module("ogbench")
     if task_id.startswith(ROBOTICS) and importlib.util.find_spec("gymnasium_robotics"):
-        with warnings.catch_warnings():
+        # Its import prints a notice about Adroit's dense rewards, which no task here has.
+        with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
             warnings.simplefilter("ignore")
             gymnasium.register_envs(importlib.import_module("gymnasium_robotics"))
 

@@ -1,7 +1,9 @@
 """figures/*.py: every script draws its picture, and the numbers behind it are right."""
 
+import json
 import math
 import struct
+import subprocess
 import sys
 from pathlib import Path
 
@@ -36,6 +38,7 @@ TINY = {  # figure: (module, settings, size in pixels)
 
 def test_every_figure_is_tested_and_short():
     scripts = {p.stem: p for p in (ROOT / "figures").glob("*.py")}
+    scripts.pop("maze_paths")  # needs finished runs; has a test of its own
     assert scripts.keys() == TINY.keys()
     for name, path in scripts.items():
         text = path.read_text()
@@ -231,3 +234,29 @@ def test_errors_move_brac_more():
         path, _ = itrpo_paths.iterate(mdp, itrpo_paths.setting(0.9, control), 300, 0.5)
         wander.append(itrpo_paths.kl(path[late][1:], path[late][:-1]).mean())
     assert wander[0] < 0.1 * wander[1]
+
+
+# ---- the maze --------------------------------------------------------------------------------
+
+
+def test_maze_paths_draws_the_data_and_a_run(tmp_path):
+    """A run of a few steps is drawn beside the data, of which no path joins start and goal."""
+    import maze_paths
+
+    from harness import load_dataset
+
+    flags = "--env pointmaze-medium-demo --steps 2 --eval-env none --seed 0".split()
+    call = [sys.executable, str(ROOT / "algorithms" / "bc.py"), *flags, "--out", str(tmp_path)]
+    subprocess.run(call, check=True, capture_output=True)
+    config = json.loads((tmp_path / "pointmaze-medium-demo__bc__0" / "config.json").read_text())
+    config["args"]["eval_env"] = None
+    (tmp_path / "pointmaze-medium-demo__bc__0" / "config.json").write_text(json.dumps(config))
+    out = tmp_path / "maze.png"
+    runs = (str(tmp_path / "pointmaze-medium-demo__bc__0"),)
+    maze_paths.main(maze_paths.Args(runs=runs, episodes=2, out=str(out)))
+    assert out.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+    data, _ = load_dataset("pointmaze-medium-demo")
+    at_start = (data.obs[:, :2] - torch.tensor([-2.5, 2.5])).norm(dim=1) < 0.5
+    starts = set(data.episode[at_start].tolist())
+    goals = set(data.episode[data.terminal > 0].tolist())
+    assert len(starts) > 20 and len(goals) > 20 and not starts & goals

@@ -62,7 +62,7 @@ from common import (
 from harness.device import prepare_device, set_precision
 from harness.folder import load_tensors, save_tensors, write_atomic
 from harness.run import evaluate, parse, seed_everything
-from harness.tasks import near, reference_scores
+from harness.tasks import near, reference_scores, register
 
 AGENT_LEVELS = ("medium-replay", "full-replay", "medium", "expert", "medium-expert")
 GAMMA, POLYAK, LR, BATCH = 0.99, 0.005, 3e-4, 256  # SAC's own settings
@@ -416,10 +416,7 @@ def make_env(env_id, **kwargs):
     """The task with flat float32 observations; InputError for what SAC cannot act in."""
     import gymnasium as gym
 
-    if env_id.startswith(("PointMaze", "AntMaze", "AdroitHand", "FrankaKitchen")):
-        import gymnasium_robotics
-
-        gym.register_envs(gymnasium_robotics)
+    register(env_id)
     if ":" not in env_id and env_id not in gym.registry:
         raise InputError(f"--env {env_id}: there is no such task{near(env_id, gym.registry)}")
     try:
