@@ -37,6 +37,7 @@ import urllib.request
 import zipfile
 import zlib
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -81,6 +82,22 @@ D4RL_MIRRORS = (
 )
 
 
+@dataclass
+class Rows:
+    """A dataset as it was read: N rows in time order, actions in the task's own bounds."""
+
+    obs: np.ndarray  # (N, S) float32
+    action: np.ndarray  # (N, A) float32
+    reward: np.ndarray  # (N,) float32
+    next_obs: np.ndarray  # (N, S) float32
+    terminal: np.ndarray  # (N,) bool
+    end: np.ndarray  # (N,) bool: the last row of an episode
+    known: np.ndarray  # (N,) bool: next_obs is what followed
+    low: np.ndarray  # (A,) float32, the bounds of the actions
+    high: np.ndarray  # (A,)
+    task: Task | None
+
+
 def load_dataset(name: str, device="cpu", eval_env: str | None = None) -> tuple[Data, Task | None]:
     """Read dataset `name` (forms above) onto `device`, with its evaluation task.
 
@@ -92,24 +109,25 @@ def load_dataset(name: str, device="cpu", eval_env: str | None = None) -> tuple[
     bundled = {p.stem: p for p in DATA_DIR.glob("*.npz")}
     try:
         if name in bundled or re.search(r"\.(hdf5|h5|npz)$", name, re.IGNORECASE):
-            *arrays, task = _read_file(bundled.get(name) or Path(name).expanduser(), eval_env)
+            rows = _read_file(bundled.get(name) or Path(name).expanduser(), eval_env)
         elif name in files:
-            *arrays, task = _read_d4rl(name, eval_env)
+            rows = _read_d4rl(name, eval_env)
         elif name in local or re.fullmatch(r"[\w.-]+(/[\w.-]+)+-v\d+", name):
-            *arrays, task = _read_minari(name, name not in local, eval_env)
+            rows = _read_minari(name, name not in local, eval_env)
         elif "-singletask" in name or is_ogbench(name):
             from harness import ogbench
 
-            *arrays, task = ogbench.load(name, eval_env)
+            rows = ogbench.load(name, eval_env)
         else:
             hint = near(name, [*bundled, *files, *local])
             raise InputError(
                 f"unknown dataset '{name}'{hint}; use a bundled, D4RL or OGBench name, a Minari "
                 "id, or the path of a .hdf5, .h5 or .npz file"
             )
+        task = rows.task
         if task and task.ref_min is None:
             print(f"note: {task.id} has no reference score, raw returns are reported")
-        return _finish(name, *arrays, device), task
+        return _finish(name, rows, device), task
     except MemoryError as e:
         raise InputError(
             f"{name} does not fit into memory ({e}); use a smaller dataset, or write the file "
@@ -150,39 +168,46 @@ def _link(name, obs, stored, terminal, end, final=None):
     return stored, known
 
 
-def _finish(name, obs, action, reward, next_obs, terminal, end, known, low, high, device) -> Data:
-    """Check values, map actions, number episodes, drop rows without next observation.
-
-    obs, next_obs (N, S), action (N, A), reward (N,) float32; terminal, end, known (N,) bool, where
-    `end` marks the last row of an episode and `known` a valid next_obs. Works in place.
-    """
-    next_obs[~known] = obs[~known]  # at a terminal it is weighted 0, but must be finite
+def _finish(name, rows: Rows, device) -> Data:
+    """Check values, map actions, number episodes, drop rows without next observation. Works in
+    place."""
+    obs, action, reward, next_obs = rows.obs, rows.action, rows.reward, rows.next_obs
+    next_obs[~rows.known] = obs[~rows.known]  # at a terminal it is weighted 0, but must be finite
     for key, x in zip(KEYS, (obs, action, reward, next_obs), strict=True):
         for i, part in _blocks(x.reshape(len(x), -1)):
             if not np.isfinite(part).all():
                 row = i + np.flatnonzero(~np.isfinite(part).all(1))[0]
                 raise InputError(f"{name}: {key} row {row} is NaN or infinite; repair or remove it")
-    _map_actions(name, action, low, high)
-    episode, keep = np.cumsum(end) - end, known | terminal
-    starts = np.flatnonzero(np.r_[True, end[:-1]])
+    _map_actions(name, action, rows.low, rows.high)
+    episode, keep = np.cumsum(rows.end) - rows.end, rows.known | rows.terminal
+    starts = np.flatnonzero(np.r_[True, rows.end[:-1]])
     returns = np.add.reduceat(reward, starts, dtype=np.float64)  # (E,)
     if not keep.all():
         print(f"note: {name}: {(~keep).sum()} of {len(keep)} rows lack a next observation, dropped")
     require(keep.any(), f"{name}: no row has a next observation; store next_observations")
     left, episode = np.unique(episode[keep], return_inverse=True)  # an episode can lose all rows
-    kept, rows = np.flatnonzero(keep), [obs, action, reward, next_obs]
-    for x in rows if len(kept) < len(keep) else []:  # moved to the front, not copied: row k comes
-        for i, part in _blocks(kept):  # from a row >= k, so none is overwritten before it is read
+    kept = np.flatnonzero(keep)
+    for x in (obs, action, reward, next_obs) if len(kept) < len(keep) else ():
+        # Moved to the front, not copied: row k comes from a row >= k, so none is overwritten
+        # before it is read.
+        for i, part in _blocks(kept):
             x[i : i + len(part)] = x[part]
-    rows = [x[: len(kept)] for x in rows]
-    rows += [terminal[keep].astype(np.float32), episode.astype(np.int64)]
-    rows += [returns[left].astype(np.float32), low, high]
+    arrays = {
+        "obs": obs[: len(kept)],
+        "action": action[: len(kept)],
+        "reward": reward[: len(kept)],
+        "next_obs": next_obs[: len(kept)],
+        "terminal": rows.terminal[keep].astype(np.float32),
+        "episode": episode.astype(np.int64),
+        "episode_return": returns[left].astype(np.float32),
+        "action_low": rows.low,
+        "action_high": rows.high,
+    }
     digest = hashlib.sha256()
-    for x in rows:
+    for x in arrays.values():
         digest.update(np.ascontiguousarray(x))
-    rows += [np.zeros_like(obs[0]), np.ones_like(obs[0])]
-    tensors = [torch.from_numpy(x).to(device) for x in rows]
-    return Data(*tensors, name=name, digest=digest.hexdigest()[:16])
+    tensors = {key: torch.from_numpy(x).to(device) for key, x in arrays.items()}
+    return Data(**tensors, name=name, digest=digest.hexdigest()[:16])
 
 
 def _map_actions(name, action, low, high):
@@ -210,7 +235,7 @@ def _blocks(x):
 
 
 def _read_file(path, eval_env, task=None, d4rl=None):
-    """Arguments of _finish up to high, then the task. d4rl: a row of d4rl_tasks.csv, or None."""
+    """The Rows of a file. d4rl: a row of d4rl_tasks.csv, or None."""
     kind = path.suffix[1:].lower()
     _require_regular(path)
     try:
@@ -436,7 +461,7 @@ def _read_columns(name, columns, raw, eval_env, task, d4rl):
     end |= terminal & (not ogbench)
     stored, final = (fill(k) if k in columns else None for k in (KEYS[3], "final_observations"))
     next_obs, known = _link(name, obs, stored, terminal, end, final)
-    return obs, action, reward, next_obs, terminal, end, known, low, high, task
+    return Rows(obs, action, reward, next_obs, terminal, end, known, low, high, task)
 
 
 def _read_d4rl(name, eval_env):
@@ -633,4 +658,4 @@ def _read_episodes(name, dataset, eval_env):
         end[rows] = terminal[rows] | (np.arange(t) == t - 1)
         i += t
     require(n and i == n, f"{name}: {i} steps, its metadata says {n}; download or record it again")
-    return *arrays, terminal, end, np.ones(n, bool), low, high, task
+    return Rows(*arrays, terminal, end, np.ones(n, bool), low, high, task)

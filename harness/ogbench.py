@@ -73,12 +73,12 @@ def load(name: str, eval_env: str | None):
             reward, mask = relabel(path, env_name, env, state)
             state = {"rewards": reward, "masks": mask, "terminals": state["terminals"]}
             columns |= {k: column(x) for k, x in state.items()}
-            arrays = _read_columns(path.name, columns, raw, eval_env, task, None)
+            rows = _read_columns(path.name, columns, raw, eval_env, task, None)
     except (*UNREADABLE, IndexError, TypeError) as error:
         raise InputError(f"{path} is not a complete npz file ({error!s:.200}); {again}") from None
     if task:
         task.data_score = solved_share(mask == 0, state["terminals"].astype(bool))
-    return arrays
+    return rows
 
 
 def column(x):
