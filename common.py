@@ -55,8 +55,9 @@ Seed = Annotated[int, Range(0, 2**31 - 1, "a whole number from 0 to 2147483647")
 class RunArgs:
     """The flags that no paper sets; the `Args` of every algorithm file inherits them."""
 
-    phases: ClassVar[dict[str, str]] = {"train": "steps"}
-    """every phase of training, in order, and the field that holds its length"""
+    phases: ClassVar[dict[str, str | None]] = {"train": "steps"}
+    """every phase of training, in order, and the field that holds its length; None: one pass over
+    the data"""
 
     device: str = "auto"
     """cpu, cuda, or auto: cuda where there is one"""

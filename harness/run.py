@@ -250,7 +250,7 @@ class Run:
         self.references, self.last, self.stopped = {}, {}, False
         self.rows = {"train": [], "eval": []}
         self.train_seconds = self.eval_seconds = 0.0
-        self.resume_at, self.paths = None, {}
+        self.resume_at, self.paths, self.begun = None, {}, False
         task, count = self.task, self.args.eval_episodes
         self.envs = [task.make() for _ in range(count)] if task else []
         restored = self.args.resume and self.folder.checkpoint.exists()
@@ -275,7 +275,7 @@ class Run:
     def _first_line(self, restored) -> str:
         data, phases = self.data, type(self.args).phases
         lengths = ", ".join(
-            f"{phase} {getattr(self.args, field):,}" if field else phase
+            f"{phase} {getattr(self.args, field):,}" if field else f"{phase} one pass"
             for phase, field in phases.items()
         )
         defaults = {field.name: field.default for field in dataclasses.fields(self.args)}
@@ -315,6 +315,9 @@ class Run:
             self.last = {}
         handlers = {s: signal.signal(s, self._stop) for s in (signal.SIGINT, signal.SIGTERM)}
         self.bar = tqdm(total=steps, initial=first - 1, desc=phase, disable=None, unit="up")
+        if self.begun and steps and self.bar.disable:  # the first phase follows the first line
+            print(f"{phase} {first - 1}/{steps:,}", flush=True)
+        self.begun = True
         self.clock, self.logged = time.time(), (time.time(), first - 1)
         self.next_line = time.time() + self.first_line_after
         try:

@@ -271,6 +271,14 @@ def test_presets_name_fields_and_match_the_path_of_no_file(name):
 
 
 @algorithm
+def test_the_bare_command_is_short(name):
+    """Without flags a file trains on bundled data, with a preset that shortens the run."""
+    Args, presets = module(name).Args, module(name).PRESETS
+    assert (ROOT / "data" / f"{Args().env}.npz").exists()
+    assert parse(Args, presets, [])[0].steps < Args().steps
+
+
+@algorithm
 def test_resolving_twice_is_resolving_once(name):
     for env in ("hopper-medium-v2", "antmaze-umaze-v2", "log.npz"):
         args, _ = parse(module(name).Args, module(name).PRESETS, ["--env", env])
@@ -351,17 +359,21 @@ def test_importing_does_no_work(tmp_path):
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
-def test_a_file_runs_as_its_user_starts_it(here):
-    """A process of its own, in another folder: nothing on stderr, the first and the last line."""
-    command = [sys.executable, str(FILES["td3_bc"]), *flags(FILES["td3_bc"])]
-    done = subprocess.run(
-        command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}
-    )
+@pytest.mark.parametrize(
+    "name", [x if x == "td3_bc" else pytest.param(x, marks=pytest.mark.soak) for x in NAMES]
+)
+def test_a_file_runs_as_its_user_starts_it(name, here):
+    """A process of its own, in another folder: nothing on stderr, the same numbers as here."""
+    command = [sys.executable, str(FILES[name]), *flags(FILES[name], out="one")]
+    place = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONHASHSEED": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, env=place)
     assert (done.returncode, done.stderr) == (0, "")
-    lines = done.stdout.splitlines()
-    assert lines[1].startswith("td3_bc on log.npz: 120 transitions, 4 episodes, return ")
-    assert "steps: train 20; seed 3, cpu, precision highest (as typed)" in lines[1]
-    assert lines[-1].startswith("td3_bc return -") and "| data " in lines[-1]
+    lines = [line for line in done.stdout.splitlines() if not line.startswith("note: ")]
+    assert lines[0].startswith(f"{name} on log.npz: 120 transitions, 4 episodes, return ")
+    assert "; seed 3, cpu, precision highest (as typed)" in lines[0]
+    assert lines[-1].startswith(f"{name} return -") and "| data " in lines[-1]
+    run_main(name, *flags(FILES[name], out="two"))
+    assert_same_run(name, "one", "two")
 
 
 def test_a_users_own_file_is_not_tested(tmp_path):

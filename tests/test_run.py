@@ -330,7 +330,7 @@ def test_the_printed_preset_is_what_is_in_force(here, capsys):
     import td3_bc
 
     presets = {"hopper-replay-demo": dict(steps=4, alpha=1.5, policy_freq=3)}
-    words = "--eval-env none --batch-size 4 --precision highest --policy-freq 1".split()
+    words = "--env hopper-replay-demo --eval-env none --batch-size 4 --policy-freq 1".split()
     main(td3_bc.Args, presets, td3_bc.train, words)
     assert "; preset steps=4, alpha=1.5\n" in capsys.readouterr().out
     config = json.loads(Path("runs/hopper-replay-demo__td3_bc__0/config.json").read_text())
@@ -347,6 +347,7 @@ def test_every_phase_says_how_far_it_is_also_on_a_pipe(here, capsys):
     start("fisher_brc", prepare=often, log_every=1000)
     out = capsys.readouterr().out
     assert re.search(r"^behavior 1/10 \d+/s, \d+ s left$", out, re.M), out
+    assert re.search(r"^train 0/20$", out, re.M), "a phase whose first step is long says so"
     assert re.search(r"^train 19/20 \d+/s, \d+ s left$", out, re.M), out
     start("bc")
     assert "1/20" not in capsys.readouterr().out
