@@ -2,10 +2,11 @@
 "BRAC+: Going Deeper with Behavior Regularized Offline Reinforcement Learning"; the numbers of
 equations are its numbers. acml is the paper of ACML 2021 (arXiv:2110.00894).
 
-Idea: clone the data with a model that has latent variables. What bounds its likelihood also bounds,
-state by state, how far the policy is from the clone: D(s) >= KL(pi || clone), and no log-density of
-the clone has to be sampled. A multiplier alpha(s) for each state holds D(s) below a threshold eps.
-Where D(s) is large, a penalty flattens Q, so that errors of Q do not pull the policy away.
+Idea: clone the data with a model that has latent variables. The lower bound on its likelihood
+(ELBO) turns into an upper bound D(s) on KL(pi || clone) in every state. Gaussians give D(s) in
+closed form, so it is less noisy than sampled log-densities. A multiplier alpha(s) for each state
+holds D(s) below a threshold eps. Where D(s) is large, a penalty flattens Q, so that its errors do
+not pull the policy away from the data.
 
 The clone has a prior N(0, I) of its latent z, a decoder p(.|s,z) and an encoder q(z|a,s). Encoder,
 decoder and policy pi are diagonal Gaussians; the last two draw x, and the action is a = tanh(x).
@@ -128,7 +129,7 @@ class Args(RunArgs):
     h0: Number | None = None
     """entropy bound H0 (Eq. 8) in nats; None: iclr's where known, else by the clone's -ELBO"""
     mmd_width: Positive | None = None
-    """width of the kernel of mmd (Eq. 5): wide kernels compare little more than means"""
+    """width of mmd's kernel (Eq. 5); far above the actions' distances it only scales D"""
     lam: NonNegative = 0.1
     """weight of the gradient penalty (Eq. 10); where it grows, its lowest value: 0 is none"""
     gp_target: NonNegative = 0.01
@@ -208,7 +209,7 @@ def fill_in(args):
 
 def before_softplus(value):
     """The number (0-d) whose softplus is `value`; PyTorch's softplus is the identity above 20."""
-    value = torch.tensor(value)
+    value = torch.tensor(float(value))
     return value if value > 20 else value.expm1().log()
 
 
@@ -291,7 +292,7 @@ def mmd(nets, s, x, args):
     among_clones = kernel_mean(b, b, args.mmd_width)
     between = kernel_mean(x, b, args.mmd_width)
     square = among_policy + among_clones - 2 * between
-    return (square + 1e-6).sqrt()  # at 0 the root has no slope
+    return (square + 1e-6).sqrt()  # at 0 the root's slope is infinite
 
 
 def divergence(nets, s, n, args):
@@ -351,7 +352,7 @@ def gradient_norm(nets, s, a):
     first = (smaller == 0).unsqueeze(1)
     gradient = torch.where(first, gradients[0], gradients[1])
     square = gradient.square().sum(-1)
-    norm = (square + 1e-12).sqrt()  # at 0 the root has no slope
+    norm = (square + 1e-12).sqrt()  # at 0 the root's slope is infinite
     return norm.view(k, batch).mean(0)
 
 
@@ -528,8 +529,8 @@ def train_behavior(run, nets, opt, data, args):
         nets.h0.fill_(args.h0)
     elif args.divergence == "mmd":
         nets.h0.copy_(nets.behavior.minus_elbo)
-    else:
-        act_dim = data.action.shape[1]  # a quarter of the clone's deviation in each number
+    else:  # the clone's entropy, had it a quarter of its deviation in every action number
+        act_dim = data.action.shape[1]
         nets.h0.copy_(nets.behavior.minus_elbo - act_dim * math.log(4))
 
 
