@@ -167,7 +167,7 @@ def test_mmd_stays_near_the_heavy_mode(bandwidth, place):
 def test_multipliers_start_from_the_same_networks():
     """Without a step, D does not depend on the multiplier, and eps is 1 above its running mean."""
     args = brac_plus_multiplier.Args(bc_steps=3, steps=0, states=20)
-    data, _ = brac_plus_multiplier.brac_plus.load_dataset(args.env, "cpu", "none")
+    data, _ = brac_plus_multiplier.load_dataset(args.env, "cpu", "none")
     torch.manual_seed(0)
     nets = brac_plus_multiplier.start(data, args)
     assert nets.eps == nets.first_d + 1 == nets.eps_gp
