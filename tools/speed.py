@@ -151,7 +151,7 @@ def measure(name, args, device):
     results = []
     for seconds in (None, args.seconds):
         words = ["--env", args.env] if args.env else []
-        settings, _ = parse(module.Args, module.PRESETS, words)
+        settings, _ = parse(module.Args, module.PRESETS if args.env else {}, words)
         settings.compile = args.compile and seconds is not None
         watch = Stopwatch(device, seconds)
         seed_everything(0)
