@@ -310,7 +310,7 @@ def train(run, data, args):
 
 # The rows of the bundled datasets shorten both phases. Targets follow four times as fast, because
 # training is a hundredth of the paper's, and fast targets need the stronger penalty.
-SHORT = dict(bc_steps=10_000, steps=10_000, eval_every=1_000, polyak=0.02, lam=1.0)
+SHORT = dict(bc_steps=10_000, steps=10_000, eval_every=500, polyak=0.02, lam=1.0)
 
 PRESETS = {
     "hopper-medium-expert-demo": SHORT | dict(normalize_obs=True),
