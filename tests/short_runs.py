@@ -25,6 +25,7 @@ from harness.run import number_type
 ROOT = Path(__file__).resolve().parents[1]
 META = {"env_id": "Pendulum-v1", "action_low": -2, "action_high": 2}
 SHORT = dict(steps=20, batch_size=8, eval_every=10, eval_episodes=2, log_every=5, save_every=10)
+SMALL = dict(width=16, n=3, k=2, sample_steps=3, until="train")  # what takes long in arq.py
 
 
 def tracked(folder: str, root: Path | None = None) -> list[Path]:
@@ -61,11 +62,14 @@ def write_log(path, metadata=META, seed=0, scale=1.0) -> str:
 
 def short(Args) -> dict:
     """Values of a short run: what a paper sets in thousands of steps becomes tens."""
+    fields = {field.name: field for field in dataclasses.fields(Args)}
     own = {
-        field.name: 10
-        for field in dataclasses.fields(Args)
+        name: 10
+        for name, field in fields.items()
         if number_type(field.type)[0] is int and (field.default or 0) >= 1000
     }
+    if "sample_steps" in fields:
+        own |= {name: value for name, value in SMALL.items() if name in fields}
     return own | SHORT | dict(env="log.npz", device="cpu", precision="highest", seed=3)
 
 
