@@ -1,5 +1,5 @@
-"""The helpers that every algorithm file leans on: run flags, rows on the device, networks, Adam,
-densities, CUDA graphs.
+"""The helpers that every algorithm file uses: the flags of a run, the data on the device, networks,
+Adam, densities, and CUDA graphs.
 
 This file needs PyTorch and the standard library only, and it imports nothing of the project: an
 algorithm file and this one, copied into an empty folder, train on plain tensors. Nothing here
@@ -56,19 +56,19 @@ class RunArgs:
     """The flags that no paper sets; the `Args` of every algorithm file inherits them."""
 
     phases: ClassVar[dict[str, str | None]] = {"train": "steps"}
-    """every phase of training, in order, and the field that holds its length; None: one pass over
-    the data"""
+    """the phases of training, in order, each with the name of the field that holds its number of
+    steps; None stands for one pass over the data"""
 
     device: str = "auto"
     """cpu, cuda, or auto: cuda where there is one"""
     precision: Literal["auto", "highest", "high", "medium"] = "auto"
-    """how fp32 products are computed; auto takes the fastest way that does not round"""
+    """how fp32 products are computed; auto takes a faster way only where it is about as exact"""
     compile: bool = False
-    """compile the whole update: it runs faster, after half a minute of compilation"""
+    """compile the whole update, which takes half a minute and makes training faster"""
     eval_episodes: Episodes = 10
     """episodes per evaluation"""
     eval_env: str | None = None
-    """Gymnasium id to evaluate in, or module:Id-v0 to import; None: the data's; "none": no task"""
+    """task to evaluate in: Gymnasium id or module:Id-v0; None: the data's own; "none": no task"""
     log_every: Count = 1_000
     """gradient steps between rows of train.csv"""
     save_every: Count = 50_000
@@ -78,9 +78,9 @@ class RunArgs:
     name: str = ""
     """suffix of the run's folder; it tells variants of one algorithm apart"""
     resume: bool = False
-    """continue this run from its checkpoint"""
+    """continue the run from the last checkpoint in its folder"""
     overwrite: bool = False
-    """replace this run's folder"""
+    """replace the run's folder where it exists"""
     track: bool = False
     """mirror the logs to Weights & Biases"""
 
@@ -94,10 +94,12 @@ class RunArgs:
 
 @dataclass
 class Data:
-    """N transitions of E episodes, all tensors on one device.
+    """N transitions of E episodes, all tensors on one device; an observation has S numbers, an
+    action has A.
 
-    The first five are enough: `Data(obs, action, reward, next_obs, terminal)` takes actions as
-    they are, in [-1, 1], and starts an episode where a row does not continue the one before it."""
+    The first five fields are enough: `Data(obs, action, reward, next_obs, terminal)` takes actions
+    as they are, in [-1, 1], and starts a new episode at every row that does not continue the row
+    before it."""
 
     obs: Tensor  # (N, S) float32
     action: Tensor  # (N, A) float32, the task's bounds mapped to [-1, 1]
@@ -105,7 +107,7 @@ class Data:
     next_obs: Tensor  # (N, S) float32
     terminal: Tensor  # (N,) float32, 1 where the MDP ended (never at a time limit)
     episode: Tensor = None  # (N,) int64, 0..E-1, non-decreasing; rows of an episode in time order
-    episode_return: Tensor = None  # (E,) float32, undiscounted raw return, dropped rows included
+    episode_return: Tensor = None  # (E,) float32, raw and undiscounted, of all rows on file
     action_low: Tensor = None  # (A,) the task's bounds, raw
     action_high: Tensor = None  # (A,)
     obs_mean: Tensor = None  # (S,) zeros; normalize_obs changes it
@@ -129,15 +131,15 @@ class Data:
 
 
 def sample(data, batch_size: int, fields=("obs", "action", "reward", "next_obs", "terminal")):
-    """Rows drawn uniformly with replacement, on the data's device: s (B, S), a (B, A), r (B,),
-    s2 (B, S), terminal (B,), or those `fields` alone."""
+    """A batch of B rows, drawn uniformly with replacement on the data's device: s (B, S), a (B, A),
+    r (B,), s2 (B, S), terminal (B,), or only the `fields` that are named."""
     i = torch.randint(len(data.obs), (batch_size,), device=data.obs.device)
     return [getattr(data, field).index_select(0, i) for field in fields]
 
 
 def normalize_obs(data, eps: float) -> None:
-    """Shift and scale data.obs and data.next_obs in place to (s - mean) / (std + eps), population
-    statistics of data.obs; `Scaling` applies the same constants when the policy acts."""
+    """Shift and scale data.obs and data.next_obs in place to (s - mean) / (std + eps), with mean and
+    population deviation of data.obs. `Scaling` applies the same constants when the policy acts."""
     data.obs_mean = data.obs.mean(0)
     data.obs_std = data.obs.std(0, correction=0) + eps
     for x in (data.obs, data.next_obs):
@@ -145,8 +147,8 @@ def normalize_obs(data, eps: float) -> None:
 
 
 def next_action(data) -> tuple[Tensor, Tensor]:
-    """The action of the row after each row, (N, A), and whether there is one, (N,) bool. The next
-    row of another episode is none; where there is none, the action is 0."""
+    """For every row, the action of the next row of the same episode, (N, A), and whether there is
+    such a row, (N,) bool. Where there is none, the action is 0."""
     known = F.pad(data.episode[1:] == data.episode[:-1], (0, 1))
     action = data.action.roll(-1, 0).masked_fill(~known.unsqueeze(1), 0.0)
     return action, known
@@ -154,8 +156,8 @@ def next_action(data) -> tuple[Tensor, Tensor]:
 
 def largest_value(data, gamma: float, bonus: float = 0.0) -> float:
     """The largest |Q| that any policy can have under the data's rewards (plus `bonus` per step):
-    max |reward| / (1 - gamma). A note says where rewards are so small or so large that networks and
-    learning rates made for values of 1 to 10,000 will not fit."""
+    max |reward| / (1 - gamma). Prints a note where rewards are so small or so large that the
+    networks and learning rates here, made for values of 1 to 10,000, will not fit."""
     horizon = 1 / max(1 - gamma, 1e-9)
     size = data.reward.abs().mean().item()
     if not 1e-3 < size * horizon < 1e5:
@@ -168,8 +170,9 @@ def largest_value(data, gamma: float, bonus: float = 0.0) -> float:
 
 
 class Scaling(nn.Module):
-    """What stands between networks and task, saved with the weights: raw observations (B, S) to
-    network inputs, and network actions in [-1, 1] (B, A) to the task's bounds."""
+    """The maps between the task and the networks, saved with the weights: `obs` turns raw
+    observations (B, S) into network inputs, and `action` turns the networks' actions (B, A), which
+    lie in [-1, 1], into actions in the task's bounds."""
 
     def __init__(self, data):
         super().__init__()
@@ -193,8 +196,8 @@ class MLP(nn.Module):
     (B, in) -> (B, out). Between two layers stands `activation` ("relu", "gelu" or "silu") and then,
     with `layer_norm`, a layer normalization of epsilon `norm_eps` (1e-6 in JAX's libraries). With
     `members` E, that many independent networks run as one batched product per layer: (B, in) or
-    (E, B, in) -> (E, B, out); `member` runs one of them alone. Every layer starts as nn.Linear
-    does."""
+    (E, B, in) -> (E, B, out); `member` runs one of them alone. Every layer is initialized as
+    nn.Linear is."""
 
     def __init__(
         self,
@@ -220,7 +223,8 @@ class MLP(nn.Module):
         self._apply(lambda x: x)  # sets self.layers and self.norms
 
     def _apply(self, fn, recurse=True):
-        """What .to() calls. It may make new parameters, and walking a ParameterList is slow."""
+        """.to() calls this, and may replace parameters, so the lists of layers are made anew. They
+        are plain lists because walking a ParameterList in every forward pass is slow."""
         super()._apply(fn, recurse)
         self.layers = list(zip(self.weights, self.biases))
         self.norms = list(zip(self.gains, self.shifts))
@@ -248,10 +252,10 @@ class MLP(nn.Module):
         return F.layer_norm(x, x.shape[-1:], eps=self.norm_eps) * gain + shift
 
     def input_gradient(self, *inputs):
-        """With members, ReLU and no layer norm: gradient (E, B, in) of each one's output with
-        respect to the concatenated inputs, differentiable in the weights. ReLU's masks are
-        constants, so this is the chain rule written out: the numbers of a double backward at two
-        thirds of its products."""
+        """With members, ReLU and no layer norm: the gradient (E, B, in) of every member's output
+        with respect to the concatenated inputs, differentiable in the weights. ReLU's masks are
+        constants, so the chain rule can be written out. This gives the same numbers as a double
+        backward, with two thirds of its matrix products."""
         x, masks = torch.cat(inputs, -1), []
         with torch.no_grad():
             for w, b in self.layers[:-1]:
@@ -305,7 +309,7 @@ class Adam:
     @torch.no_grad()
     def step(self, grads):
         self.count += 1
-        grads = [g.contiguous() for g in grads]  # the fused call reads memory, not strides
+        grads = [g.contiguous() for g in grads]  # the fused call ignores strides
         if not torch.compiler.is_compiling():
             counts = [self.count] * len(self.params)
             torch._fused_adam_(
@@ -380,14 +384,15 @@ def sample_tanh_normal(mean, log_std):
 
 def tanh_normal_log_prob(a, mean, log_std, clip: float):
     """Log-density (...,) of tanh(x), x ~ N(mean, exp(log_std)^2), at actions a (..., A), which are
-    clipped to +-(1 - clip) first: at a bound itself it has no limit."""
+    clipped to +-(1 - clip) first, because x is infinite at a bound itself."""
     x = torch.atanh(a.clamp(-1 + clip, 1 - clip))
     return (normal_log_prob(x, mean, log_std) - tanh_log_det(x)).sum(-1)
 
 
 def share_at_bounds(data, dequantize: float):
-    """Share (0-d) of the data's action numbers within 1e-6 of a bound, where the log-density of a
-    tanh-Gaussian has no limit; above 1% a note says so, unless they are spread."""
+    """Share (0-d) of the data's action numbers that are within 1e-6 of a bound. A tanh-Gaussian can
+    raise their log-density without limit, so a note is printed where the share is above 1% and
+    `dequantize` is 0."""
     share = (data.action.abs() >= 1 - 1e-6).float().mean()
     if share > 0.01 and not dequantize:
         print(
@@ -398,24 +403,25 @@ def share_at_bounds(data, dequantize: float):
 
 
 def dequantize(a, width: float):
-    """Actions (..., A); those at a bound (within 1e-6) are spread evenly over the band of `width`
-    inside it. Width 0 returns all as they are."""
+    """Actions (..., A) in which every number within 1e-6 of a bound is replaced by a uniform draw
+    from the band of `width` inside that bound. A width of 0 changes nothing."""
     if width == 0:
         return a
     return torch.where(a.abs() >= 1 - 1e-6, a.sign() * (1 - width * torch.rand_like(a)), a)
 
 
 def graphed(update, *inputs, compile: bool = False):
-    """`update(*inputs, *constants)` as a function of its Python constants alone. On a GPU the whole
-    update becomes one CUDA graph per set of constants, after three plain calls (which count as
-    updates); on a CPU it is the plain call. `compile` compiles the update whole."""
+    """Return `step(*constants)`, which runs `update(*inputs, *constants)`; the constants are Python
+    values such as True. On a CPU this is the plain call. On a GPU the first three calls with the
+    same constants are plain calls; then the whole update is captured as a CUDA graph, which every
+    later call replays. `compile` compiles the update whole."""
     if compile:
         import torch._dynamo
         import torch._inductor
 
         if not hasattr(torch._dynamo.config, "trace_autograd_ops"):
             raise InputError(f"--compile needs torch 2.13 or newer, this is {torch.__version__}")
-        torch._dynamo.config.trace_autograd_ops = True  # takes autograd.grad inside the update
+        torch._dynamo.config.trace_autograd_ops = True  # allows autograd.grad in the update
         torch._inductor.config.fallback_random = True  # the same random stream as the plain call
         update = torch.compile(update, fullgraph=True, dynamic=False)
     if next(inputs[0].parameters()).device.type != "cuda":
