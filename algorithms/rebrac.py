@@ -1,8 +1,9 @@
 """ReBRAC (Tarasov, Kurenkov, Nikulin & Kolesnikov, NeurIPS 2023; arXiv:2305.09836).
 
-Idea: TD3+BC with what later methods brought along. Cloning is a penalty in the critics' target too,
-with a weight of its own; networks are one layer deeper; critics have layer normalization; batches
-are large; gamma is larger where rewards are sparse.
+Idea: TD3+BC with the improvements that later methods brought. Cloning is a penalty not only in the
+actor's loss but also in the critics' target, with a weight of its own; networks have one layer
+more; critics have layer normalization; batches are larger; gamma is larger where rewards are
+sparse.
 
     y    = r + gamma (1 - terminal) (min_i Q'_i(s', a') - critic_bc |a' - a'_data|^2),  (target)
            a' = clip(pi'(s') + clip(noise, -c, c), -1, 1)
@@ -10,30 +11,37 @@ are large; gamma is larger where rewards are sparse.
     L_pi = E[ actor_bc |pi(s) - a|^2 - weight min_i Q_i(s, pi(s)) ],        (actor)
            weight = 1 / mean |min_i Q_i(s, pi(s))|, detached
 
-a'_data is the action that the data takes at s'. Both squared distances are sums over the A action
-dimensions. critic_bc is in units of reward; actor_bc is not, because Q has unit size there.
-The actor and all targets move on the first step and on every `policy_freq`-th step after it. The
-target critics follow the critics as they are after their step, the target actor follows the actor
-as it was before its own.
+pi' and Q'_i are the target networks, and a'_data is the action that the data takes at s'. noise is
+Gaussian with the deviation --policy-noise, and c is --noise-clip. Both squared distances are sums
+over the A action dimensions. critic_bc is in units of reward; actor_bc is not, because `weight`
+scales Q to unit size in L_pi.
 
-With --actor-layers 2 --critic-layers 2 --no-critic-ln --critic-bc 0 this is the paper's TD3+BC. It
-differs from td3_bc.py in the minimum over critics in the actor's loss, in its initial values and in
-observations that are not normalized; an actor_bc of 1 / (alpha A) is TD3+BC's alpha.
+The actor and all targets are updated on the first step and on every `policy_freq`-th step after it.
+Then the target critics follow the critics that this step has updated already, and the target actor
+follows the actor that this step has not updated yet.
+
+With --actor-layers 2 --critic-layers 2 --no-critic-ln --critic-bc 0 this is what the paper runs as
+TD3+BC. It differs from td3_bc.py: the actor's loss has the minimum over critics, the initial values
+are others, and observations are not normalized. An alpha of td3_bc.py corresponds to an actor_bc of
+1 / (alpha A) here.
 
 The authors' code, against the paper:
-- On AntMaze the actor learns at 3e-4 and the critics at 5e-5; the paper's table has 1e-4.
+- On AntMaze the learning rates are 3e-4 for the actor and 5e-5 for the critics; the paper's table
+  has 1e-4 for both.
 - critic_bc is 0.01 for hopper-medium and 0.1 for hopper-expert; the paper's table has 0.001 twice.
-  The rows below are those of the code.
+  WEIGHTS below has the values of the code.
 
 This file, against the authors' code:
-- A row without a next action is dropped unless it is terminal, as the authors drop it. They read
-  the next action before they drop the row that a time limit cut. Where our loader has dropped that
-  row, its action is unknown here, so the row before it is dropped too: one more in each episode.
-- At a cut that no flag marks, as in medium-replay, the authors take an action of the next episode.
-  Here the row is dropped, because its next observation is not that of the following row.
-- The authors publish no weights for other data than D4RL's. The defaults of 0.01 and 0.01 are the
-  pair that they use most often. The rows of Maze2D are CORL's; Minari's datasets have the rows of
-  the D4RL datasets of the same name, and its point mazes those of Maze2D.
+- A row without a next action is dropped unless it is terminal, as in the authors' code. They drop
+  the last row of an episode that a time limit ended, but they read its action first, as the next
+  action of the row before it. Where our loader has dropped that last row, its action is unknown, so
+  the row before it is dropped, too: one row more in each such episode.
+- Where an episode is cut and no flag marks it, as in medium-replay, the authors take the first
+  action of the next episode as the next action. Here the row before the cut is dropped. The cut is
+  seen, because this row's next observation is not the observation of the following row.
+- The authors publish actor_bc and critic_bc for D4RL's data only. The defaults, 0.01 and 0.01, are
+  the pair that they use most often. The values for Maze2D are CORL's. Minari's datasets take the
+  values of the D4RL datasets of the same name, and its point mazes those of Maze2D.
 
     python algorithms/rebrac.py
 """
@@ -80,7 +88,7 @@ class Args(RunArgs):
     policy_noise: NonNegative = 0.2
     """standard deviation of the noise that smooths the target action"""
     noise_clip: NonNegative = 0.5
-    """bound of the target action's noise"""
+    """bound c to which the noise of the target action is clipped: 0 is no noise"""
     policy_freq: Count = 2
     """critic steps per step of actor and targets; 1 is no delay"""
     actor_layers: Count = 3
@@ -120,7 +128,7 @@ class Nets(nn.Module):
 
 @torch.no_grad()
 def initial_values_(net, last):
-    """The authors' initial values: hidden biases of 0.1, a last layer uniform in [-last, last]."""
+    """The authors' initial values: hidden biases are 0.1, the last layer is uniform in [-last, last]."""
     for b in net.biases:
         b.fill_(0.1)
     net.weights[-1].uniform_(-last, last)
@@ -131,11 +139,11 @@ def initial_values_(net, last):
 class Transitions(Data):
     """Rows of the data, each with the action that the data takes next."""
 
-    next_action: Tensor = None  # (N, A), 0 at terminal rows, where nothing weighs it
+    next_action: Tensor = None  # (N, A), 0 at terminal rows, where y does not depend on it
 
 
 def with_next_actions(data):
-    """The rows of `data` that a next action follows, and the terminal ones."""
+    """The rows of `data` whose next action is known, and the terminal rows."""
     action, known = next_action(data)
     keep = known | (data.terminal == 1)
     dropped = int((~keep).sum())
@@ -150,7 +158,7 @@ def with_next_actions(data):
 
 
 def critic_loss(nets, s, a, r, s2, terminal, next_a, args):
-    """Target with its penalty, and critics; sum over critics of the mean over the batch."""
+    """L_Q and its target y: sum over critics of the mean over the batch. Also the mean of Q."""
     with torch.no_grad():
         noise = torch.randn_like(a) * args.policy_noise
         noise = noise.clamp(-args.noise_clip, args.noise_clip)
@@ -165,7 +173,8 @@ def critic_loss(nets, s, a, r, s2, terminal, next_a, args):
 
 
 def actor_loss(nets, s, a, args):
-    """Cloning and the lower critic, scaled to unit size."""
+    """L_pi: cloning, and the smaller of both critics, scaled to unit size. Also returns the cloning
+    loss, the weight of Q, and the actions."""
     pi = nets.actor(s).tanh()
     q = nets.q(s, pi).amin(0)  # (B,)
     weight = 1 / q.detach().abs().mean()
@@ -212,6 +221,7 @@ def train(run, data, args):
         q=Adam(nets.q.parameters(), args.critic_lr),
         actor=Adam(nets.actor.parameters(), args.actor_lr),
     )
+    # an action number is in [-1, 1], so the square of a difference is at most 4
     largest_penalty = args.critic_bc * 4 * data.action.shape[1]
     run.start(nets, opt, q_mean=largest_value(data, args.gamma, largest_penalty))
     step = graphed(update, nets, opt, data, args, compile=args.compile)
@@ -221,7 +231,7 @@ def train(run, data, args):
         run.after(t, metrics, lambda obs: policy(nets, obs, args))
 
 
-WEIGHTS = {  # actor_bc and critic_bc of the authors' configurations, by Minari's namespace
+WEIGHTS = {  # (actor_bc, critic_bc) of the authors' configurations; the keys are Minari's namespaces
     "mujoco": {
         "halfcheetah-random": (0.001, 0.1),
         "halfcheetah-medium": (0.001, 0.01),
@@ -275,7 +285,7 @@ PRESETS = {
     "D4RL/antmaze/*": ANTMAZE | dict(eval_every=50_000, eval_episodes=100),
     "maze2d-*": MAZE2D | dict(eval_episodes=100),
     "D4RL/pointmaze/*": MAZE2D | dict(eval_episodes=100),
-    **{
+    **{  # every row of WEIGHTS twice: under D4RL's name and under Minari's
         pattern: dict(actor_bc=actor_bc, critic_bc=critic_bc)
         for space, rows in WEIGHTS.items()
         for name, (actor_bc, critic_bc) in rows.items()
@@ -283,7 +293,9 @@ PRESETS = {
     },
     "hopper-medium-expert-demo": SHORT | dict(actor_bc=0.1, critic_bc=0.01),  # shortened
     "hopper-replay-demo": SHORT | dict(actor_bc=0.05, critic_bc=0.5),  # shortened
-    "pointmaze-medium-demo": SHORT | dict(actor_bc=0.003, critic_bc=0.001),  # shortened
+    "pointmaze-medium-demo": SHORT  # shortened; faster targets
+    | dict(actor_bc=0.003, critic_bc=0.001, polyak=0.02)
+    | dict(steps=12_000, eval_every=1_000, eval_episodes=20),
 }
 
 if __name__ == "__main__":
