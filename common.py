@@ -138,8 +138,9 @@ def sample(data, batch_size: int, fields=("obs", "action", "reward", "next_obs",
 
 
 def normalize_obs(data, eps: float) -> None:
-    """Shift and scale data.obs and data.next_obs in place to (s - mean) / (std + eps), with mean and
-    population deviation of data.obs. `Scaling` applies the same constants when the policy acts."""
+    """Shift and scale data.obs and data.next_obs in place to (s - mean) / (std + eps), by the mean
+    and the population deviation of data.obs. `Scaling` applies the same constants when the policy
+    acts."""
     data.obs_mean = data.obs.mean(0)
     data.obs_std = data.obs.std(0, correction=0) + eps
     for x in (data.obs, data.next_obs):
