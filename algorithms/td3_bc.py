@@ -9,22 +9,26 @@ number trades return against staying close to the data.
     L_pi = E[ -weight Q_1(s, pi(s)) + (pi(s) - a)^2 ],                      (TD3+BC actor)
            weight = alpha / mean |Q_1(s, pi(s))|, detached
 
-An alpha of 0 is behavior cloning, a large one is TD3. The actor and all targets move on every
-`policy_freq`-th step only. The cloning term is a mean over batch and action dimensions.
+A prime marks the target networks, Q' and pi'. The noise is Gaussian with the standard deviation
+--policy-noise, and c is --noise-clip. The cloning term is a mean over batch and action dimensions.
+The actor and all targets move on every `policy_freq`-th step only. With alpha = 0 the actor clones
+the data; with a large alpha the method is TD3.
 
-Dividing the actor's loss by alpha shows the form Q + alpha_bc log pi of other libraries (AC+BC).
-Their coefficient is alpha_bc = 2 / (alpha A) for A action dimensions; it is inverse to this one.
-With --policy-noise 0 --noise-clip 0 --critics 1 --policy-freq 1 this file is DDPG+BC.
+Other libraries write the same idea as AC+BC, actor-critic with behavior cloning: their actor
+maximizes Q + alpha_bc log pi(a|s), where pi is a Gaussian of deviation 1 and Q has unit size.
+Dividing L_pi by alpha gives this form, with alpha_bc = 2 / (alpha A) for A action dimensions: a
+larger alpha_bc means more cloning, a larger alpha means less. With --policy-noise 0 --noise-clip 0
+--critics 1 --policy-freq 1 this file is DDPG+BC.
 
 The authors' code, against the paper:
 - No difference is known.
 
 This file, against the authors' code:
-- Rows that a time limit cut are kept where the data has their next observation; the authors' loader
-  drops them.
-- The paper has no AntMaze. The reward shift of -1 there is CORL's, and observations stay
-  normalized, as CORL has it. The first author advises --no-normalize-obs and a larger --alpha for
-  AntMaze, in an issue of his repository.
+- The last row of an episode that a time limit ended is kept where the data has its next
+  observation; the authors' loader drops it.
+- The paper has no AntMaze. As in CORL, a library of offline RL, its rewards are shifted by -1 and
+  its observations are normalized. The first author, asked in his repository, advises
+  --no-normalize-obs and a larger --alpha for AntMaze.
 
     python algorithms/td3_bc.py
 """
@@ -67,7 +71,7 @@ class Args(RunArgs):
     policy_noise: NonNegative = 0.2
     """standard deviation of the noise that smooths the target action; 0 is DDPG's target"""
     noise_clip: NonNegative = 0.5
-    """bound of the target action's noise"""
+    """largest size of the noise on the target action"""
     policy_freq: Count = 2
     """critic steps per step of actor and targets; 1 is no delay"""
     critics: Count = 2
@@ -92,7 +96,7 @@ class Nets(nn.Module):
 
 
 def critic_loss(nets, s, a, r, s2, terminal, args):
-    """TD3 target and critics; sum over critics of the mean over the batch."""
+    """TD3 target and critics: sum over critics of the mean over the batch; also the mean of Q."""
     with torch.no_grad():
         noise = torch.randn_like(a) * args.policy_noise
         noise = noise.clamp(-args.noise_clip, args.noise_clip)
@@ -106,7 +110,7 @@ def critic_loss(nets, s, a, r, s2, terminal, args):
 
 
 def actor_loss(nets, s, a, args):
-    """TD3+BC actor, through the first critic only."""
+    """TD3+BC actor, which uses the first critic only; also its cloning term, weight and actions."""
     pi = nets.actor(s).tanh()
     q = nets.q(s, pi, member=0)  # (B,)
     weight = args.alpha / q.detach().abs().mean()
