@@ -1,29 +1,32 @@
 """Behavior cloning, BC, and best-X% BC: the column that every table needs.
 
-Idea: regress the data's actions on its observations; keep, if asked, only the episodes of highest
-return.
+Idea: regress the data's actions on its observations. With --top, only the episodes of highest
+return are imitated.
 
-    L_pi = E[ (pi(s) - a)^2 ], pi(s) a tanh network                          (deterministic)
-    L_pi = E[ -log N(a; pi(s), sigma) ], sigma free of s, in [exp(-5), exp(2)] (--gaussian)
+    L_pi = E[ (pi(s) - a)^2 ]                                                (deterministic)
+    L_pi = E[ -log N(a; pi(s), sigma) ]                                      (--gaussian)
 
-The mean is over batch and action dimensions in the first form; the log-density of the second is a
-sum over dimensions. Both act by pi(s), and neither uses rewards, next states or terminals.
+pi(s) is a network that ends in tanh. The deviation sigma is learned, is the same in every state,
+and lies in [exp(-5), exp(2)]. In the first form, the mean is over batch and action dimensions; the
+log-density of the second is a sum over dimensions. Both act by pi(s), and neither uses rewards,
+next states or terminals.
 
-With --top 0.1 this is 10% BC: episodes are ranked by their undiscounted return, and the best
-max(1, 10% of their number) are kept whole.
+With --top 0.1 this is 10% BC: episodes are ranked by their undiscounted return, and the best tenth
+of them, but at least one episode, is kept whole.
 
 The authors' code, against the paper:
 - There is no paper, so the reference is the BC of CORL, a library of offline RL.
 
 This file, against the authors' code:
-- Episodes are cut where the data ends them. CORL cuts after it has dropped rows: this shifts
-  episodes that a time limit ended by one row each, and it loses the last episode where the data
-  breaks off within it.
-- --gaussian is no part of CORL's BC; it is the policy that IQL clones with.
-- --top does not keep whole recordings of ant mazes, and neither does CORL's ranking. There a
-  recording goes on after the goal is reached, and every row at the goal is a terminal row, which
-  ends an episode. So each further row at the goal is an episode of one row; its return of 1 is the
-  best there is, and the ranking cannot tell it from the path that led to the goal.
+- Episodes end where the data says that they end. CORL first drops the last row of every episode
+  that a time limit ended, and then counts 1,000 rows for such an episode. So its episodes begin one
+  row later for every such episode before them, and the unfinished episode at the end of the data
+  is lost.
+- CORL's BC has no --gaussian. It is the policy of IQL, here without IQL's weights.
+- In AntMaze, --top does not keep whole recordings, and neither does CORL's ranking. A recording
+  goes on after the goal is reached, and every row at the goal is a terminal row, which ends an
+  episode. So each further row at the goal is an episode of one row. Its return of 1 is the best
+  there is, and the ranking cannot tell it from the path that led to the goal.
 
     python algorithms/bc.py
 """
@@ -55,11 +58,11 @@ class Args(RunArgs):
     eval_every: Count = 5_000
     """gradient steps between evaluations"""
     top: PositiveShare = 1.0
-    """share of the episodes that is cloned, best returns first; 1 is plain BC"""
+    """share of the episodes that are cloned, best returns first; 1 is plain BC"""
     gaussian: bool = False
     """maximize a Gaussian's likelihood instead of minimizing the squared error"""
     lr: Positive = 3e-4
-    """Adam's learning rate"""
+    """Adam's learning rate of the actor"""
     normalize_obs: bool = True
     """shift and scale observations to mean 0 and deviation 1 over the cloned data"""
 
@@ -76,7 +79,7 @@ class Nets(nn.Module):
 
 
 def keep_best(data, top):
-    """Keep the best max(1, top x E) episodes, in their order and renumbered; changes `data`."""
+    """Keep the max(1, top E) episodes of highest return in `data`, in their order, renumbered."""
     keep = max(1, int(top * len(data.episode_return)))
     ranking = data.episode_return.argsort(descending=True)
     best = ranking[:keep].sort().values
