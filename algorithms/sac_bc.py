@@ -1,8 +1,9 @@
-"""SAC+BC: the AC+BC actor of S. Park's lecture notes "Offline RL" on SAC (arXiv:1812.05905).
+"""SAC+BC: SAC (arXiv:1812.05905) with the AC+BC actor of S. Park's lecture notes "Offline RL".
 
 Idea: SAC, with behavior cloning added to the actor's loss and Q scaled to unit size, so that one
 number trades return against staying close to the data. The cloning term is the forward divergence
-KL(data, pi) (8): the data's log-likelihood under SAC's own stochastic actor.
+KL(data, pi) of (8), which is the data's negative log-likelihood under SAC's stochastic actor, up to
+a constant. AC+BC means actor-critic with behavior cloning. The numbers (8) and (9) are the notes'.
 
     y    = r + gamma (1 - terminal) (min_i Q'_i(s',a') - temperature log pi(a'|s'))  (SAC target)
     L_Q  = E[ sum_i (Q_i(s,a) - y)^2 ]                                      (SAC critics)
@@ -10,15 +11,17 @@ KL(data, pi) (8): the data's log-likelihood under SAC's own stochastic actor.
            weight = 1 / mean |min_i Q_i(s,a~)|, detached
     L_T  = temperature (E[-log pi(a~|s)] + A)                               (SAC temperature)
 
-a' and a~ are samples of the tanh-Gaussian pi, a~ with its gradient. The target's entropy term is
-off unless --backup-entropy is set. An alpha_bc of 0 is SAC, a large one is maximum likelihood. It
-is inverse to TD3+BC's alpha: with the std fixed at 1, TD3+BC is alpha_bc = 2 / (alpha A).
+a' and a~ are samples of the tanh-Gaussian pi at s' and at s; the gradient of L_pi runs through a~.
+Q' are the target critics, and A is the number of action dimensions. The entropy term of y is left
+out unless --backup-entropy is set. An alpha_bc of 0 is SAC, a large one is maximum likelihood. So
+it is inverse to TD3+BC's alpha: with a fixed deviation of 1, TD3+BC has alpha_bc = 2 / (alpha A).
 
-The default of alpha_bc is ours. With the std fitted, cloning pulls back over a distance d by
-alpha_bc d / (std^2 + d^2) per dimension (std: the data's), TD3+BC by 2 d / (alpha A). Near the
-data they agree at alpha_bc = 2 std^2 / (alpha A), but a likelihood lets go: its pull is never
-above alpha_bc / (2 std). At std 0.3 and A = 3, alpha_bc = 0.1 resists any pull of Q that moves
-TD3+BC (alpha = 2.5) by less than 0.6.
+The default of alpha_bc is ours. To compare it with TD3+BC's alpha, let the data's actions have the
+deviation std, and move the policy's mean away from theirs by d. In each dimension, TD3+BC pulls it
+back with 2 d / (alpha A). Here the policy's deviation grows with d, so the pull is
+alpha_bc d / (std^2 + d^2). For small d both are equal at alpha_bc = 2 std^2 / (alpha A); but this
+pull is never above alpha_bc / (2 std), and it fades when d is large. With std = 0.3 and A = 3,
+alpha_bc = 0.1 resists any pull of Q that would move TD3+BC (alpha = 2.5) by less than 0.6.
 
 The authors' code, against the paper:
 - The notes come without code.
@@ -26,15 +29,14 @@ The authors' code, against the paper:
 This file, against the authors' code:
 - The notes have neither entropy nor `weight`. The weight is TD3+BC's; it scales all of SAC's loss,
   so that the temperature stays in units of Q.
-- SAC itself keeps the target's entropy term.
-- The temperature's loss is linear in the temperature, as in SAC's paper, so its gradient in the
-  logarithm that Adam moves is temperature (H + A), where H is the policy's entropy. The loss in
-  cql.py is its authors': log temperature (H + A), with the gradient H + A. Both have the same sign
-  and rest at the same entropy; they differ where the temperature changes, because this gradient
-  shrinks and grows with it.
+- The target's entropy term is off by default; SAC itself has it.
+- L_T is linear in the temperature, as in SAC's paper. Adam moves the logarithm of the temperature,
+  for which the gradient is temperature (H + A), where H is the policy's entropy. The loss in cql.py
+  is that of CQL's authors, log(temperature) (H + A), with the gradient H + A. Both gradients have
+  the same sign and are 0 at the same entropy; this one shrinks and grows with the temperature.
 - The bounds of the log-std are ours.
 - The reward shift of -1 in AntMaze is CORL's.
-- --dequantize is ours, and off by default. It is meant for data with many actions exactly at a
+- --dequantize is an addition, and off by default. It is for data with many actions exactly at a
   bound, where log pi grows without limit.
 
     python algorithms/sac_bc.py
@@ -72,7 +74,7 @@ class Args(RunArgs):
     alpha_bc: NonNegative = 0.1
     """weight of cloning against Q (Eq. 9): 0 is SAC, a large number is behavior cloning"""
     backup_entropy: bool = False
-    """subtract temperature log pi(a'|s') in the target, as SAC does online"""
+    """keep SAC's entropy term, -temperature log pi(a'|s'), in the target"""
     dequantize: Share = 0.0
     """width of the band inside the bounds over which actions exactly at a bound are spread"""
     gamma: ShareBelow1 = 0.99
@@ -104,11 +106,11 @@ class Nets(nn.Module):
     def pi(self, s):
         """Mean and log-std (B, A) of the actor's tanh-Gaussian."""
         mean, log_std = self.actor(s).chunk(2, -1)
-        return mean, log_std.clamp(-5, 2)  # likelihoods of repeated actions have no limit
+        return mean, log_std.clamp(-5, 2)  # else repeated actions have no largest likelihood
 
 
 def critic_loss(nets, s, a, r, s2, terminal, args):
-    """SAC target and critics; sum over critics of the mean over the batch."""
+    """SAC target and critics: sum over critics of the mean over the batch; also the mean of Q."""
     with torch.no_grad():
         a2, log_prob, _ = sample_tanh_normal(*nets.pi(s2))
         v2 = nets.q_target(s2, a2).amin(0)  # (B,)
@@ -121,7 +123,8 @@ def critic_loss(nets, s, a, r, s2, terminal, args):
 
 
 def actor_loss(nets, s, a, args):
-    """Eq. 9: SAC's loss scaled to unit Q, plus the data's negative log-likelihood (8)."""
+    """Eq. 9: SAC's loss scaled to unit Q, plus the data's negative log-likelihood (8). Also returns
+    the cloning term, the weight, the actions and the entropy."""
     mean, log_std = nets.pi(s)
     pi, log_prob, _ = sample_tanh_normal(mean, log_std)
     q = nets.q(s, pi).amin(0)  # (B,)
@@ -187,8 +190,9 @@ def train(run, data, args):
 
 
 PRESETS = {
-    # The rows of the bundled datasets are shortened; their targets follow faster.
-    "hopper-medium-expert-demo": dict(steps=25_000, eval_every=2_500, polyak=0.01),
+    "hopper-medium-expert-demo": dict(  # shortened; faster targets
+        steps=25_000, eval_every=2_500, polyak=0.01
+    ),
     "hopper-replay-demo": dict(steps=30_000, eval_every=3_000),  # shortened
     "pointmaze-medium-demo": dict(  # with AntMaze's reward shift
         reward_shift=-1.0, polyak=0.02, steps=12_000, eval_every=1_000, eval_episodes=20
