@@ -79,7 +79,7 @@ class Args:
     seed: Seed = 1
     """seeds the start states, the split and the bootstrap"""
     video: str = ""
-    """film one episode into this .gif (or .mp4, with imageio-ffmpeg)"""
+    """film one episode into this .gif of at most 1 MB (or .mp4, with imageio-ffmpeg)"""
     export: str = ""
     """write the policy to this file for torch.export.load; needs no data by itself"""
 
@@ -272,24 +272,76 @@ def film(act, task, path: str, seed: int) -> float:
     """One episode into a .gif or .mp4; returns its return. Raises InputError."""
     try:
         import imageio
+        from PIL import Image
 
-        env = task.make(render_mode="rgb_array")
-        obs, frames, total, ended = env.reset(seed=seed)[0], [], 0.0, False
+        env = with_camera(task)
+        fps, gif = env.metadata.get("render_fps", 30), path.lower().endswith(".gif")
+        every = max(1, round(fps / 12)) if gif else 1
+        obs, frames, total, ended, t = env.reset(seed=seed)[0], [], 0.0, False, 0
         while not ended:
-            frames.append(env.render())
+            if t % every == 0:
+                frames.append(env.render())
             action = act(torch.as_tensor(obs, dtype=torch.float32)[None])[0].numpy()
             obs, reward, terminal, timeout, _ = env.step(action)
-            total, ended = total + float(reward), terminal or timeout
-        if path.endswith(".gif"):  # a third of the frames, 60 ms each
-            options = {"format": ".gif", "duration": 60, "loop": 0}
-            write(path, imageio.mimwrite("<bytes>", frames[::3], **options))
+            total, ended, t = total + float(reward), terminal or timeout, t + 1
+        if gif:
+            write(path, small_gif([Image.fromarray(x) for x in frames], every / fps))
         else:
-            imageio.mimwrite(path, frames, fps=env.metadata.get("render_fps", 30))
+            imageio.mimwrite(path, frames, fps=fps)
     except Exception as error:  # no display, no ffmpeg, no such folder: each library has its own
         line = (str(error).splitlines() or [type(error).__name__])[0]
         fix = "free some space" if isinstance(error, OSError) else "on a server set MUJOCO_GL=egl"
         raise InputError(f"--video {path}: {line}; {fix}") from None
     return total
+
+
+def with_camera(task):
+    """The task with pictures, seen by the camera that follows the body where there is one."""
+    env = task.make(render_mode="rgb_array")
+    model = getattr(env.unwrapped, "model", None)
+    cameras = [model.camera(i).name for i in range(getattr(model, "ncam", 0))]
+    if "track" not in cameras:
+        return env
+    env.close()
+    return task.make(render_mode="rgb_array", camera_name="track")
+
+
+def follow(env) -> None:
+    """Let a MuJoCo model's camera "track" take the film; Gymnasium's own stays where it begins."""
+    renderer = getattr(env.unwrapped, "mujoco_renderer", None)
+    if renderer:
+        names = [renderer.model.camera(i).name for i in range(renderer.model.ncam)]
+        if "track" in names:
+            renderer.camera_id = names.index("track")
+
+
+def small_gif(images: list, seconds: float, most: int = 1_000_000) -> bytes:
+    """Images, `seconds` apart, as an endless animation of at most `most` bytes: 240 pixels high in
+    64 colors, or as much smaller, and with as many images left out, as that takes."""
+    height, every = 240, 1
+    while True:
+        content = gif(images[::every], height, every * seconds)
+        if len(content) <= most or every >= len(images):
+            return content
+        if height > 150:
+            height = height * 4 // 5
+        else:
+            every *= 2
+
+
+def gif(images: list, height: int, seconds: float) -> bytes:
+    """An endless animation of images that are at most `height` pixels high."""
+    from PIL import Image
+
+    width = round(images[0].width * height / images[0].height)
+    if height < images[0].height:
+        images = [image.resize((width, height), Image.Resampling.LANCZOS) for image in images]
+    palette = images[len(images) // 2].quantize(64)  # one for all, so that still parts stay still
+    first, *rest = (image.quantize(palette=palette, dither=0) for image in images)
+    buffer = io.BytesIO()
+    duration = 10 * round(100 * seconds)  # in ms; the format counts hundredths of a second
+    first.save(buffer, "GIF", save_all=True, append_images=rest, duration=duration, loop=0)
+    return buffer.getvalue()
 
 
 # ---- taking the policy away ------------------------------------------------------------------
@@ -325,21 +377,41 @@ class Deployed(nn.Module):
             return self.act(obs)
 
 
-def export(module, nets, args, path: str) -> list:
-    """Write the policy for torch.export.load; returns the shapes of its noise, for one
-    observation. Without noise the batch size is free, with noise it is 1."""
+class DeployedWithNoise(nn.Module):
+    """Raw observations (B, S) and noise (B, A) to actions (B, A), for a file that offers
+    policy_with_noise(nets, obs, noise, args)."""
+
+    def __init__(self, module, nets, args):
+        super().__init__()
+        self.nets, self.act = nets, lambda *inputs: module.policy_with_noise(nets, *inputs, args)
+
+    def forward(self, obs, noise):
+        return self.act(obs, noise)
+
+
+def export(module, nets, args, path: str) -> list[str]:
+    """Write the policy for torch.export.load; returns what it takes, in words. A policy that draws
+    takes its noise as an input. The batch size is free, except for one that draws and does not
+    offer policy_with_noise: there it is 1."""
     obs = torch.zeros(2, len(nets.scaling.obs_mean))
     with Draws() as draws, torch.no_grad():
         module.policy(nets, obs[:1], args)
-    noise = tuple(draws.taken)
-    inputs = (obs[:1], *noise) if noise else (obs,)
-    free = None if noise else {"obs": {0: torch.export.Dim("batch")}}
+    policy, inputs, names = Deployed(module, nets, args), (obs,), ["observations (B, S)"]
+    free = True
+    if draws.taken and hasattr(module, "policy_with_noise"):
+        policy = DeployedWithNoise(module, nets, args)
+        inputs = obs, torch.zeros(2, len(nets.scaling.action_center))
+        names.append("standard normal noise (B, A)")
+    elif draws.taken:
+        inputs, free = (obs[:1], *draws.taken), False
+        names = ["observations (1, S)", *(f"noise {tuple(x.shape)}" for x in draws.taken)]
+    shapes = tuple({0: torch.export.Dim("batch")} for _ in inputs) if free else None
     with torch.no_grad():
-        program = torch.export.export(Deployed(module, nets, args), inputs, dynamic_shapes=free)
+        program = torch.export.export(policy, inputs, dynamic_shapes=shapes)
     buffer = io.BytesIO()
     torch.export.save(program, buffer)
     write(path, buffer.getbuffer())
-    return [tuple(x.shape) for x in noise]
+    return names
 
 
 def main(args):
@@ -361,8 +433,7 @@ def main(args):
     same = {"step": run.step, "seed": args.seed, "gamma": args.gamma}
     found = {"run": str(args.run), **same}
     if args.export:
-        noise = export(run.module, run.nets, run.args, args.export)
-        inputs = ["observations (1, S)" if noise else "observations (B, S)", *map(str, noise)]
+        inputs = export(run.module, run.nets, run.args, args.export)
         print(f"{args.export}: torch.export.load(...).module()({', '.join(inputs)}) -> actions")
     if task and args.episodes:
         envs = [Discounted(task.make(), args.gamma) for _ in range(args.episodes)]
