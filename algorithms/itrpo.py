@@ -1,7 +1,8 @@
 """iTRPO, an implicit trust region for behavior-regularized offline RL (Zhang & Tan, AAAI 2024).
 
-Idea: add the log-ratio of learned and behavior policy to BRAC's reward; every new policy then also
-stays close to the last one, without a second KL term anywhere.
+Idea: BRAC keeps the learned policy pi close to a clone pi_b of the behavior policy. iTRPO adds the
+log-ratio of the two to BRAC's reward. This has the effect that every new policy also stays close to
+the last one, although no loss has a second KL term.
 
     L_b  = E[ -log pi_b(a|s) - weight H(pi_b(.|s)) ]                                   (clone)
     L_w  = weight (H(pi_b(.|s)) + A)
@@ -11,32 +12,40 @@ stays close to the last one, without a second KL term anywhere.
     L_Q  = sum_i E[ (Q_i(s,a) - y)^2 ] + penalty E_{a~pi} sum_i |grad_a Q_i(s,a)|^2
     L_pi = -E[ min_i E_{a~pi}[ Q_i(s,a) - alpha rho(s,a) ] ]                           (5)
 
-First pi_b is cloned from the data, with an entropy floor of -A for A action dimensions; then it is
-frozen. L_w is linear in the weight, so its gradient in log weight is weight (H + A). The loss of
-cql.py's temperature is linear in the logarithm, with the gradient H + A; both rest at H = -A.
+H is the entropy, A the number of action dimensions, and Q'_i are the target critics. The flags of
+alpha and tau are --kl-coef and --shape-coef. The term tau alpha clip(rho) of y is called the
+shaping; the clip is to [ratio_min, ratio_max].
 
-Theorem 1: Q - tau alpha rho is then iterated under two penalties, tau alpha KL(pi || last pi) and
-(1 - tau) alpha KL(pi || pi_b). The limit is that of BRAC (tau = 0) with alpha (1 - tau), so a sweep
-of tau is a sweep of alpha too; --control is the unshaped method at that coefficient. In train.csv,
-rho_data, shaping and kl_behavior are the curves of the paper's figure 2, and kl_step is the KL from
-the policy of the row before.
+First the clone pi_b is trained by L_b. Its entropy weight is trained by L_w, so that the entropy
+does not fall below -A. Then pi_b is frozen. Adam moves the logarithm of the weight: L_w is linear
+in the weight itself, so its gradient is weight (H + A). In cql.py, the loss of the temperature is
+linear in the logarithm, and its gradient is H + A. Both are zero at H = -A.
 
-The paper's body prints no numbers, and its appendix is not to be found. The reference is therefore
-the trainer "IKL" in offorRL, an earlier repository of the first author. It computes Eq. 5 term by
-term, but does not name iTRPO. --setting fills in the numbers that are not typed:
+Theorem 1: the policies are the same as if Q - tau alpha rho were iterated with two penalties,
+tau alpha KL(pi || last pi) and (1 - tau) alpha KL(pi || pi_b). In the limit they are those of BRAC
+(tau = 0) with the coefficient alpha (1 - tau), so a sweep of tau is also a sweep of this
+coefficient. To tell the two effects apart, --control runs the method without shaping at that
+coefficient. In train.csv, rho_data, shaping and kl_behavior are the curves of the paper's figure 2;
+kl_step is KL(pi || the policy at the row before).
+
+The paper's body gives no values for these coefficients, and its appendix could not be found. The
+reference is therefore the trainer "IKL" in offorRL, an earlier repository of the first author. It
+computes Eq. 5 term by term, but does not name iTRPO. Where a flag from --kl-coef to --ratio-max is
+not given, --setting chooses its value:
 - paper: Eq. 5 alone, with alpha = 0.9 and tau = 0.03 of that code. An action at a bound can have
-  rho = -1e5, and here nothing clips it, so this setting is for data without such actions.
-- code: what that code adds, too. These are the clip rho >= -1, and Fisher-BRC's bonus of 5 and
-  penalty of 0.1.
-- trust: code with tau = 0.9. At 0.03, the clipped shaping lowers a value by at most 2.7.
+  rho = -1e5, which this setting does not clip: use it for data without such actions.
+- code: Eq. 5 with all that this code adds to it. This is the clip rho >= -1, and a bonus of 5 and a
+  gradient penalty of 0.1, both from Fisher-BRC.
+- trust: as code, but with tau = 0.9, so that the shaping matters. With tau = 0.03 and the clip, it
+  lowers a value by at most 2.7.
 
 The authors' code, against the paper:
-- It names the coefficients the other way round: its tau is alpha here, its alpha is tau here.
-- The lower clip of rho voids Theorem 1. On ten random tabular problems with alpha = 0.5 it moves
-  the limit, in the probability of an action, by up to 0.003 with tau = 0.03 and by up to 0.17 with
-  tau = 0.9. Without the clip, both iterations agree to 1e-13.
+- It exchanges the names of the coefficients: its tau is alpha here, its alpha is tau here.
+- With the lower clip of rho, Theorem 1 no longer holds. On ten random tabular problems with
+  alpha = 0.5, the clip changes an action's probability in the limit by up to 0.003 with tau = 0.03,
+  and by up to 0.17 with tau = 0.9. Without it, the two iterations of the theorem agree to 1e-13.
 - The bonus, the gradient penalty and the minimum over two critics are not in the paper's body.
-- It adds 1.2e-7 to every component of the critics' action gradient before it is squared.
+- It adds 1.2e-7 to every component of the critics' action gradient before squaring it.
 
 This file, against the authors' code:
 - That 1.2e-7 is left out. It changes the penalty by a few millionths.
@@ -44,15 +53,15 @@ This file, against the authors' code:
   within 1e-3 (policies) and 3e-3 (critics). In the author's code, the weights of the first layer
   lie within 1/16 whatever the number of inputs, and biases are 0, except those of the log-std.
 - Targets start as copies of the critics. The author's start at random values of their own.
-- pi_b's density at samples is taken from x, before the tanh, where both Jacobians cancel. The
-  author inverts the tanh at actions clipped to 0.999999.
-- The clone's entropy weight moves after the clone. The author moves it before.
+- rho at sampled actions tanh(x) is computed from x, because the tanh's Jacobians of pi and pi_b
+  cancel. For pi_b's density, the author clips the action to +-0.999999 and inverts the tanh.
+- In each step, the clone is updated before its entropy weight. The author updates the weight first.
 - An evaluation is ten whole episodes every 5,000 updates. The author's is 10,000 steps of the task
   every 1,000 updates, without the episode that the last step breaks off.
-- Rows that a time limit cut are kept where the data has their next observation; D4RL's loader
-  drops them.
+- The last row of an episode that a time limit ended is kept where the data has its next
+  observation; D4RL's loader drops it.
 - The AntMaze reward r - 1 is the author's; the bonus of 0 and the 100 episodes there are not.
-- --normalize-obs and --dequantize are additions, and off by default.
+- --normalize-obs and --dequantize are ours, and off by default.
 
     python algorithms/itrpo.py
 """
@@ -83,35 +92,35 @@ class Args(RunArgs):
     seed: Seed = 0
     """seeds networks, batches and evaluation"""
     steps: Count = 1_000_000
-    """gradient steps of actor and critics, after the clone's"""
+    """gradient steps of actor and critics, after those of the clone"""
     batch_size: BatchSize = 256
     """transitions per gradient step"""
     eval_every: Count = 5_000
     """gradient steps between evaluations"""
     setting: Literal["paper", "code", "trust"] = "code"
-    """fills the six numbers below that are not typed (see above)"""
+    """fills --kl-coef to --ratio-max if None: Eq. 5 alone, the author's code, or it with tau 0.9"""
     kl_coef: NonNegative | None = None
     """alpha (Eq. 5), weight of KL(pi || pi_b) in units of reward: a large number is cloning"""
     shape_coef: Share | None = None
-    """tau (Eq. 5), share of alpha that holds pi at the last pi: 0 is BRAC, 1 forgets pi_b"""
+    """tau (Eq. 5), share of alpha that keeps pi near the last pi: 0 is BRAC, 1 ignores pi_b"""
     bonus: Number | None = None
     """added to every reward: above 0 it pays for survival where episodes can end early"""
     penalty: NonNegative | None = None
-    """weight of the critics' squared action gradient: 0 is the paper's body"""
+    """weight of the critics' squared action gradient in their loss: 0 is none, as in the paper"""
     ratio_min: float | None = None
-    """lower clip of rho(s,a) in the shaping, before its coefficients: -inf is no clip"""
+    """lower clip of rho(s,a) in tau alpha clip(rho), the shaping of rewards: -inf is no clip"""
     ratio_max: float | None = None
-    """upper clip of rho(s,a) in the shaping: inf is no clip"""
+    """upper clip of rho(s,a) in tau alpha clip(rho), the shaping of rewards: inf is no clip"""
     control: bool = False
-    """the unshaped method with the same limit: alpha (1 - tau) for alpha, 0 for tau"""
+    """run BRAC with the same limit instead: alpha becomes alpha (1 - tau), then tau becomes 0"""
     samples: Count = 10
-    """actions per state for E_pi of Q and rho: fewer are faster and noisier"""
+    """actions per state over which Q and rho are averaged (Eq. 5): fewer are faster, but noisier"""
     clip: InsideUnit = 1e-6
     """the data's actions are clipped to +-(1 - clip) where densities are evaluated"""
     dequantize: Share = 0.0
-    """width of the band inside the bounds over which actions exactly at a bound are spread"""
+    """actions exactly at a bound are spread over a band of this width inside it: 0 is no spread"""
     reward_shift: Number = 0.0
-    """added to every reward; unlike the bonus, no setting changes it"""
+    """added to every reward; unlike --bonus, --setting does not change it"""
     gamma: ShareBelow1 = 0.99
     """discount"""
     polyak: PositiveShare = 0.005
@@ -119,9 +128,9 @@ class Args(RunArgs):
     lr: Positive = 3e-4
     """Adam's learning rate of the actor and the critics"""
     bc_steps: Count = 1_000_000
-    """gradient steps of the clone pi_b, before all others"""
+    """gradient steps of the clone pi_b, before those of actor and critics"""
     bc_lr: Positive = 1e-3
-    """Adam's learning rate of the clone; a tenth of it after 80% of bc_steps, again after 90%"""
+    """Adam's learning rate of the clone; divided by 10 after 80% of its steps, again after 90%"""
     normalize_obs: bool = False
     """shift and scale observations to mean 0 and deviation 1 over the data"""
 
@@ -162,24 +171,24 @@ def gaussian(net, s):
 
 
 def draw(pi, samples):
-    """x (M, B, A) with tanh(x) ~ pi, reparameterized."""
+    """M samples x (M, B, A) with tanh(x) ~ pi, reparameterized; pi is the pair from `gaussian`."""
     mean, log_std = (part.expand(samples, *part.shape) for part in pi)
     return mean + log_std.exp() * torch.randn_like(mean)
 
 
 def pre_tanh(a, args):
-    """x of the data's actions; an action at a bound, where no density is defined, moves inward."""
+    """x = atanh(a) of the data's actions; one at a bound, which has no density, is moved inward."""
     a = dequantize(a, args.dequantize)
     return torch.atanh(a.clamp(-1 + args.clip, 1 - args.clip))
 
 
 def log_ratio(x, pi, behavior):
-    """rho (..., B) = log pi - log pi_b at tanh(x), x (..., B, A): the tanh's Jacobian cancels."""
+    """rho (..., B) = log pi - log pi_b at tanh(x), x (..., B, A); the tanh's Jacobians cancel."""
     return (normal_log_prob(x, *pi) - normal_log_prob(x, *behavior)).sum(-1)
 
 
 def gaussian_kl(p, q):
-    """KL(p || q) (B,) of two tanh-Gaussians: that of the Gaussians, as tanh is one to one."""
+    """KL(p || q) (B,) of two tanh-Gaussians: that of the Gaussians, because tanh is one to one."""
     log_ratio_std = p[1] - q[1]
     distance = (p[0] - q[0]) * torch.exp(-q[1])
     squares = torch.exp(2 * log_ratio_std) + distance**2 - 1
@@ -187,7 +196,7 @@ def gaussian_kl(p, q):
 
 
 def behavior_loss(nets, s, a, args):
-    """Clone of pi_b: likelihood, plus weighted entropy. Also returns both, means over the batch."""
+    """L_b: negative log-likelihood minus the weighted entropy. Also returns both, unweighted."""
     behavior = gaussian(nets.behavior, s)
     x = pre_tanh(a, args)
     log_prob = normal_log_prob(x, *behavior) - tanh_log_det(x)
@@ -200,14 +209,14 @@ def behavior_loss(nets, s, a, args):
 
 
 def temperature_loss(log_temperature, entropy, act_dim):
-    """L_w: the temperature, here the clone's entropy weight, grows while the mean entropy is below
-    its target -A."""
+    """L_w: the temperature, here the weight of the clone's entropy, grows while the mean entropy is
+    below its target -A."""
     return log_temperature.exp() * (entropy + act_dim)
 
 
 def evaluate(q, s, pi, behavior, args):
-    """Q (E, M, B) and rho (M, B) of M sampled actions of pi. pi_b is fixed, but its density at the
-    samples is differentiated."""
+    """Q (E, M, B) and rho (M, B) of M actions sampled from pi. The weights of pi_b are fixed, but
+    gradients flow to pi through its density at the samples."""
     x = draw(pi, args.samples)  # (M, B, A)
     rows = s.expand(len(x), *s.shape).flatten(0, 1)
     a = x.tanh().flatten(0, 1)
@@ -217,25 +226,26 @@ def evaluate(q, s, pi, behavior, args):
 
 
 def value(q, rho, args):
-    """<pi, Q - alpha rho> of Eq. 5, (B,), from Q (E, M, B) and rho (M, B) of M samples; their mean
-    comes before the minimum over critics."""
+    """<pi, Q - alpha rho> of Eq. 5, (B,), from Q (E, M, B) and rho (M, B) of M samples: first the
+    mean over samples, then the minimum over critics."""
     return q.mean(1).amin(0) - args.kl_coef * rho.mean(0)
 
 
 def shaping(rho, args):
-    """tau alpha rho of Eq. 5; rho is clipped before the coefficients."""
+    """tau alpha rho of Eq. 5; rho is clipped before tau alpha multiplies it."""
     rho = rho.clamp(args.ratio_min, args.ratio_max)
     return args.shape_coef * args.kl_coef * rho
 
 
 def target_value(r, terminal, rho, next_value, args):
-    """y of Eq. 5, second line: a terminal masks the next state's value, the shaping never."""
+    """y (Eq. 5, second line). A terminal masks the next state's value, but never the shaping."""
     next_value = (1 - terminal) * next_value
     return r + args.bonus + shaping(rho, args) + args.gamma * next_value
 
 
 def critic_loss(nets, s, a, r, s2, terminal, rho, args):
-    """Eq. 5, second line; sum over critics. rho (B,) is that of the data's actions."""
+    """L_Q without its penalty (Eq. 5, second line); rho (B,) is that of the data's actions. Also
+    returns the means of Q and y."""
     with torch.no_grad():
         pi = gaussian(nets.actor, s2)
         behavior = gaussian(nets.behavior, s2)
@@ -248,14 +258,14 @@ def critic_loss(nets, s, a, r, s2, terminal, rho, args):
 
 
 def gradient_penalty(nets, s, a):
-    """Sum over critics of E |grad_a Q_i(s,a)|^2."""
+    """Sum over critics of E |grad_a Q_i(s,a)|^2, at actions a (B, A) of pi."""
     grad = nets.q.input_gradient(s, a)  # (E, B, S + A): one per critic
     grad_a = grad[..., s.shape[1] :]
     return grad_a.square().sum(-1).mean(1).sum()
 
 
 def actor_loss(nets, s, pi, behavior, args):
-    """Eq. 5, first line."""
+    """L_pi (Eq. 5, first line), at actions drawn anew."""
     q, rho = evaluate(nets.q, s, pi, behavior, args)
     return -value(q, rho, args).mean()
 
@@ -273,7 +283,7 @@ def update_behavior(nets, opt, data, args):
 def update(nets, opt, data, args):
     """One step of critics, actor and targets."""
     s, a, r, s2, terminal = sample(data, args.batch_size)
-    pi = gaussian(nets.actor, s)  # before its step; critics and actor share it
+    pi = gaussian(nets.actor, s)  # the actor before its step, for rho, the penalty and L_pi
     with torch.no_grad():
         behavior = gaussian(nets.behavior, s)
         last = gaussian(nets.last_actor, s)
