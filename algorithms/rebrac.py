@@ -128,7 +128,7 @@ class Nets(nn.Module):
 
 @torch.no_grad()
 def initial_values_(net, last):
-    """The authors' initial values: hidden biases are 0.1, the last layer is uniform in [-last, last]."""
+    """The authors' initial values: hidden biases of 0.1, a last layer uniform in [-last, last]."""
     for b in net.biases:
         b.fill_(0.1)
     net.weights[-1].uniform_(-last, last)
@@ -231,7 +231,7 @@ def train(run, data, args):
         run.after(t, metrics, lambda obs: policy(nets, obs, args))
 
 
-WEIGHTS = {  # (actor_bc, critic_bc) of the authors' configurations; the keys are Minari's namespaces
+WEIGHTS = {  # (actor_bc, critic_bc) of the authors' configurations, by Minari's namespace
     "mujoco": {
         "halfcheetah-random": (0.001, 0.1),
         "halfcheetah-medium": (0.001, 0.01),
