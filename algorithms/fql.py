@@ -1,42 +1,48 @@
 """Flow Q-learning, FQL (Park, Li & Levine, ICML 2025; arXiv:2502.02538).
 
-Idea: clone the data with a flow, a network v that carries Gaussian noise to actions along straight
-lines, so that the clone may have many modes. A second network w learns to jump from noise to the
-flow's action in one step, and Q improves w alone; no gradient runs through the steps of the flow.
+Idea: clone the data with a flow. Its velocity v is trained on straight lines from Gaussian noise to
+the data's actions, and small steps along v carry noise to actions, so that the clone may have many
+modes. A second network w learns to jump from noise to the flow's action in one step. Q improves w
+alone, so no gradient runs through the steps of the flow.
 
     x_t  = (1 - t) x_0 + t a,  x_0 ~ N(0, I), t ~ U[0, 1]
     L_v  = E[ |v(s, x_t, t) - (a - x_0)|^2 ]                                (flow matching)
-    mu(s, z) = clip(x_M),  x_0 = z,  x_k+1 = x_k + v(s, x_k, k / M) / M      (Euler steps)
+    mu(s, z) = clip(x_M),  x_0 = z,  x_{k+1} = x_k + v(s, x_k, k / M) / M    (Euler steps)
     L_w  = E[ alpha |w(s, z) - mu(s, z)|^2 - mean_i Q_i(s, clip(w(s, z))) ]  (distillation and Q)
     y    = r + gamma (1 - terminal) mean_i Q'_i(s', clip(w(s', z')))         (target)
     L_Q  = E[ mean_i (Q_i(s, a) - y)^2 ]                                     (critics)
 
-z and z' are standard normal, clip is to [-1, 1], and M is --flow-steps. All losses of a step are
-taken at the same weights, and Q' follows the critics as they were before the step. The policy acts
-by clip(w(s, z)) with fresh noise at every step, when it is evaluated, too. alpha = 0 leaves Q
-alone, alpha -> infinity is the flow's clone. The first and the second term of L_w have the scale
-of actions and of Q, so a published alpha holds for its data's rewards, discount and reward shift
-only; with --normalize-q-loss, Q is divided by its mean size. With --no-distill there is no w: the
-flow itself acts, and Q's gradient runs through its M steps (the paper's FBRAC).
+z and z' are standard normal, Q'_i are the target critics, and clip is to [-1, 1]. M, the number of
+Euler steps, is --flow-steps. All losses of a step are computed with the weights from before the
+step, and Q' follows the critics from before the step, too. The policy acts by clip(w(s, z)) with
+fresh noise z at every step, also in evaluations.
+
+With alpha = 0, w follows Q alone; with alpha -> infinity, it imitates the flow. In L_w, the first
+term has the scale of actions and the second the scale of Q. A published alpha is therefore right
+only with the rewards, the discount and the reward shift for which it was chosen. With
+normalize_q_loss, Q in L_w is divided by the mean of |Q|, so that this scale does not matter.
+
+Without w (--no-distill), the flow itself acts, and Q's gradient runs through its M steps. This is
+the paper's FBRAC.
 
 The authors' code, against the paper:
 - The squared norms of the losses are means over action dimensions; the paper's are sums. So the
-  code's alpha is the paper's times the number of action dimensions, and all alphas published are
-  the code's.
-- Q's division by its mean size is not in the paper. The authors advise it for new data, with an
+  code's alpha is that of the paper's equation times the number of action dimensions. All published
+  values, and those below, are meant for the code.
+- Dividing Q by the mean of |Q| is not in the paper. The authors advise it for new data, with an
   alpha between 0.03 and 10.
 - For door, hammer and relocate, the commands that the authors publish have an alpha ten times as
-  large as the paper's table. The rows below are those of the commands.
+  large as the paper's table. PRESETS below has the values of the commands.
 - Their repository has no FBRAC.
 
 This file, against the authors' code:
-- Rows that a time limit cut are kept where the data has their next observation; the authors' D4RL
-  loader drops them.
+- The last row of an episode that a time limit ended is kept where the data has its next
+  observation; the authors' D4RL loader drops it.
 - The data's actions are used as they are; the authors clip them to 1 - 1e-5 in size.
-- Three Adams with one learning rate take the place of one Adam over all networks, which is the same
-  arithmetic.
+- Each of the three networks has its own Adam, all with one learning rate; the authors have one Adam
+  for all. The arithmetic is the same.
 - There is no evaluation before the first step, and no training online.
-- The rows of locomotion follow the authors' advice for new data; nothing is published there.
+- The presets of locomotion follow the authors' advice for new data, because no alpha is published.
 
     python algorithms/fql.py
 """
@@ -73,15 +79,15 @@ class Args(RunArgs):
     eval_episodes: Count = 50
     """episodes per evaluation"""
     alpha: NonNegative = 10.0
-    """weight of distillation against Q: 0 is Q alone, infinity is the flow's clone"""
+    """weight of distillation against Q in the policy's loss: 0 is Q alone, a large one the clone"""
     normalize_q_loss: bool = False
-    """divide Q by its mean size in the policy's loss, so that alpha has no scale"""
+    """divide Q by the mean of |Q| in the policy's loss, so that alpha fits rewards of any scale"""
     flow_steps: Count = 10
-    """Euler steps M of the flow; 1 is the mean of the data's actions"""
+    """Euler steps M of the flow: 1 gives the mean of the data's actions, many keep its modes"""
     distill: bool = True
-    """learn a one-step policy; without it the flow acts, and Q's gradient runs through its steps"""
+    """learn a one-step policy; without it the flow acts, and Q is maximized through its M steps"""
     q_agg: Literal["mean", "min"] = "mean"
-    """how the two target critics make one target"""
+    """how y combines the two target critics: by their mean, or by the smaller one"""
     gamma: ShareBelow1 = 0.99
     """discount"""
     polyak: PositiveShare = 0.005
@@ -145,7 +151,7 @@ def act(nets, s, z, args):
 
 
 def critic_loss(nets, s, a, r, s2, terminal, args):
-    """Target and critics; the mean over critics and batch. Also the mean of Q."""
+    """L_Q and its target y: the mean over critics and batch. Also returns the mean of Q."""
     with torch.no_grad():
         z = torch.randn_like(a)
         a2 = act(nets, s2, z, args).clamp(-1, 1)
@@ -157,7 +163,7 @@ def critic_loss(nets, s, a, r, s2, terminal, args):
 
 
 def flow_loss(nets, s, a):
-    """Flow matching: the velocity at a point between noise and action is their difference."""
+    """L_v: at a point between noise and action, the velocity should be action minus noise."""
     noise = torch.randn_like(a)
     t = torch.rand_like(a[:, :1])  # (B, 1)
     x = (1 - t) * noise + t * a
@@ -166,21 +172,22 @@ def flow_loss(nets, s, a):
 
 
 def distill_loss(nets, s, z, pi, args):
-    """Distillation: pi (B, A), not clipped, against the flow's action from the same noise z."""
+    """First term of L_w, without alpha: pi = w(s, z) (B, A), not clipped, against the flow's action
+    from the same noise z."""
     with torch.no_grad():
         target = flow(nets, s, z, args).clamp(-1, 1)
     return (pi - target).square().mean()
 
 
 def improvement_loss(nets, s, pi, args):
-    """Q's part of the policy's loss: minus the mean of both critics. Also the mean of Q."""
+    """Second term of L_w: minus the mean of both critics. Also returns the mean of Q."""
     q = nets.q(s, pi.clamp(-1, 1)).mean(0)  # (B,)
     size = q.detach().abs().mean() if args.normalize_q_loss else 1.0
     return -q.mean() / size, q.detach().mean()
 
 
 def update(nets, opt, data, args):
-    """One step of flow, policy, critics and target critics, all from the weights before it."""
+    """One step of flow, policy, critics and targets; all losses see the weights before the step."""
     s, a, r, s2, terminal = sample(data, args.batch_size)
     q_loss, q_mean = critic_loss(nets, s, a, r, s2, terminal, args)
     bc_loss = flow_loss(nets, s, a)
@@ -211,7 +218,7 @@ def policy_with_noise(nets, obs, noise, args):
 
 
 def policy(nets, obs, args):
-    """Raw observations (B, S) to actions (B, A) in the task's bounds, by noise that is drawn."""
+    """Raw observations (B, S) to actions (B, A) in the task's bounds, with fresh noise."""
     noise = torch.randn_like(nets.scaling.action_center.expand(len(obs), -1))
     return policy_with_noise(nets, obs, noise, args)
 
@@ -236,7 +243,7 @@ def train(run, data, args):
 
 
 PRESETS = {
-    # No locomotion is published: this is the authors' advice for new data.
+    # The authors publish no alpha for locomotion: this is their advice for new data.
     "halfcheetah-*": dict(normalize_q_loss=True, alpha=1.0),
     "hopper-*": dict(normalize_q_loss=True, alpha=1.0),
     "walker2d-*": dict(normalize_q_loss=True, alpha=1.0),
