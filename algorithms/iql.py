@@ -1,16 +1,17 @@
 """Implicit Q-Learning, IQL (Kostrikov, Nair & Levine, ICLR 2022; arXiv:2110.06169).
 
-Idea: back up through an upper expectile of Q over the data's actions, so that no action outside
-the data is ever evaluated; then clone the data's actions, the better ones with more weight.
+Idea: fit V to an upper expectile of Q over the data's actions, and let V make Q's target, so that
+no action outside the data is ever evaluated. Then clone the data's actions, the better ones with
+more weight.
 
     L_V  = E[ |tau - 1(u < 0)| u^2 ],  u = min_i Q'_i(s,a) - V(s)            (5)
     L_Q  = E[ sum_i (r + gamma (1 - terminal) V(s') - Q_i(s,a))^2 ]          (6)
     L_pi = -E[ min(exp(beta u), max_weight) log pi(a|s) ]                    (7)
 
-One iteration steps V, the actor, Q and the targets, in this order; V after its step gives the u of
-(7) and the V(s') of (6). The policy pi is a Gaussian that tanh does not squash: its mean is a
-network that ends in tanh, and its deviation is learned but the same in every state. It acts by its
-mean.
+Q' are the target critics, and 1(u < 0) is 1 where u is negative and 0 elsewhere. One iteration
+steps V, the actor, Q and the targets, in this order; V after its step gives the u of (7) and the
+V(s') of (6). The policy pi is a Gaussian that tanh does not squash: its mean is a network that ends
+in tanh, and its deviation is learned but the same in every state. It acts by its mean.
 
 (7) is advantage-weighted regression, AWR. V and Q do not depend on the actor, so any other way to
 extract a policy leaves them as they are. --extraction ddpg_bc trains a deterministic actor to
@@ -25,22 +26,22 @@ The authors' code, against the paper:
   The code also multiplies them by 1,000.
 
 This file, against the authors' code:
-- Rows that a time limit cut are kept where the data has their next observation; the authors' loader
-  drops them.
+- The last row of an episode that a time limit ended is kept where the data has its next
+  observation; the authors' loader drops it.
 - The gap between the best and the worst return is taken over whole episodes, with every row of the
-  data. The authors add up only what their loader leaves, so their returns lack the row at a time
-  limit and the last row of the file.
-- Actions at a bound stay there. The authors move them inward by 1e-5, but this density is finite at
-  the bounds.
+  data. The authors add up only the rows that their loader leaves, so their returns lack the row at
+  a time limit and the last row of the file.
+- Actions at a bound stay there. The authors move them inward by 1e-5, which is not needed here: the
+  density of a Gaussian that tanh does not squash is finite at the bounds.
 - The authors have no settings for Adroit's v1 data, so there they are those of CORL, a library of
   offline RL: a larger tau and beta, normalized observations, and no dropout (CORL's configuration
-  names a dropout, but its Gaussian actor ignores it). The update is the authors' everywhere. CORL
+  names a dropout, but its Gaussian actor ignores it). The update is the authors' on all data. CORL
   steps V, Q, the targets and then the actor, takes u and V(s') from V before its step, averages
   over the critics, lets the log-deviation fall to -20, and starts from PyTorch's default weights.
 - The paper has no point mazes. Their rewards are sparse like AntMaze's, so they use the settings of
   AntMaze.
-- The paper has no DDPG+BC. The loss and alpha_bc are OGBench's, whose actor has no tanh at its end
-  and whose learning rate does not fall.
+- The paper has no DDPG+BC. The loss and alpha_bc are those of OGBench, a benchmark of offline RL.
+  OGBench's actor has no tanh at its end, and its learning rate does not fall.
 
     python algorithms/iql.py
 """
@@ -78,21 +79,21 @@ class Args(RunArgs):
     tau: InsideUnit = 0.7
     """expectile tau (Eq. 5): 0.5 is the mean, near 1 the maximum over the data's actions"""
     extraction: Literal["awr", "ddpg_bc"] = "awr"
-    """how the actor follows Q: weighted cloning (Eq. 7), or gradients of Q with cloning"""
+    """how the actor is trained: weighted cloning (Eq. 7), or the gradient of Q plus cloning"""
     beta: NonNegative = 3.0
-    """inverse temperature beta of the weights (Eq. 7): 0 is behavior cloning"""
+    """inverse temperature beta of the weights in --extraction awr (Eq. 7): 0 is behavior cloning"""
     max_weight: Positive = 100.0
-    """largest weight of a row in awr (Eq. 7)"""
+    """largest weight of a row in --extraction awr (Eq. 7)"""
     alpha_bc: NonNegative = 0.3
-    """weight of cloning in ddpg_bc: 0 is DDPG, infinity is behavior cloning"""
+    """weight of cloning in --extraction ddpg_bc: 0 is DDPG, a large number is behavior cloning"""
     gamma: ShareBelow1 = 0.99
     """discount"""
     polyak: PositiveShare = 0.005
     """share of the online critics that targets take over per step"""
     lr: Positive = 3e-4
-    """Adam's learning rate; that of the actor falls to 0 along a cosine over all steps"""
+    """Adam's learning rate of all networks; the actor's falls to 0 along a cosine over all steps"""
     dropout: ShareBelow1 = 0.0
-    """share of the actor's hidden units dropped in its loss, never when it acts"""
+    """share of the actor's hidden units that are dropped in its loss; none are when it acts"""
     normalize_obs: bool = False
     """shift and scale observations to mean 0 and deviation 1 over the data"""
     normalize_reward: bool = False
@@ -128,7 +129,7 @@ class Nets(nn.Module):
 
 
 def scale_rewards(data, args):
-    """The rewards that are learned from; changes data.reward, not data.episode_return."""
+    """Scale and shift data.reward in place of the raw rewards; data.episode_return stays raw."""
     scale = 1.0
     if args.normalize_reward:
         gap = data.episode_return.max() - data.episode_return.min()
@@ -158,7 +159,7 @@ def awr_loss(nets, s, a, u, args):
 
 
 def ddpg_bc_loss(nets, s, a, args):
-    """DDPG+BC actor; the log-density without its constant. Also returns the cloning term."""
+    """DDPG+BC actor, with the log-density without its constant. Also returns the cloning term."""
     pi = nets.pi(s, args.dropout)
     q = nets.q(s, pi).amin(0)  # (B,)
     bc_loss = 0.5 * (a - pi).square().sum(-1).mean()
@@ -185,7 +186,7 @@ def update(nets, opt, data, args):
     u = q - v
     if args.extraction == "awr":
         loss, weight = awr_loss(nets, s, a, u, args)
-        square = weight.square().mean().clamp(min=1e-30)  # all weights may underflow
+        square = weight.square().mean().clamp(min=1e-30)  # all weights may underflow to 0
         actor_metrics = {
             "capped_weights": (weight >= args.max_weight).float().mean(),
             "effective_share": weight.mean().square() / square,
@@ -268,7 +269,7 @@ PRESETS = {
         ],
         dict(beta=0.5, dropout=0.1),
     ),
-    **dict.fromkeys(  # CORL's for its version of the data
+    **dict.fromkeys(  # CORL's settings, which are made for the v1 data
         [f"{task}-*-v1" for task in ("pen", "door", "hammer", "relocate")],
         dict(tau=0.8, beta=3.0, dropout=0.0, normalize_obs=True),
     ),
