@@ -1,25 +1,25 @@
 """Advantage-weighted regression, AWR (Peng, Kumar, Zhang & Levine, 2019; arXiv:1910.00177).
 
-Idea: clone the data's actions, each weighted by the exponential of its advantage. So the actor is
-fit to the best policy within a KL ball around pi_beta, the policy that made the data. The numbers
-are those of Section 2.2 of S. Park's lecture notes "Offline RL", whose lambda is `temperature`
-here.
+Idea: clone the data's actions, each weighted by the exponential of its advantage. This fits the
+actor to the best policy within a certain KL divergence from pi_beta, the policy that made the data.
+The equations' numbers are those of Section 2.2 of S. Park's lecture notes "Offline RL", whose
+lambda is `temperature` here; Z(s) makes pi* a density.
 
     pi*(a|s) = exp(Q(s,a) / temperature) pi_beta(a|s) / Z(s)                (11)
     L_pi = -E[ min(exp(A / temperature), max_weight) log pi(a|s) ]          (16)
 
-The advantage A = G - V(s) comes from the data's own returns G:
+The advantage A = G - V(s) stands for Q(s,a) - V(s); it comes from the data's own returns G:
 
     G_t = r_t + gamma ((1 - td_lambda) V(s_t+1) + td_lambda G_t+1)          (TD(lambda) return)
     L_V = E[ (V(s) - G)^2 ] / 2                                             (baseline)
 
-After a terminal both V(s_t+1) and G_t+1 are 0; where an episode was cut, G_t+1 is V(s_t+1). G and A
-are tables with one number for each row. They are made anew from V every `returns_every` steps, and
-A is shifted and scaled to mean 0 and deviation 1 over the whole dataset.
+At a terminal row, V(s_t+1) and G_t+1 count as 0; at the last row of an episode that was cut off,
+G_t+1 is V(s_t+1). G and A are tables with one number for each row. They are made anew from V every
+`returns_every` steps, and A is then shifted and scaled to mean 0 and deviation 1 over the dataset.
 
-AWR never values an action outside the data, and its temperature fits rewards of any scale. It is
-one step of policy improvement: where good paths must be stitched together from several episodes,
-awac.py and iql.py can do more.
+AWR never values an action outside the data, and one temperature fits rewards of any scale, because
+A is scaled. It is one step of policy improvement: where good paths must be stitched together from
+several episodes, awac.py and iql.py can do more.
 
 The authors' code, against the paper:
 - A is standardized and the temperature is 1; the paper has raw advantages and 0.05. The bound of 20
@@ -35,8 +35,8 @@ This file, against the authors' code:
 - The deviation is learned and the same in every state; the authors fix it, at 0.4 in most tasks.
 - V is learned in units of reward; the authors learn it in units of 1 / (1 - gamma).
 - Observations are normalized by the statistics of the dataset; the authors' are running statistics.
-- Rows that a time limit cut are kept where the data has their next observation. The authors' own
-  episodes always have it.
+- The last row of an episode that a time limit ended is kept only where the data has its next
+  observation. In the authors' code it always has one, because they collect the episodes themselves.
 - Neither the paper nor its code has AntMaze. The reward shift of -1 there is IQL's.
 
     python algorithms/awr.py
@@ -74,11 +74,11 @@ class Args(RunArgs):
     max_weight: Positive = 20.0
     """largest weight of a row (Eq. 16); 1 drops bad actions and favors no good ones"""
     normalize_advantage: bool = True
-    """shift and scale the advantages to mean 0 and deviation 1 over the dataset"""
+    """shift and scale advantages to mean 0 and deviation 1 over the data"""
     td_lambda: Share = 0.95
-    """lambda of the returns: 0 is r + gamma V(s'), 1 is Monte-Carlo"""
+    """lambda of the TD(lambda) returns: 0 is r + gamma V(s'), 1 is the Monte-Carlo return"""
     returns_every: Count = 2_000
-    """gradient steps between two tables of returns and advantages"""
+    """gradient steps after which the tables of returns and advantages are made anew"""
     gamma: ShareBelow1 = 0.99
     """discount"""
     lr: Positive = 3e-4
@@ -99,7 +99,7 @@ class Nets(nn.Module):
         self.actor = MLP(obs_dim, 256, 256, act_dim)
         self.log_std = nn.Parameter(torch.zeros(act_dim))
         self.v = ScalarMLP(obs_dim, 256, 256)
-        self.v_target = copy.deepcopy(self.v).requires_grad_(False)  # V as of the last tables
+        self.v_target = copy.deepcopy(self.v).requires_grad_(False)  # V at the last tables
 
     def pi(self, s):
         """Mean (B, A) and log-std (A,) of the actor's Gaussian, which tanh does not squash."""
@@ -116,10 +116,11 @@ class Tables(Data):
 
 
 def lambda_returns(r, v2, terminal, last, args):
-    """TD(lambda) returns of all rows, all (N,); `last` marks the last row of every episode.
+    """TD(lambda) returns of all rows; all tensors (N,). `last` marks the last row of every episode.
 
-    G_t = b_t + c_t G_t+1 with c = 0 there. After pass k, b and c span 2^k rows, so log2 N passes
-    are exact for episodes of any length."""
+    The definition has the form G_t = b_t + c_t G_t+span with a span of 1, where c_t is 0 in the
+    last row of an episode. Each pass puts this equation into itself, which doubles the span:
+    G_t = b_t + c_t b_t+span + c_t c_t+span G_t+2span. After log2 N passes, b is G exactly."""
     c = args.gamma * args.td_lambda * (1 - terminal) * ~last
     b = r + (args.gamma * (1 - terminal) - c) * v2
     span = 1
@@ -132,13 +133,13 @@ def lambda_returns(r, v2, terminal, last, args):
 
 @torch.no_grad()
 def tabulate(nets, data, args):
-    """G and A of every row by nets.v_target, into data.returns and data.advantage in place."""
+    """Compute G and A of every row from nets.v_target into data.returns and data.advantage."""
     last = data.episode.diff(append=data.episode[-1:] + 1) != 0  # (N,)
     v, v_end = (
         torch.cat([nets.v_target(s) for s in obs.split(1 << 14)])
         for obs in (data.obs, data.next_obs[last])
     )
-    v2 = v.roll(-1)  # V(s') is that of the next row, but where an episode ends
+    v2 = v.roll(-1)  # V(s') is V of the next row, except where an episode ends
     v2[last] = v_end
     returns = lambda_returns(data.reward, v2, data.terminal, last, args)
     data.returns.copy_(returns)
@@ -149,12 +150,12 @@ def tabulate(nets, data, args):
 
 
 def value_loss(nets, s, g):
-    """Baseline: V(s) regressed on the returns g (B,)."""
+    """Baseline: half the squared error of V(s) as a prediction of the returns g (B,)."""
     return (nets.v(s) - g).square().mean() / 2
 
 
 def awr_loss(nets, s, a, advantage, args):
-    """Eq. 16, whose optimum is Eq. 11, for A (B,) a constant; also returns the weights (B,)."""
+    """Eq. 16, whose optimum is Eq. 11; A (B,) is a constant. Also returns the weights (B,)."""
     weight = (advantage / args.temperature).exp().clamp(max=args.max_weight)
     mean, log_std = nets.pi(s)
     log_prob = normal_log_prob(a, mean, log_std).sum(-1)  # (B,)
@@ -169,7 +170,7 @@ def update(nets, opt, data, args):
     v_loss = minimize(opt.v, loss)
     loss, weight = awr_loss(nets, s, a, advantage, args)
     pi_loss = minimize(opt.actor, loss)
-    square = weight.square().mean().clamp(min=1e-30)  # all weights may underflow
+    square = weight.square().mean().clamp(min=1e-30)  # all weights may underflow to 0
     return {
         "v_loss": v_loss,
         "pi_loss": pi_loss,
@@ -198,7 +199,7 @@ def train(run, data, args):
     run.start(nets, opt)
     zeros = torch.zeros_like(data.reward)
     data = Tables(**vars(data), returns=zeros, advantage=zeros.clone())
-    tabulate(nets, data, args)  # by v_target: a resumed run makes the same tables again
+    tabulate(nets, data, args)  # v_target is in the checkpoint, so a resumed run makes them again
     step = graphed(update, nets, opt, data, args, compile=args.compile)
     for t in run.loop(args.steps):
         metrics = step()
