@@ -23,7 +23,7 @@ The authors' code, against the paper:
 This file, against the authors' code:
 - The update has the form of CORL, a library of offline RL. The weights are bounded and not divided
   by their mean, and A is computed by the critics after their step; the authors compute it before.
-- Training is offline from the first step to the last. The authors' code goes on online.
+- Training is offline from the first step to the last. The authors' code then continues online.
 - A temperature of 1 is the default of the authors' code; its MuJoCo example uses 2. The bound of 20
   on the weights is AWR's. CORL sets --max-weight 100, and --temperature 0.333 for locomotion or 0.1
   for all other data.
@@ -35,8 +35,8 @@ This file, against the authors' code:
 - Batches have 256 rows and Adam has no weight decay, as in CORL. The authors' batches have 1,024
   rows, and their actor has a weight decay of 1e-4.
 - Observations are normalized, as in CORL.
-- Rows that a time limit cut are kept where the data has their next observation; CORL's loader drops
-  them.
+- The last row of an episode that a time limit ended is kept where the data has its next
+  observation; CORL's loader drops it.
 - The paper has no AntMaze. The reward shift of -1 there is CORL's.
 
     python algorithms/awac.py
@@ -110,7 +110,7 @@ def sample_action(mean, log_std):
 
 
 def critic_loss(nets, s, a, r, s2, terminal, args):
-    """AWAC target and critics, sum over critics of the mean over the batch; also the mean of Q."""
+    """AWAC target and critics: sum over critics of the mean over the batch; also the mean of Q."""
     with torch.no_grad():
         a2 = sample_action(*nets.pi(s2))
         q2 = nets.q_target(s2, a2).amin(0)  # (B,)
@@ -121,7 +121,7 @@ def critic_loss(nets, s, a, r, s2, terminal, args):
 
 @torch.no_grad()
 def q_advantage(nets, s, a, pi):
-    """AWAC advantage (B,), by the online critics; the baseline is that of one action of pi."""
+    """AWAC advantage (B,) from the online critics; its baseline is the Q of one action of pi."""
     states = torch.cat([s, s])
     actions = torch.cat([a, sample_action(*pi)])
     q, v = nets.q(states, actions).amin(0).chunk(2)
@@ -129,7 +129,7 @@ def q_advantage(nets, s, a, pi):
 
 
 def awr_loss(pi, a, advantage, args):
-    """Eq. 16, whose optimum is Eq. 11, for A (B,) a constant; also returns the weights (B,)."""
+    """Eq. 16, whose optimum is Eq. 11; A (B,) is a constant. Also returns the weights (B,)."""
     weight = (advantage / args.temperature).exp().clamp(max=args.max_weight)
     mean, log_std = pi
     log_prob = normal_log_prob(a, mean, log_std).sum(-1)  # (B,)
@@ -146,7 +146,7 @@ def update(nets, opt, data, args):
     loss, weight = awr_loss(pi, a, advantage, args)
     pi_loss = minimize(opt.actor, loss)
     polyak(nets.q_target, nets.q, args.polyak)
-    square = weight.square().mean().clamp(min=1e-30)  # all weights may underflow
+    square = weight.square().mean().clamp(min=1e-30)  # all weights may underflow to 0
     return {
         "q_loss": q_loss,
         "pi_loss": pi_loss,
