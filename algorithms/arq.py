@@ -1,7 +1,8 @@
 """Action-Restricted Q-learning, ARQ (Goo & Niekum, "Know Your Boundaries", 2022; arXiv:2206.00695).
 
 Idea: clone the behavior policy beta(a|s) with a diffusion model, and let Q-learning maximize only
-over actions drawn from that clone, so that no action outside the data's support is ever believed.
+over actions drawn from that clone, so that its targets use no value of an action outside the data's
+support.
 
     L_score = E |raw(m a + sigma z, s, t) + z|^2,  z ~ N(0, I)           (score matching)
     s_psi(a, s, t) = raw(a, s, t) / sigma(t), the score of the clone
@@ -13,48 +14,59 @@ over actions drawn from that clone, so that no action outside the data's support
     L_pi = -E[ min(exp(alpha_pi A(s,a)), 100) log pi_phi(a|s) ],
            A(s,a) = Q'_1(s,a) - mean of Q'_1 over supp(s)                (weighted regression)
 
+The diffusion turns an action a into m a + sigma z, where m and sigma depend on its time t in [0, 1]
+(see `schedule`): at t = 0 this is the action itself, at t = 1 almost only noise. The network `raw`
+learns -z. In (4), log eps is --threshold. Q'_i are the target critics, and a'_data is the action
+that the data takes at s'.
+
 A run trains the score network (phase "score"), draws the samples of every state of the data
 ("sample"), computes their likelihoods where --filter asks for them ("grade"), trains Q ("q") and
-then pi_phi ("train"), whose score is the run's. Last it scores the implicit policy of (6) and the
-clone, which the paper calls s_psi. Runs of equal settings share the first four phases.
+then pi_phi ("train"), whose evaluations are the result of the run. At the end it also evaluates the
+implicit policy of (6) and the clone by itself, which the paper calls s_psi. Runs with equal
+settings share the first four phases.
 
 The authors' code, against the paper:
-- beta is the density of the z-scored action.
-- The data's next action is always in the support, and y is never below its value (--floor).
+- beta(a|s) in (4) is the density of the z-scored action, which has mean 0 and deviation 1.
+- The data's next action is always in the support, and y never uses less than its value (--floor).
 - A rejected sample is left out; no other is drawn in its place.
-- The policies use the target of the first critic alone.
-- The weights of pi_phi are at most 100.
-- Locomotion's rewards are multiplied by 1,000 / (best - worst return of an episode); the paper's
-  wording leaves this open.
-- Samples that may act are clipped to the bounds, and then their likelihood is computed. Samples
-  that train Q are never clipped.
-- The Langevin step of the sampler takes its size from the norms of each sample alone. Near a mode
-  the score is almost 0, so the step is long and samples spread.
-- Q^beta is trained on batches of 100; the paper says 512, as here.
+- Both policies, of (6) and pi_phi, use the first target critic alone.
+- The weights in L_pi are at most 100.
+- The rewards of locomotion are multiplied by 1,000 / (best - worst return of an episode); the
+  paper's wording leaves this open.
+- When the implicit policy acts, samples are clipped to the bounds before their likelihood is
+  computed. The samples that train Q are never clipped.
+- The sampler computes the size of its Langevin step for each sample alone, from the norms of its
+  noise and of its score. Near a mode the score is almost 0, so the step is too long, and samples
+  spread.
+- Q^beta, the paper's ablation that evaluates the behavior policy (--value sarsa), is trained on
+  batches of 100; the paper says 512, as here.
 
 This file, against the authors' code:
 - The default sampler is the SDE form of DPM-Solver++(2M), with 21 network evaluations instead of
-  1,000. --sampler pc --sample-steps 500 is the authors' sampler only with --corrector sample; the
-  default corrector, sigma, takes its step size from the noise level alone.
-- The sampler leaves a few samples off the support. On the four densities of
-  figures/arq_densities.py, with their exact scores and 20 steps, these are 0.32% of the samples of
-  --sampler sde, 0.47% of those of ode, which draws no noise on its way, and 0.25% of true samples;
-  with 15 steps, 0.41% and 0.56%. But sde makes a Gaussian 3% too wide, and ode only 1%. The command
-  is: python -m pytest -s tests/test_arq.py -k off_the_support
-- Without --filter, actions outside the support do reach Q: those few that the sampler leaves there,
-  and those that the clone has not learned. The authors filter in all domains. Here the presets of
+  1,000. The authors' sampler is --sampler pc --sample-steps 500 --corrector sample. The default
+  corrector, sigma, computes the step size from the noise level alone.
+- A few samples lie off the support, even with an exact score. For the four densities of
+  figures/arq_densities.py we count actions that are 3 deviations or more from every mode. With
+  exact scores and 20 steps, they are 0.32% of the samples of --sampler sde and 0.47% of those of
+  ode, which adds no noise on its way; with 15 steps, 0.41% and 0.56%. Of true samples, 0.25% are.
+  On the other hand, sde makes a Gaussian 3% too wide, and ode only 1%. The command is:
+  python -m pytest -s tests/test_arq.py -k off_the_support
+- Without --filter, actions outside the support do reach Q: the few that the sampler puts there, and
+  those that a clone with errors believes in. The authors filter in all domains. Here the presets of
   the paper's domains filter, and the default does not, because likelihoods take days on a CPU.
-- The divergence in the likelihood is exact up to 10 action dimensions. The authors always use ten
-  random probes.
+- The divergence in the likelihood is exact up to 10 action dimensions; above, ten random probes
+  estimate it. The authors always use ten random probes.
 - The samples that train Q are clipped to the bounds, after their likelihood is computed.
-- Where fewer than K actions are in the support, the smallest value counts; in the authors' code it
-  is minus infinity, and the floor replaces it. Where the implicit policy has no sample in the
-  support, the likeliest one acts; in the authors' code this is an error.
+- Where fewer than K actions are in the support, the smallest of their values is used; in the
+  authors' code the value is then minus infinity, and the floor replaces it. Where the implicit
+  policy has no sample in the support, the likeliest one acts; in the authors' code this is an
+  error.
 - Samples that are not finite end the run; the authors draw them again.
-- A column of actions that is constant in the data is constant in the samples.
-- The network's time features have the angle 2 pi t f; the authors wrote 3.1415 for pi.
-- A row without a next action trains Q only if it is terminal. The authors drop one row more where a
-  time limit ends an episode.
+- An action dimension that is constant in the data is constant in the samples.
+- The network's time features are the sine and cosine of 2 pi t f for random frequencies f; the
+  authors wrote 3.1415 for pi.
+- A row without a next action trains Q only if it is terminal. Where a time limit ends an episode,
+  the authors drop one row more.
 - Robomimic's data has no reader here, so its settings and its residual policy are left out.
 
     python algorithms/arq.py
@@ -95,19 +107,19 @@ class Args(RunArgs):
     eval_every: Count = 5_000
     """gradient steps between evaluations"""
     value: Literal["arq", "sarsa", "none"] = "arq"
-    """target of Q: arq (Eq. 5), sarsa (Q^beta; the paper adds --q-lr 1e-4), or none (no Q)"""
+    """target of Q: arq (Eq. 5), sarsa (ablation Q^beta; the paper adds --q-lr 1e-4), none (no Q)"""
     n: Count = 30
     """samples N of the clone per state"""
     k: Count = 9
     """K of Eq. 5: 1 is the maximum over the support, N + 1 the minimum"""
     floor: bool = True
-    """y is at least the target of the data's next action (authors' code)"""
+    """use in y at least the value of the data's next action, as the authors' code does"""
     alpha: NonNegative = 1.0
-    """sharpness alpha of the implicit policy (Eq. 6): 0 is the clone, a large one is greedy"""
+    """sharpness alpha of the implicit policy (Eq. 6): 0 is the clone, a large number is greedy"""
     alpha_pi: NonNegative = 1.0
-    """sharpness of the weights of pi_phi: 0 is behavior cloning"""
+    """sharpness alpha_pi of the weights in pi_phi's regression: 0 is behavior cloning"""
     pi: Literal["gaussian", "deterministic"] = "gaussian"
-    """pi_phi: a Gaussian with one deviation for all states, or a deterministic network"""
+    """policy pi_phi: a Gaussian with one deviation for all states, or a deterministic network"""
     gamma: ShareBelow1 = 0.99
     """discount"""
     polyak: PositiveShare = 0.005
@@ -129,19 +141,19 @@ class Args(RunArgs):
     width: Count = 256
     """hidden units of the score network"""
     ensemble: Count = 1
-    """score networks whose mean is taken"""
+    """number of score networks; the mean of their outputs is used"""
     sampler: Literal["sde", "ode", "pc"] = "sde"
     """sde and ode: DPM-Solver++(2M) with and without noise; pc: predictor-corrector (the paper)"""
     sample_steps: Count = 20
     """steps of the sampler: sde and ode need 15 or more, the paper's pc has 500"""
     corrector: Literal["sigma", "sample"] = "sigma"
-    """step size of pc: from the noise level sigma, or from each sample's norms (authors' code)"""
+    """step size of --sampler pc: from the noise level, or each sample's norms (authors' code)"""
     filter: bool = False
-    """leave out samples whose log-likelihood, of the z-scored action, is too small (Eq. 4)"""
+    """leave out samples whose log-likelihood is not above --threshold (Eq. 4); days on a CPU"""
     threshold: Number = -5.0
-    """log eps of Eq. 4, for --filter"""
+    """log eps (Eq. 4) for --filter, in z-scored actions: a lower number keeps more samples"""
     until: Literal["score", "sample", "q", "train", "implicit"] = "implicit"
-    """last phase to run; implicit also scores the policies that sample"""
+    """last phase to run; implicit runs all, and evaluates the implicit policy and the clone, too"""
 
     def resolve(self):
         if self.value == "arq" and self.k > self.n + 1:
@@ -170,8 +182,8 @@ class Nets(nn.Module):
 
 
 class ScoreNet(nn.Module):
-    """The network `raw`, or an ensemble of them: residual layers, to which the time's embedding e
-    is added."""
+    """The network `raw`, or an ensemble of them: residual blocks of two layers. The embedding e of
+    the time is added to the input of every layer in a block."""
 
     def __init__(self, obs_dim, act_dim, width, ensemble):
         super().__init__()
@@ -180,12 +192,12 @@ class ScoreNet(nn.Module):
         self.first = MLP(act_dim + obs_dim, width, members=members)
         self.hidden = nn.ModuleList(MLP(width, width, members=members) for _ in range(6))
         self.last = MLP(width, act_dim, members=members)
-        self.register_buffer("frequencies", 30 * torch.randn(1, features))  # authors' code: 30
+        self.register_buffer("frequencies", 30 * torch.randn(1, features))  # 30: authors' code
         self.time = MLP(2 * features, width, members=members)
 
     def forward(self, x, s, t):
-        """z-scored actions x (..., B, A) and states s (..., B, S), t a number or (..., B, 1) ->
-        (B, A), for an ensemble (E, B, A)."""
+        """raw (B, A), or (E, B, A) for an ensemble, at z-scored x (..., B, A) and s (..., B, S);
+        t is a number or (..., B, 1)."""
         angle = 2 * math.pi * t * self.frequencies
         e = self.time(angle.sin(), angle.cos())
         h = self.first(x, s)
@@ -196,8 +208,9 @@ class ScoreNet(nn.Module):
 
 
 class ZScore(nn.Module):
-    """Mean 0 and deviation 1 over the data, for the score network alone. A deviation counts as 0.05
-    at least (authors' code); a coordinate that is constant in the data comes back as it was."""
+    """Mean 0 and deviation 1 over the data, for the score network alone. A deviation below 0.05
+    counts as 0.05 (authors' code). A coordinate that is constant in the data gets its constant from
+    `inverse`."""
 
     def __init__(self, x):
         super().__init__()
@@ -215,7 +228,7 @@ class ZScore(nn.Module):
 
 @torch.no_grad()
 def glorot_(net):
-    """The start of Keras's layers: uniform weights, zero biases."""
+    """The authors' initial values, Keras's default: Glorot-uniform weights and zero biases."""
     for w in net.weights:
         n_in, n_out = w.shape[-2:]
         w.uniform_(-1, 1).mul_(math.sqrt(6 / (n_in + n_out)))
@@ -228,7 +241,7 @@ def glorot_(net):
 
 @dataclass
 class SupportData(Data):
-    """The data, and what ARQ adds: the next row of every row, and the support of its state."""
+    """The data, and what ARQ adds: for every row, its next row and the support of its state."""
 
     rows: Tensor = None  # (M,) int64, the rows that train Q
     next_row: Tensor = None  # (N,) int64; the row itself where an episode ends
@@ -238,7 +251,7 @@ class SupportData(Data):
 
 
 def scale_rewards(data, args):
-    """The rewards that are learned from; changes data.reward, not data.episode_return."""
+    """Scale and shift data.reward, from which Q learns; data.episode_return stays as it is."""
     scale = 1.0
     if args.normalize_reward:
         gap = data.episode_return.max() - data.episode_return.min()
@@ -252,8 +265,8 @@ def scale_rewards(data, args):
 
 
 def with_next_rows(data):
-    """SupportData of the data, still without samples. Rows that are terminal or have a next action
-    train Q."""
+    """The data as SupportData, still without samples. The rows that train Q are those that are
+    terminal or have a next action."""
     i = torch.arange(len(data.obs), device=data.obs.device)
     goes_on = F.pad(data.episode[1:] == data.episode[:-1], (0, 1))
     rows = i[goes_on | data.terminal.bool()]
@@ -270,12 +283,13 @@ def select(data, i, *fields):
 
 # ---- the clone: score matching, samples, likelihoods -----------------------------------------
 
-T_FIRST = 1e-5  # the smallest time of training, where likelihoods begin
-T_LAST = 1e-3  # where sampling ends
+T_FIRST = 1e-5  # the smallest time in training, and the one where likelihoods start
+T_LAST = 1e-3  # the time at which sampling ends
 
 
 def schedule(t):
-    """beta(t), and m, sigma with a(t) ~ N(m a, sigma^2): the variance-preserving SDE."""
+    """The variance-preserving SDE at time t: its rate beta(t), which is not the policy beta(a|s),
+    and m, sigma with a(t) ~ N(m a, sigma^2 I)."""
     beta = 0.1 + 19.9 * t
     integral = 0.1 * t + 0.5 * 19.9 * t**2  # of beta, from 0 to t
     m = torch.exp(-0.5 * integral)
@@ -284,7 +298,7 @@ def schedule(t):
 
 
 def score_loss(nets, s, a):
-    """Score matching at z-scored s, a (..., B, .): summed over dimensions and ensemble."""
+    """L_score at z-scored s and a (..., B, .), summed over the members of an ensemble."""
     t = torch.rand_like(a[..., :1])
     t = T_FIRST + (1 - T_FIRST) * t
     z = torch.randn_like(a)
@@ -294,13 +308,13 @@ def score_loss(nets, s, a):
 
 
 def even_times(steps):
-    """steps + 1 times from 1 to T_LAST that are even in lambda = log(m / sigma): lists of t, m and
-    sigma, and the step of lambda."""
+    """steps + 1 times from 1 down to T_LAST, evenly spaced in lambda = log(m / sigma): lists of t,
+    m and sigma, and the spacing h of lambda."""
     ends = torch.tensor([1.0, T_LAST], dtype=torch.float64)
     _, m, sigma = schedule(ends)
     first, last = (m / sigma).log().tolist()
     lam = torch.linspace(first, last, steps + 1, dtype=torch.float64)
-    integral = torch.log1p(torch.exp(-2 * lam))  # of beta, as in `schedule`, solved for t
+    integral = torch.log1p(torch.exp(-2 * lam))  # that of `schedule`, as a function of lambda
     t = (torch.sqrt(0.01 + 39.8 * integral) - 0.1) / 19.9
     _, m, sigma = schedule(t)
     h = lam[1] - lam[0]
@@ -327,8 +341,8 @@ def sample_dpm(raw, x, steps, noise, generator=None):
 
 
 def sample_pc(raw, x, steps, corrector, generator=None):
-    """Predictor-corrector from x (B, A) ~ N(0, I) at t = 1: at every time t a Langevin step, then
-    a step of the reverse SDE."""
+    """Predictor-corrector from x (B, A) ~ N(0, I) at t = 1: at every time t a Langevin step
+    (corrector), then a step of the reverse SDE (predictor)."""
     times = torch.linspace(1, T_LAST, steps, dtype=torch.float64)
     dt = (1 - T_LAST) / max(steps - 1, 1)
     for t in times:
@@ -349,8 +363,9 @@ def sample_pc(raw, x, steps, corrector, generator=None):
 
 
 def trace_vectors(x, generator=None):
-    """Vectors v (K, 1 or B, A) for x (B, A): the sum of v^T J v is the trace of J. Up to 10
-    dimensions they are the axes; above, ten random vectors with which it is so on average."""
+    """Vectors v (V, 1 or B, A) for x (B, A), such that v^T J v, summed over them, is the trace of a
+    matrix J. Up to 10 dimensions they are the unit vectors, and the trace is exact. Above, they are
+    ten random vectors, and it is right on average."""
     act_dim = x.shape[1]
     if act_dim <= 10:
         return torch.eye(act_dim).unsqueeze(1).to(x)
@@ -371,12 +386,13 @@ def divergence(raw, x, t, vectors):
 
 
 def log_likelihood(raw, x, vectors):
-    """log beta (B,) of z-scored x (B, A): along the probability-flow ODE from T_FIRST to 1
+    """log beta(a|s) (B,) of z-scored actions x (B, A). The probability-flow ODE
 
         dx / dt = -beta(t) / 2 (x + s_psi),    dl / dt = -beta(t) / 2 (A + div s_psi)
 
-    it is l plus the log-density of N(0, I) at the end. RK45 takes the same steps for all rows. A
-    row that comes to no finite end has minus infinity."""
+    is solved from t = T_FIRST, where l = 0, to t = 1. The result is l plus the log-density of x
+    under N(0, I), both at t = 1. RK45 takes the same steps for all rows. A row whose result is not
+    finite gets minus infinity."""
     rows, act_dim = x.shape
 
     def slope(t, y):
@@ -400,7 +416,8 @@ def log_likelihood(raw, x, vectors):
 
 
 def raw_at(nets, s, n, args):
-    """raw(x, t) at n actions for each of the states s (B, S), the mean over the ensemble."""
+    """The function raw(x, t) of actions x (Bn, A), n for each of the states s (B, S); the mean over
+    an ensemble."""
     s = nets.z_obs(s).repeat_interleave(n, 0)
 
     def raw(x, t):
@@ -440,7 +457,8 @@ def grade(nets, s, x, args, generator=None):
 
 
 def support_values(nets, s, a, candidates, in_support, member=None):
-    """Eq. 4: target Q (..., B, 1 + N) of the data's action and of N samples, and which count."""
+    """Target Q (..., B, 1 + N) of the data's action and of N samples, and which of them are in the
+    support (Eq. 4). `member` chooses one critic."""
     a = torch.cat([a.unsqueeze(1), candidates], 1)  # (B, 1 + N, A)
     keep = F.pad(in_support, (1, 0), value=True)
     s = s.unsqueeze(1).expand(-1, a.shape[1], -1)
@@ -450,7 +468,7 @@ def support_values(nets, s, a, candidates, in_support, member=None):
 
 
 def kth_largest(q, keep, k):
-    """K-th of Eq. 5 among the kept of q (B, C): (B,); the smallest where fewer than K are kept."""
+    """K-th largest (B,) of the kept values of q (B, C), Eq. 5; the smallest, if fewer are kept."""
     q = q.masked_fill(~keep, -math.inf)
     largest = q.topk(k, 1).values
     place = keep.sum(1, keepdim=True).clamp(max=k) - 1
@@ -463,7 +481,7 @@ def target(nets, r, s2, a2, candidates, in_support, terminal, args):
         q2 = nets.q_target(s2, a2).amin(0)
     else:
         q, keep = support_values(nets, s2, a2, candidates, in_support)
-        q = q.amin(0)  # the minimum of the twins first, the K-th after
+        q = q.amin(0)  # first the minimum over critics, then the K-th largest
         q2 = kth_largest(q, keep, args.k)
         if args.floor:
             q2 = torch.maximum(q2, q[:, 0])
@@ -477,15 +495,16 @@ def critic_loss(nets, s, a, y):
 
 
 def advantage(nets, s, a, candidates, in_support):
-    """A (B,) of the data's actions, by the target of the first critic."""
+    """A (B,) of the data's actions in L_pi, by the first target critic."""
     q, keep = support_values(nets, s, a, candidates, in_support, member=0)
     mean = (q * keep).sum(1) / keep.sum(1)
     return q[:, 0] - mean
 
 
 def implicit_logits(nets, s, a, log_prob, args):
-    """Eq. 6: logits (B, N) of samples a (B, N, A), whose log beta is `log_prob` (B, N); None where
-    all of them count. Where none counts, the likeliest does."""
+    """Eq. 6: logits (B, N) of samples a (B, N, A), whose log beta(a|s) is `log_prob` (B, N). With
+    log_prob None, all samples count. At a state without a sample in the support, the likeliest one
+    counts."""
     rows = s.repeat_interleave(a.shape[1], 0)
     q = nets.q_target(rows, a.flatten(0, 1), member=0)
     logits = args.alpha * q.view(a.shape[:2])
@@ -497,7 +516,7 @@ def implicit_logits(nets, s, a, log_prob, args):
 
 
 def policy_loss(nets, s, a, weight, args):
-    """L_pi by weighted regression; a deterministic pi_phi by weighted squared error."""
+    """L_pi; for a deterministic pi_phi, a weighted squared error."""
     out = nets.actor(s)
     if args.pi == "deterministic":
         error = (out - a).square().mean(-1)
@@ -508,7 +527,7 @@ def policy_loss(nets, s, a, weight, args):
 
 
 def update_score(nets, opt, data, args):
-    """One step of the score network, every member on rows of its own, and of its average."""
+    """One step of the score network, each member on rows of its own, and of its moving average."""
     s, a = sample(data, args.ensemble * args.batch_size, ("obs", "action"))
     s = nets.z_obs(s)
     a = nets.z_action(a.clamp(-1 + 1e-5, 1 - 1e-5))  # clipped as in the authors' code
@@ -536,7 +555,7 @@ def update_q(nets, opt, data, args):
 
 
 def update(nets, opt, data, args):
-    """One step of pi_phi: second loop of Algorithm 1; Q, and so the advantages, stand still."""
+    """One step of pi_phi: second loop of Algorithm 1; Q and the advantages are fixed by now."""
     s, a, adv = sample(data, args.batch_size, ("obs", "action", "advantage"))
     weight = (args.alpha_pi * adv).exp().clamp(max=100)
     pi_loss = minimize(opt.actor, policy_loss(nets, s, a, weight, args))
@@ -548,7 +567,7 @@ def update(nets, opt, data, args):
 
 
 def implicit_policy(nets, obs, args):
-    """Eq. 6: raw observations (B, S) to actions in the task's bounds, out of N fresh samples."""
+    """Eq. 6: raw observations (B, S) to actions in the task's bounds, drawn from N new samples."""
     s = nets.scaling.obs(obs)
     x = draw(nets, s, args)
     a = nets.z_action.inverse(x).clamp(-1, 1)  # (B, N, A)
@@ -570,7 +589,7 @@ def policy(nets, obs, args):
 
 
 def train_score(run, nets, opt, data, args):
-    """The score network and its average, which all later phases use."""
+    """Train the score network; all later phases use its moving average."""
     settings = args.score_steps, args.score_lr, args.batch_size, args.normalize_obs
     cached = run.cached("score", nets.score_ema, *settings)
     step = graphed(update_score, nets, opt, data, args, compile=args.compile)
@@ -582,9 +601,9 @@ def train_score(run, nets, opt, data, args):
 
 
 def train_table(run, stage, shape, values, health, seed, *settings):
-    """A table of `shape`, chunk by chunk: values(rows, generator), logged as health(values). Every
-    chunk has random numbers of its own, so that a stopped run continues the table; runs of equal
-    settings share it."""
+    """A table of `shape`, computed in chunks of rows: values(rows, generator) returns a chunk, and
+    health(chunk) the metrics to log. Every chunk has random numbers of its own, so that a run that
+    was stopped can continue the table. Runs with equal settings share it."""
     size = 1024 if run.device.type == "cuda" else 64  # rows of a chunk
     count = math.ceil(shape[0] / size)
     table, finished = run.chunks(stage, shape, count, size, *settings)
@@ -602,15 +621,15 @@ def train_table(run, stage, shape, values, health, seed, *settings):
     for t in run.loop(0 if finished.all() else count, phase=stage):
         result = fill(t - 1)
         run.after(t, health(result))
-    if t == count:  # else the loop was cut short, to measure or to test
+    if t == count:  # not where the loop was cut short, to measure or to test
         for c in range(count):
-            fill(c)  # where the table was deleted before the run was resumed
+            fill(c)  # computes only if the table was deleted before the run was resumed
     return table.to(run.device)
 
 
 def train_samples(run, nets, data, args):
-    """The samples of every state of the data, and which of them are in the support. Returns all
-    settings that they depend on."""
+    """Draw the samples of every state of the data, and find which are in the support. Returns all
+    settings that the two depend on."""
     weights = nets.score_ema.state_dict().values()
     digest = [w.view(torch.int32).sum().item() for w in weights]  # of the weights' bits
     settings = digest, args.n, args.sampler, args.sample_steps, args.corrector
@@ -641,8 +660,8 @@ def train_samples(run, nets, data, args):
 
 
 def train_q(run, nets, opt, data, args, *settings):
-    """The critics and their targets, and then the advantages of the data's actions. `settings` are
-    those of the samples."""
+    """Train the critics and their targets, then compute the advantages of the data's actions.
+    `settings` are those that the samples depend on."""
     settings += args.value, args.k, args.floor, args.gamma, args.polyak
     settings += args.q_lr, args.q_steps, args.batch_size
     settings += args.normalize_obs, args.normalize_reward, args.reward_shift
@@ -659,7 +678,7 @@ def train_q(run, nets, opt, data, args, *settings):
 
 
 def train_actor(run, nets, opt, data, args):
-    """pi_phi."""
+    """Train the policy pi_phi."""
     step = graphed(update, nets, opt, data, args, compile=args.compile)
     for t in run.loop(args.steps):
         metrics = step()
@@ -702,7 +721,7 @@ def train(run, data, args):
 
 
 PRESETS = {
-    **dict.fromkeys(  # the first four rows: tables A.1 to A.3 of the paper
+    **dict.fromkeys(  # the first four groups: tables A.1 to A.3 of the paper
         ("hopper-*", "halfcheetah-*", "walker2d-*", "mujoco/*"),
         dict(filter=True, normalize_reward=True),
     ),
@@ -720,7 +739,7 @@ PRESETS = {
         dict(filter=True, k=3, alpha=10.0, alpha_pi=10.0, pi="deterministic", reward_shift=-1.0)
         | dict(eval_every=100_000, eval_episodes=100),
     ),
-    # shortened: a narrow score network, no filter, and 10 samples with a K of the same quantile
+    # shortened: a narrow score network, no filter, 10 samples, and a K near the same quantile
     "hopper-medium-expert-demo": dict(batch_size=256, steps=20_000, eval_every=2_000)
     | dict(score_steps=30_000, score_lr=5e-4, width=128, q_steps=30_000)
     | dict(sample_steps=15, n=10, k=3, filter=False),
