@@ -1,39 +1,44 @@
 """Conservative Q-learning, CQL (Kumar, Zhou, Tucker & Levine, NeurIPS 2020; arXiv:2006.04779).
 
-Idea: SAC whose critics, besides fitting their targets, are pushed down where Q is high and up at
+Idea: SAC whose critics do more than fit their targets: Q is pushed down where it is high, and up at
 the data's actions, so that no action outside the data looks better than it is.
 
     y    = r + gamma (1 - terminal) min_i Q'_i(s',a'),  a' ~ pi(s')          (SAC target)
     L_Q  = sum_i ( E[ (Q_i(s,a) - y)^2 ] + weight D_i )                      (critics)
     D_i  = E_s[ E_{a~U} Q_i(s,a) ] - E[ Q_i(s,a) ]                           (2)
     D_i  = E_s[ log sum_a exp Q_i(s,a) ] - E[ Q_i(s,a) ]                     (4)
-    L_m  = -m weight mean_i (D_i - gap), and m weight in place of weight     (30)
+    L_m  = -m weight mean_i (D_i - gap)                                      (30)
     L_pi = E[ temperature log pi(a|s) - min_i Q_i(s,a) ],  a ~ pi(s)         (SAC actor)
     L_T  = log(temperature) (E[ -log pi(a|s) ] + A),  a ~ pi(s)              (SAC temperature)
 
-(4) is CQL(H), the form that the paper's results use. (2), with a uniform distribution U of actions,
-is --regularizer basic. (30), with a multiplier m that is learned, is --lagrange. The sum in (4) is
-estimated from 3 N actions in every state, N uniform ones, N of pi(s') and N of pi(s): it is the sum
-of exp(Q_i(s,a) - log density(a)) over them.
+Q' are the target critics, and A is the number of action dimensions. (4) is CQL(H), the form that
+the paper's results use. (2), with a uniform distribution U of actions, is --regularizer basic. The
+sum in (4) is estimated from 3 N actions in every state: N uniform ones, N of pi(s') and N of pi(s).
+Over these, exp(Q_i(s,a) - log density(a)) is added up, where the density is that of the
+distribution that the action was drawn from. With --lagrange, L_Q has m weight in place of weight,
+and the multiplier m is learned by (30): it grows while D is above the gap.
 
-For one critic that is a table, (2) comes to rest at Q = y - weight/2 (U / pi_beta - 1). The paper
-halves the squared error and this file does not, so `weight` is twice the paper's alpha.
+If Q is a table, L_Q with (2) is least at Q = y - weight/2 (U / pi_beta - 1), where pi_beta is the
+policy that made the data. The paper halves the squared error and this file does not, so `weight` is
+twice the paper's alpha.
 
 The authors' code, against the paper:
-- The N actions of pi(s') in (4), valued at s, are the code's. The paper draws from the uniform
-  distribution and from pi(s) alone.
-- The terms of (4) are added and not averaged: nothing subtracts log(3 N). No gradient sees this,
-  but the gap of (30) does: if Q is constant and pi is uniform, D is log(3 N) + A log 2.
+- The N actions of pi(s') in (4), whose Q is taken at s, are an addition of the code. The paper
+  draws from the uniform distribution and from pi(s) alone.
+- The terms of (4) are added and not averaged: nothing subtracts log(3 N). This changes no gradient
+  of L_Q, but the gap in (30) must be larger by this much: if Q is constant and pi is uniform, D is
+  log(3 N) + A log 2.
 - On locomotion the weight is fixed. The paper learns the multiplier there, with a gap of 10.
-- L_T multiplies the logarithm of the temperature; the formula of SAC's paper, in sac_bc.py and
-  fisher_brc.py, multiplies the temperature itself. Both raise the temperature while the entropy is
-  below -A and lower it above. Their gradients with respect to the logarithm differ by the factor
-  `temperature`, most of which Adam divides out again.
+- L_T is linear in the logarithm of the temperature. SAC's paper, sac_bc.py and fisher_brc.py have
+  the temperature itself in its place. Both raise the temperature while the entropy is below -A and
+  lower it above. Their gradients with respect to the logarithm differ by the factor `temperature`,
+  most of which Adam divides out again.
 
 This file, against the authors' code:
-- Settings and details are those of CORL, a later library that builds on a code by young-geng. The
-  bullets below say what CORL does, except where they say that this file differs from CORL.
-- Observations are normalized, but not in mazes; the authors take them as they are.
+- Settings and details are those of CORL, a later library that builds on young-geng's code of CQL.
+  The bullets below say what CORL does, except where they say that this file differs from CORL.
+- Observations are normalized, except in AntMaze and in point mazes with sparse rewards; the authors
+  take all observations as they are.
 - The log-deviation of the actor is scaled and shifted by two learned numbers and lies in [-20, 2];
   the authors' lies in [-5, 2].
 - Hidden layers of the critics start orthogonal, with a gain of sqrt(2); the last layers of all
@@ -41,9 +46,9 @@ This file, against the authors' code:
 - The actor's loss uses the temperature before its step; the authors use it after its step.
 - The multiplier m starts at e; the authors start it at 1. The authors subtract a threshold from
   weight D, so --gap is their threshold divided by the weight.
-- --max-backup takes the largest, over N actions, of the least of two critics. The authors take the
-  least, over two critics, of the largest of N actions.
-- --diff-floor is not in the authors' code. It holds the difference of every state, not D.
+- --max-backup takes max_a min_i Q'_i(s',a) over N actions. The authors take min_i max_a Q'_i(s',a).
+- --diff-floor is not in the authors' code. D is a mean over states; the floor applies to the
+  difference in every state, before the mean.
 - The rows of PRESETS for AntMaze are CORL's. The authors' own are --gap 1 --diff-floor None
   --reward-scale 4 --reward-shift -2 --warm-start 40000. CORL gives its first critic five hidden
   layers there and its second one three; here both have three.
@@ -53,7 +58,7 @@ This file, against the authors' code:
   ours with none.
 - No source has settings for kitchen or for point mazes with sparse rewards. Kitchen's are Adroit's
   here, and the point mazes' are AntMaze's.
-- --dequantize is ours.
+- --dequantize is an addition, and off by default.
 
     python algorithms/cql.py
 """
@@ -94,21 +99,21 @@ class Args(RunArgs):
     weight: NonNegative = 10.0
     """weight of D against the squared error, twice the paper's alpha: 0 is SAC"""
     n_actions: Count = 10
-    """actions N per state and sampler in Eq. 2 and 4, and per state in --max-backup"""
+    """actions N per state and distribution in Eqs. 2 and 4, and per state in --max-backup"""
     lagrange: bool = False
-    """learn a multiplier of the weight that holds D at the gap (Eq. 30)"""
+    """learn a multiplier of the weight, which keeps D near the gap (Eq. 30)"""
     gap: Number = 10.0
     """value of D that --lagrange aims at, tau in Eq. 30: lower is more conservative"""
     diff_floor: Number | None = None
-    """the difference of a state counts as no less than this in D; None: there is no floor"""
+    """lower bound of the difference in every state, whose mean is D; None: there is no bound"""
     max_backup: bool = False
-    """take the best of N next actions in the target, instead of one"""
+    """use the best of N next actions in the target, instead of a single one"""
     backup_entropy: bool = False
-    """keep SAC's entropy term in the target"""
+    """keep SAC's entropy term, -temperature log pi(a'|s'), in the target"""
     warm_start: CountOrZero = 0
-    """steps at the start in which the actor climbs the data's likelihood instead of Q"""
+    """steps at the start in which the actor maximizes the data's likelihood instead of Q"""
     dequantize: Share = 0.0
-    """band inside the bounds over which --warm-start spreads actions that are at a bound"""
+    """width of the band inside the bounds where --warm-start spreads actions exactly at a bound"""
     gamma: ShareBelow1 = 0.99
     """discount"""
     polyak: PositiveShare = 0.005
@@ -120,9 +125,9 @@ class Args(RunArgs):
     normalize_obs: bool = True
     """shift and scale observations to mean 0 and deviation 1 over the data"""
     reward_scale: Number = 1.0
-    """factor of every reward"""
+    """multiplies every reward"""
     reward_shift: Number = 0.0
-    """added to every reward after it was scaled"""
+    """added to every reward, after --reward-scale"""
 
 
 class Nets(nn.Module):
@@ -153,12 +158,12 @@ class Nets(nn.Module):
         return [*self.actor.parameters(), self.log_std_scale, self.log_std_shift]
 
     def multiplier(self):
-        """m of Eq. 30; a gap that D cannot reach would let it grow without end."""
+        """m of Eq. 30; unclamped, it would grow without end where D cannot reach the gap."""
         return self.log_multiplier.exp().clamp(max=1e6)
 
 
 def draw(pi, n):
-    """n actions (B, n, A) of the policy in every state, and their log-densities (B, n)."""
+    """Draw n actions of the policy in every state (B, n, A); also their log-densities (B, n)."""
     mean, log_std = pi
     mean = mean.unsqueeze(1).expand(-1, n, -1)
     log_std = log_std.unsqueeze(1).expand(-1, n, -1)
@@ -167,8 +172,8 @@ def draw(pi, n):
 
 
 def proposals(pi, pi2, a, args):
-    """Actions (B, M, A) that stand for all others at s, and their samplers' log-densities (B, M):
-    N uniform ones (Eq. 2), then N of pi(s') and N of pi(s) (Eq. 4)."""
+    """Actions (B, M, A) at which Q is pushed down, and their log-densities (B, M) under what they
+    were drawn from: N uniform ones (Eq. 2), then N of pi(s') and N of pi(s) (Eq. 4)."""
     like = a.unsqueeze(1).expand(-1, args.n_actions, -1)
     uniform = 2 * torch.rand_like(like) - 1
     log_uniform = torch.full_like(uniform[..., 0], -a.shape[1] * math.log(2))
@@ -188,7 +193,7 @@ def q_values(q, s, actions):
 
 
 def target_value(nets, r, s2, terminal, a2, log_prob2, temperature, args):
-    """SAC target, of the best of the next actions a2 (B, M, A); their log-densities (B, M)."""
+    """SAC target (B,): the best of the next actions a2 (B, M, A) counts; log_prob2 (B, M)."""
     least = q_values(nets.q_target, s2, a2).amin(0)  # (B, M)
     q2, best = least.max(1)  # (B,)
     if args.backup_entropy:
@@ -210,10 +215,12 @@ def conservative_diff(q_data, q_other, log_density, args):
 
 
 def critic_loss(nets, s, a, y, others, log_density, m, args):
-    """Squared errors and weighted D of both critics, whose data and proposals are one batch. Also
-    returns the errors, D_i (2,), and the mean of Q at the data and at each proposal (1 + M,).
+    """Squared errors plus weighted D of both critics; the data's actions and the proposals are
+    evaluated as one batch. Also returns the errors, D_i (2,), and the mean of Q at the data's
+    actions and at each proposal (1 + M,).
 
-    Everything is a mean over states, so it may be computed for a part of the batch at a time."""
+    All of these are means over states, so they can be computed on one part of a batch at a time
+    and then averaged."""
     actions = torch.cat([a.unsqueeze(1), others], 1)  # (B, 1 + M, A)
     q = q_values(nets.q, s, actions)  # (2, B, 1 + M)
     q_data, q_other = q[..., 0], q[..., 1:]
@@ -229,7 +236,7 @@ def multiplier_loss(m, diff, args):
 
 
 def actor_loss(log_prob, value, temperature):
-    """SAC's actor; `value` is the least Q, or the data's log-likelihood in the warm start."""
+    """SAC actor; `value` is the least Q, or in the warm start the data's log-likelihood."""
     return (temperature * log_prob - value).mean()
 
 
@@ -239,8 +246,8 @@ def temperature_loss(log_temperature, entropy, act_dim):
 
 
 def update(nets, opt, data, args, warm):
-    """One step of everything, all on draws of the actor before its step. While `warm` is true, the
-    actor does not look at Q."""
+    """One step of actor, temperature, critics, targets and multiplier; all actions are drawn from
+    the actor before its step. Where `warm` is true, the actor's loss has no Q."""
     s, a, r, s2, terminal = sample(data, args.batch_size)
     pi = nets.pi(s)
     a_pi, log_prob, _ = sample_tanh_normal(*pi)
