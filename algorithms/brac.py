@@ -1,28 +1,30 @@
 """BRAC: behavior regularized actor critic (Wu, Tucker & Nachum, 2019; arXiv:1911.11361).
 
-Idea: clone the behavior policy first, then pay for every divergence from the clone b: in the
-policy's loss alone (BRAC-p), or in the value too (BRAC-v), so that Q counts what leaving b costs.
+Idea: first clone the behavior policy, which made the data; then penalize the policy where it
+diverges from the clone b. The penalty is in the policy's loss alone (BRAC-p), or in the target of Q
+too (BRAC-v), so that Q also counts what later divergence costs.
 
     L_b  = E[ -log b(a|s) + weight log b(a~|s) ],  a~ ~ b(s)                 (clone)
     y    = r + gamma (1 - terminal) (min_i Q'_i(s',a') - alpha D(s')),       (BRAC-v's target)
            a' ~ pi(s')
     L_Q  = sum_i E[ (Q_i(s,a) - y)^2 ]                                       (critics)
     L_pi = E[ alpha D(s) - min_i Q_i(s,a_pi) ],  a_pi ~ pi(s)                (policy)
-    D    = mean_j log pi(a_j|s) - log b(a_j|s),  a_j ~ pi(s)                 (kl)
-    D    = mean k(a,a) + mean k(b,b) - 2 mean k(a,b),  a ~ pi, b ~ b,        (mmd)
-           k(u,v) = exp(-|u - v|_1 / sigma)
+    D    = mean_j [ log pi(a_j|s) - log b(a_j|s) ],  a_j ~ pi(s)             (kl)
+    D    = mean k(u,u') + mean k(v,v') - 2 mean k(u,v),                      (mmd)
+           u, u' ~ pi(s),  v, v' ~ b(s),  k(u,v) = exp(-|u - v|_1 / sigma)
 
---no-value-penalty takes alpha D out of y; that is BRAC-p. The `weight` of the clone's entropy is
-learned: it grows while the entropy is below -A, for A action dimensions, and it is never below 0.
-In the first `warm_start` steps the policy's loss is alpha D alone, and the critics learn as ever.
+Q' are the target critics. --no-value-penalty takes alpha D out of y; that is BRAC-p. The `weight`
+of the clone's entropy is learned: it grows while the entropy is below -A, for A action dimensions,
+and it is never below 0. In the first `warm_start` steps the policy's loss is alpha D alone, and the
+critics learn as in all other steps.
 
-With kl the policy aimed at is b exp(Q / alpha), normalized, so alpha is in units of reward. mmd is
+With kl the best policy is b exp(Q / alpha), normalized, so alpha is in units of reward. mmd is
 never above 2, so it needs a larger alpha. With --tune-alpha, alpha is the dual variable of the
 constraint E[D] <= target_divergence: it grows while D is above the target.
 
-Defaults are those of the script behind D4RL's BRAC scores, except that value penalty is off there.
-The alphas behind those scores are not public. The example in the authors' code has an alpha of 0.1
-and a policy's learning rate of 3e-4, and it clones for 300,000 steps.
+Defaults are those of the script behind D4RL's BRAC scores, except for the value penalty, which that
+script leaves out. The alphas behind those scores are not public. The example in the authors' code
+has an alpha of 0.1 and a learning rate of 3e-4 for the policy, and it clones for 300,000 steps.
 
 The authors' code, against the paper:
 - Where log b is evaluated, actions are clipped to 1e-3 inside their bounds.
@@ -30,24 +32,28 @@ The authors' code, against the paper:
 - The targets move before the critics' step, not after it.
 
 This file, against the authors' code:
-- Adam's epsilon of 1e-7 is added to the root after its bias correction. Keras adds it before: in
-  the form here, that is 1e-7 / sqrt(1 - 0.999^t), 32 times as much at update 1 and 1.3 times at
-  update 1,000, from where on the two forms hardly differ. After 20 updates the critics' weights
-  differ by about 6e-4 of their size with kl, and by 3e-3 with mmd, whose gradients are smaller.
-- The action a' of Q is the first of the divergence's samples; the authors draw one of its own. The
-  expectation is the same.
-- Both multipliers, `weight` and alpha, step on the samples of the network's step before them; the
-  authors draw new ones after it. Here a multiplier that has left its bounds is put back at once.
-  Theirs keeps its value, enters the losses clipped, and gets no gradient further out.
-- Only a tuned alpha is kept at 500 or less; the authors cut a fixed one, too.
-- The policy imitates for `warm_start` steps; the authors' does so for one step more.
+- Adam's epsilon of 1e-7 is added after the bias correction of the second moment's root. Keras adds
+  it before, which here would be an epsilon of 1e-7 / sqrt(1 - 0.999^t) in update t: 32 times as
+  much in update 1 and 1.3 times in update 1,000; later, the two forms hardly differ. After 20
+  updates the critics' weights differ by about 6e-4 of their size with kl, and by 3e-3 with mmd,
+  whose gradients are smaller.
+- The action a' at which Q is taken is the first of the samples of D; the authors draw one more
+  action for it. The expectation is the same.
+- The clone's step and that of its `weight` use the same samples, and so do the policy's step and
+  that of alpha. The authors draw new samples for `weight` and alpha, after the network's step. Here
+  a `weight` or an alpha that has left its bounds is put back at once. The authors' keeps its value,
+  is clipped where a loss uses it, and gets no gradient that would move it further out.
+- Only a tuned alpha is kept at 500 or less; the authors clip a fixed one, too.
+- The policy imitates the clone for `warm_start` steps; the authors' does so for one step more.
 - Targets start as copies of the critics; the authors start them at random.
-- Terminal rows are kept, and no row leads across a time limit into the next episode. D4RL's script
-  drops terminal rows and does lead across.
+- Terminal rows are kept, and no row joins the end of an episode to the start of the next. D4RL's
+  script drops terminal rows and has rows that join episodes at a time limit.
 - Three options of the authors' code, all off by default, are left out: a mixture of the least and
   the largest critic in place of the minimum, a trained weight of the policy's entropy, and weight
-  decay. So are the Wasserstein distance, divergences in their dual form, and the root of mmd.
-- The policy acts by its mode. --eval-samples 10 is the authors' second way to act.
+  decay. So are the Wasserstein distance, divergences in their dual form, and the square root of
+  mmd.
+- The policy acts by its mode, the tanh of its mean. --eval-samples 10 is the authors' second way to
+  act: the best of ten samples.
 - --normalize-obs, --dequantize and --q-samples above 1 are additions, and off by default.
 
     python algorithms/brac.py
@@ -80,7 +86,7 @@ class Args(RunArgs):
     seed: Seed = 0
     """seeds networks, batches and evaluation"""
     steps: Count = 1_000_000
-    """gradient steps"""
+    """gradient steps of policy and critics, after the clone's"""
     batch_size: BatchSize = 256
     """transitions per gradient step"""
     eval_every: Count = 5_000
@@ -88,13 +94,13 @@ class Args(RunArgs):
     eval_episodes: Count = 20
     """episodes per evaluation"""
     value_penalty: bool = True
-    """BRAC-v: subtract alpha D in the target; without it BRAC-p, D in the policy's loss alone"""
+    """subtract alpha D in the target (BRAC-v); else D is in the policy's loss alone (BRAC-p)"""
     divergence: Literal["kl", "mmd"] = "kl"
-    """D: the KL divergence from samples, or the squared MMD with a Laplacian kernel"""
+    """D: the KL divergence, or the squared maximum mean discrepancy with a Laplacian kernel"""
     alpha: NonNegative = 1.0
-    """weight of D, in units of reward with kl: 0 is SAC without entropy, a large one cloning"""
+    """weight of D, in units of reward with kl: 0 is SAC without entropy, a large one is cloning"""
     tune_alpha: bool = False
-    """move alpha so that D meets the target, from the value above"""
+    """learn alpha, starting at --alpha, so that D meets --target-divergence"""
     target_divergence: NonNegative = 0.0
     """value of D that --tune-alpha aims at: at 0, the authors' default, alpha only grows"""
     alpha_lr: Positive = 1e-3
@@ -102,9 +108,9 @@ class Args(RunArgs):
     samples: Count = 4
     """actions per state in the estimate of D"""
     q_samples: Count = 1
-    """how many of these actions Q is averaged over, before the minimum over critics"""
+    """how many of the --samples actions Q is averaged over, before the minimum over critics"""
     sigma: Positive = 20.0
-    """kernel width of mmd: a small one tells any two actions apart, a large one only means"""
+    """kernel width of mmd: a small one tells any two actions apart, a large one compares means"""
     warm_start: CountOrZero = 20_000
     """steps at the start in which the policy imitates the clone, without Q"""
     entropy_weight: NonNegative = 0.0
@@ -120,13 +126,13 @@ class Args(RunArgs):
     bc_steps: Count = 1_000_000
     """gradient steps of the clone, before all others"""
     bc_lr: Positive = 5e-4
-    """Adam's learning rate of the clone and its entropy's weight"""
+    """Adam's learning rate of the clone and of the weight of its entropy"""
     dequantize: Share = 0.0
-    """width of the band inside the bounds over which actions that are at a bound are spread"""
+    """width of the band inside the bounds over which actions exactly at a bound are spread"""
     normalize_obs: bool = False
     """shift and scale observations to mean 0 and deviation 1 over the data"""
     eval_samples: Count = 1
-    """1 acts by the policy's mode; more act by the best of so many samples under Q_1"""
+    """1: the policy acts by its mode; above 1: by the best of that many samples, judged by Q_1"""
 
     def resolve(self):
         if self.q_samples > self.samples:
@@ -172,13 +178,13 @@ def gaussian(net, s):
 
 
 def draw(pi, samples):
-    """x (N, B, A) with tanh(x) ~ pi, reparameterized."""
+    """N = `samples` reparameterized samples x (N, B, A) with tanh(x) ~ pi."""
     mean, log_std = (part.expand(samples, *part.shape) for part in pi)
     return mean + log_std.exp() * torch.randn_like(mean)
 
 
 def pre_tanh(a, args):
-    """x of the data's actions, clipped; an action at a bound can be spread inward first."""
+    """x = atanh(a) of the data's actions, which are dequantized if asked, and then clipped."""
     a = dequantize(a, args.dequantize)
     return torch.atanh(a.clamp(-1 + 1e-3, 1 - 1e-3))
 
@@ -189,7 +195,7 @@ def log_prob(x, pi):
 
 
 def log_ratio(x, pi, behavior):
-    """log pi - log b (..., B) at tanh(x), x (..., B, A); the Jacobian cancels below MAX_X."""
+    """log pi - log b (..., B) at tanh(x), x (..., B, A); below MAX_X, tanh's terms cancel."""
     x_b = x.clamp(-MAX_X, MAX_X)
     ratio = normal_log_prob(x, *pi) - normal_log_prob(x_b, *behavior)
     jacobian = tanh_log_det(x) - tanh_log_det(x_b)
@@ -208,7 +214,7 @@ def mmd(a, b, args):
 
 
 def divergence(x, pi, behavior, args):
-    """D (B,) of pi from b, from samples x (N, B, A) of pi."""
+    """D (B,) of pi from b, estimated by samples x (N, B, A) of pi."""
     if args.divergence == "kl":
         return log_ratio(x, pi, behavior).mean(0)
     x_b = draw(behavior, len(x))
@@ -216,7 +222,7 @@ def divergence(x, pi, behavior, args):
 
 
 def policy_value(q, s, x, args):
-    """Q of the policy (B,) from samples x (N, B, A): mean over `q_samples`, then minimum over q."""
+    """Q of the policy (B,) at samples x (N, B, A): mean over q_samples, then least critic."""
     x = x[: args.q_samples]
     rows = s.expand(len(x), *s.shape).flatten(0, 1)
     values = q(rows, x.tanh().flatten(0, 1))  # (2, N B)
@@ -224,7 +230,7 @@ def policy_value(q, s, x, args):
 
 
 def behavior_loss(nets, s, a, args):
-    """L_b: likelihood, plus weighted entropy. Also returns both, means over the batch."""
+    """L_b; also its negative log-likelihood and its entropy. All are means over the batch."""
     behavior = gaussian(nets.behavior, s)
     x = torch.cat([pre_tanh(a, args).unsqueeze(0), draw(behavior, 1)])  # (2, B, A)
     nll, entropy = -log_prob(x, behavior).mean(1)
@@ -233,7 +239,7 @@ def behavior_loss(nets, s, a, args):
 
 
 def critic_loss(nets, s, a, r, s2, terminal, args):
-    """Target and critics, with or without value penalty; also the means of Q and target."""
+    """Target and critics, with or without the value penalty; also the means of Q and of y."""
     with torch.no_grad():
         pi, behavior = gaussian(nets.actor, s2), gaussian(nets.behavior, s2)
         x2 = draw(pi, args.samples)
@@ -249,7 +255,8 @@ def critic_loss(nets, s, a, r, s2, terminal, args):
 
 
 def actor_loss(nets, s, pi, behavior, args, imitate=False):
-    """L_pi; b is fixed, its density at the samples is not. Also returns D and the samples."""
+    """L_pi; b is fixed, but the gradient runs through its density at the samples. Also returns D
+    and the samples."""
     x = draw(pi, args.samples)
     d = divergence(x, pi, behavior, args)
     loss = nets.alpha.detach() * d
@@ -261,12 +268,12 @@ def actor_loss(nets, s, pi, behavior, args, imitate=False):
 
 
 def multiplier_loss(multiplier, excess):
-    """Dual of a constraint `excess <= 0`: the multiplier grows while it is violated."""
+    """Dual of the constraint `excess <= 0`: the multiplier grows while `excess` is above 0."""
     return -multiplier * excess
 
 
 def update_behavior(nets, opt, data, args):
-    """One step of the clone and of its entropy's weight."""
+    """One step of the clone and of the weight of its entropy."""
     s, a = sample(data, args.batch_size, ("obs", "action"))
     loss, nll, entropy = behavior_loss(nets, s, a, args)
     minimize(opt.behavior, loss)
@@ -278,7 +285,7 @@ def update_behavior(nets, opt, data, args):
 
 
 def update(nets, opt, data, args, imitate):
-    """One step of targets, critics, policy and alpha; the policy of `imitate` steps ignores Q."""
+    """One step of targets, critics, policy and alpha; if `imitate`, the policy's loss has no Q."""
     s, a, r, s2, terminal = sample(data, args.batch_size)
     polyak(nets.q_target, nets.q, args.polyak)
     q_loss, q_data, target = critic_loss(nets, s, a, r, s2, terminal, args)
@@ -317,7 +324,8 @@ def behavior_policy(nets, obs, args):
 
 
 def policy(nets, obs, args):
-    """Raw observations (B, S) to the mode, or the best sample under Q_1, in the task's bounds."""
+    """Raw observations (B, S) to the policy's mode (B, A), or to its best sample under Q_1, in the
+    task's bounds."""
     s = nets.scaling.obs(obs)
     pi = gaussian(nets.actor, s)
     if args.eval_samples == 1:
@@ -330,7 +338,7 @@ def policy(nets, obs, args):
 
 
 def train_behavior(run, nets, opt, data, args):
-    """Phase one: clone the behavior policy, or read the clone of an earlier run."""
+    """Phase one: clone the behavior policy, or read the clone that an earlier run has saved."""
     saturated = share_at_bounds(data, args.dequantize)
     settings = args.bc_steps, args.bc_lr, args.batch_size, args.dequantize, args.normalize_obs
     cached = run.cached("clone", nets.behavior, *settings)
@@ -367,7 +375,7 @@ def train(run, data, args):
         run.after(t, metrics, lambda obs: policy(nets, obs, args))
 
 
-PRESETS = {  # the shortened rows take the policy's learning rate from the authors' example
+PRESETS = {  # the policy's learning rate in the shortened rows is that of the authors' example
     "hopper-medium-expert-demo": dict(  # shortened
         bc_steps=8_000, steps=25_000, warm_start=2_000, actor_lr=3e-4, eval_every=2_500
     ),
