@@ -11,31 +11,38 @@ offset flat in the action, so that outside the data the density alone decides.
     L_pi     = E_{a~pi}[ temperature log pi(a|s) - min_i Q_i(s,a) ]          (Algorithm 1, line 3)
     L_T      = temperature (H(pi(.|s)) + A), the same for `weight` and mu    (SAC)
 
-First mu is cloned from the data, then it is frozen. Both entropies H have the target -A, for A
-action dimensions. Entropy enters the actor's loss alone: neither y nor Eq. 6, the gradient of Q,
-has it. The penalty is the Fisher divergence of exp(Q) from mu (Eq. 11), where pi stands in for
-exp(Q). The bonus of 5 is the paper's, after CQL; its derivation in appendix A loses a factor of 2,
-and would end at 2.5. In log temperature, L_T has the gradient temperature (H + A); cql.py has the
-loss of CQL's authors, whose gradient is H + A. Both rest at H = -A, and Adam divides a constant
-factor out, so they differ only while the temperature changes.
+The clone mu is trained first, and then it is frozen. Q'_j is Q_j with a target network in place of
+O_j. Both entropies H have the target -A, for A action dimensions. Entropy enters the actor's loss
+alone: neither y nor Eq. 6, the gradient of Q, has it. The penalty is the Fisher divergence of
+exp(Q) from mu (Eq. 11), with actions of pi in place of actions of exp(Q), normalized.
+
+The bonus of 5 is the paper's, which takes it from CQL. Its derivation in appendix A loses a factor
+of 2; without this slip it would end at 2.5. Adam moves the logarithm of the temperature, for which
+the gradient of L_T is temperature (H + A). cql.py has the loss of CQL's authors, whose gradient is
+H + A. Both are 0 at H = -A, and Adam divides a constant factor out, so the two differ only while
+the temperature changes.
 
 The authors' code, against the paper:
 - mu is a mixture of five tanh-Gaussians for each action dimension on its own. The paper's words
   read as one mixture over all dimensions.
-- The clone has two hidden layers, actor and critics have three. The paper calls all of them
+- The clone has two hidden layers; the actor and the critics have three. The paper calls all of them
   three-layer networks.
 
 This file, against the authors' code:
-- Adam's epsilon of 1e-7 is added to the root after its bias correction. Keras adds it before: in
-  the form here, that is 1e-7 / sqrt(1 - 0.999^t), 32 times as much at update 1 and 1.3 times at
-  update 1,000. After 20 updates the actor's weights differ by two or three thousandths.
+- Adam's epsilon of 1e-7 is added after the bias correction of the second moment's root. Keras adds
+  it before, which here would be an epsilon of 1e-7 / sqrt(1 - 0.999^t) in update t: 32 times as
+  much in update 1 and 1.3 times in update 1,000. After 20 updates the actor's weights differ by
+  two or three thousandths.
 - Rows are drawn with replacement. The authors go through the data in shuffled epochs.
-- Rows that a time limit cut are kept where the data has their next observation; D4RL's loader
-  drops them.
-- Clone and actor start from random seeds of their own, so a clone that is read changes no number.
-- log mu of the policy's actions is computed from x, before the tanh. The authors invert the tanh.
+- The last row of an episode that a time limit ended is kept where the data has its next
+  observation; D4RL's loader drops it.
+- The clone's phase and the actor's have random seeds of their own. So the actor's phase gives the
+  same numbers whether the clone was trained in this run or read from an earlier one.
+- log mu of the policy's actions is computed from their values before the tanh. The authors invert
+  the tanh.
 - Every evaluation starts from the same ten states. The authors' always starts from new ones.
-- AntMaze is in neither paper nor code. Here it has no bonus, which would pay for not arriving.
+- AntMaze is neither in the paper nor in the code. It has no bonus here, because a bonus would
+  reward the policy for every step in which it has not reached the goal.
 - --normalize-obs and --dequantize are additions, and off by default. The second is for data with
   many actions exactly at a bound, where log mu grows without limit.
 
@@ -74,7 +81,7 @@ class Args(RunArgs):
     eval_every: Count = 10_000
     """gradient steps between evaluations"""
     lam: NonNegative = 0.1
-    """weight lambda of the gradient penalty (Eq. 7): 0 frees the offset, a large one clones"""
+    """weight lambda of the gradient penalty (Eq. 7): 0 frees the offset, a large one is cloning"""
     bonus: Number = 5.0
     """added to every reward: above 0 it pays for survival where episodes can end early"""
     offset: bool = True
@@ -90,7 +97,7 @@ class Args(RunArgs):
     lr: Positive = 3e-4
     """Adam's learning rate of the actor, the critics and the temperature"""
     components: Count = 5
-    """tanh-Gaussians per action dimension of the clone"""
+    """number of tanh-Gaussians in the clone's mixture for each action dimension"""
     bc_steps: Count = 1_000_000
     """gradient steps of the clone, before all others"""
     bc_lr: Positive = 1e-3
@@ -128,20 +135,21 @@ class Nets(nn.Module):
 
 
 def pre_tanh(a, args):
-    """x of the data's actions, infinite at a bound, where log_mu clips it; dequantized if asked."""
+    """x = atanh(a) of the data's actions, which are dequantized if asked. At a bound x is infinite;
+    log_mu clips it."""
     a = dequantize(a, args.dequantize)
     return torch.atanh(a.clamp(-1, 1))  # rounding may have left the bounds
 
 
 def largest_x(dtype):
-    """x of the action 1 - 1e-6, where the authors clip actions, rounded as `dtype` rounds it."""
+    """x = atanh(1 - 1e-6), with 1 - 1e-6 rounded to `dtype`; the authors clip actions there."""
     gap = torch.finfo(dtype).eps / 2  # between neighboring numbers just below 1
     return math.atanh(1 - gap * round(1e-6 / gap))
 
 
 def log_mu(mixture, x):
-    """log mu(tanh(x)|s), (..., B), of x (..., B, A), flat beyond largest_x. The dimensions are
-    independent mixtures."""
+    """log mu(tanh(x)|s), (..., B), of x (..., B, A); constant beyond largest_x. Every dimension has
+    a mixture of its own, and the dimensions are independent."""
     log_weight, mean, log_std = mixture
     limit = largest_x(x.dtype)
     x = x.clamp(-limit, limit)
@@ -151,7 +159,7 @@ def log_mu(mixture, x):
 
 
 def sample_mu(mixture):
-    """x (B, A) with tanh(x) ~ mu; the gradient reaches the chosen component's mean and std only."""
+    """x (B, A) with tanh(x) ~ mu; the gradient reaches mean and std of the drawn component only."""
     log_weight, mean, log_std = mixture
     u = torch.rand_like(mean[:1])
     below_u = log_weight.detach().exp().cumsum(0) < u
@@ -162,7 +170,7 @@ def sample_mu(mixture):
 
 
 def behavior_loss(nets, s, a, args):
-    """L_mu: likelihood, plus weighted entropy. Also returns both, means over the batch."""
+    """L_mu; also its negative log-likelihood and its entropy. All are means over the batch."""
     mixture = nets.mu(s)
     x = torch.stack([pre_tanh(a, args), sample_mu(mixture)])  # (2, B, A)
     nll, entropy = -log_mu(mixture, x).mean(1)
@@ -172,7 +180,7 @@ def behavior_loss(nets, s, a, args):
 
 
 def target_value(nets, s2, r, terminal, a2, log_mu2, args):
-    """y of Eq. 2, without entropy; log mu is 0 without the offset form."""
+    """y of Eq. 2 (B,), which has no entropy term; with --no-offset, log_mu2 is 0."""
     o2 = nets.offset_target(s2, a2).amin(0)
     q2 = o2 + log_mu2  # min_j Q'_j = min_j O'_j + log mu
     return r + args.bonus + args.gamma * (1 - terminal) * q2  # (B,)
@@ -198,7 +206,7 @@ def temperature_loss(log_temperature, entropy, act_dim):
 
 
 def update_behavior(nets, opt, data, args):
-    """One step of the clone and of its entropy weight."""
+    """One step of the clone and of the weight of its entropy."""
     s, a = sample(data, args.batch_size, ("obs", "action"))
     loss, nll, entropy = behavior_loss(nets, s, a, args)
     minimize(opt.behavior, loss)
@@ -253,7 +261,7 @@ def update(nets, opt, data, args):
 
 
 def behavior_policy(nets, obs, args):
-    """The clone's most likely component per dimension, in the task's bounds."""
+    """The mean of the clone's most likely component in every dimension, in the task's bounds."""
     log_weight, mean, _ = nets.mu(nets.scaling.obs(obs))
     best = log_weight.argmax(0, keepdim=True)
     mean = mean.gather(0, best).squeeze(0)
@@ -267,7 +275,7 @@ def policy(nets, obs, args):
 
 
 def train_behavior(run, nets, opt, data, args):
-    """Phase one: clone the behavior policy, or read the clone of an earlier run."""
+    """Phase one: clone the behavior policy, or read the clone that an earlier run has saved."""
     saturated = share_at_bounds(data, args.dequantize)
     settings = args.bc_steps, args.bc_lr, args.batch_size, args.components
     settings += args.dequantize, args.normalize_obs
