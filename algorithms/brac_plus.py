@@ -1,15 +1,16 @@
 """BRAC+ (Zhang, Kuppannagari & Prasanna), in two versions. iclr is the submission to ICLR 2021,
-"BRAC+: Going Deeper with Behavior Regularized Offline Reinforcement Learning"; the numbers of
-equations are its numbers. acml is the paper of ACML 2021 (arXiv:2110.00894).
+"BRAC+: Going Deeper with Behavior Regularized Offline Reinforcement Learning"; equations are
+numbered as there. acml is the paper of ACML 2021 (arXiv:2110.00894).
 
-Idea: clone the data with a model that has latent variables. The lower bound on its likelihood
-(ELBO) turns into an upper bound D(s) on KL(pi || clone) in every state. Gaussians give D(s) in
-closed form, so it is less noisy than sampled log-densities. A multiplier alpha(s) for each state
-holds D(s) below a threshold eps. Where D(s) is large, a penalty flattens Q, so that its errors do
-not pull the policy away from the data.
+Idea: clone the data with a model that has latent variables. The lower bound on its log-likelihood
+(ELBO) gives an upper bound D(s) on KL(pi || clone) in every state. Because all parts of the model
+are Gaussian, the KL terms in D(s) have a closed form, so D(s) is less noisy than sampled
+log-densities. A multiplier alpha(s) for each state holds D(s) below a threshold eps. Where D(s) is
+large, a penalty flattens Q, so that its errors do not pull the policy away from the data.
 
 The clone has a prior N(0, I) of its latent z, a decoder p(.|s,z) and an encoder q(z|a,s). Encoder,
-decoder and policy pi are diagonal Gaussians; the last two draw x, and the action is a = tanh(x).
+decoder and policy pi are diagonal Gaussians. Those of decoder and policy are over x, and the action
+is a = tanh(x).
 
     -ELBO = E_{z~q}[-log p(a|s,z)] + KL(q(z|a,s) || N(0,I))                        (12)
     D(s)  = E_{a~pi, z~q}[KL(pi(.|s) || p(.|s,z)) + KL(q(z|a,s) || N(0,I))]         (7)
@@ -17,26 +18,29 @@ decoder and policy pi are diagonal Gaussians; the last two draw x, and the actio
             k(u,v) = exp(-sum_i |u_i - v_i| / (2 mmd_width)); with --divergence mmd (5)
     y     = r + gamma (1 - terminal) mean_a' min_i Q'_i(s',a'),  a' ~ pi'(.|s')     (2)
     L_Q   = E[sum_i (Q_i(s,a) - y)^2 / 2] + lam penalty,
-            penalty = E[1(D(s) > eps_GP) |grad_a~ min_i Q_i(s,a~)|],  a~ ~ pi      (10)
-    L_pi  = E[-min_i Q_i(s,a~) + alpha(s) (D(s) - eps) + beta (-log pi(a~|s) - H0)] (8)
+            penalty = E_{a~pi}[1(D(s) > eps_GP) |grad_a min_i Q_i(s,a)|]           (10)
+    L_pi  = E_{a~pi}[-min_i Q_i(s,a) + alpha(s) (D(s) - eps) + beta (-log pi(a|s) - H0)] (8)
 
-alpha and beta maximize L_pi while pi minimizes it: alpha grows in the states where D is above eps,
-and beta grows while the entropy, -log pi, is above H0. (With mmd the last bracket has the other
-sign, and beta holds the entropy above H0.) eps_GP is the mean of D plus its deviation over the
+Q'_i and pi' are the targets of critics and policy, and 1(.) is the gate of the penalty. alpha and
+beta maximize L_pi while pi minimizes it: alpha grows in the states where D is above eps, and beta
+grows while the entropy, -log pi, is above H0. (With mmd the last bracket has the other sign, and
+beta holds the entropy above H0.) eps_GP is the mean of D plus its standard deviation over the
 states of the last epoch. Rewards are scaled to [0, 1].
 
-Before that, Algorithm 1 trains the clones (line 1), then the policy that has the least D (line 2),
+Before RL, Algorithm 1 trains the clones (line 1), then a first policy to have the least D (line 2),
 and, with --q-steps, the critics of that policy (line 3).
 
-acml differs from iclr in this: alpha is one number for all states; y has the largest value over a'
-instead of the mean; the gate 1(D > eps_GP) is softplus(D - eps_GP), divided by its largest value in
-the batch; lam grows while the penalty is above gp_target. Its thresholds are measured before RL:
-eps is the first policy's D plus a margin, and H0 is the clone's -ELBO minus A log 4 for A action
-numbers. iclr has numbers of its own for the data it was run on, and takes acml's rule elsewhere.
+acml differs from iclr as follows. alpha is one number for all states; y has the largest value over
+a' instead of the mean; the gate is softplus(D - eps_GP), divided by its largest value in the
+batch; lam grows while the penalty is above gp_target. Its thresholds are measured before RL: eps is
+the first policy's D plus a margin, and H0 is the clone's -ELBO minus A log 4 for A action
+dimensions. iclr has an eps and an H0 of its own for each dataset that it was run on, and takes
+acml's rule for all others.
 
 The authors' code, against the paper:
 - Eq. 8 is printed without the entropy term. Appendix F and line 9 of Algorithm 1 describe it.
-- The norm in Eq. 10 is not squared, the squared errors of Q are halved, and Eq. 5 is under a root.
+- The norm in Eq. 10 is not squared, the squared errors of Q are halved, and D of Eq. 5 is a
+  square root.
 - The target's actions come from pi', a copy of the policy that follows as slowly as the targets of
   Q do.
 - The critics are not trained before the policy moves: line 3 of Algorithm 1 is missing.
@@ -46,34 +50,39 @@ The authors' code, against the paper:
 - D is the mean over three clones (in iclr's code there is one); the paper picks one at random.
 - The policy acts by the best of 20 of its samples. iclr compares them by Q_1; acml holds them
   within one deviation and compares them by the mean of the critics. Neither paper mentions it.
-- acml's largest value over a' is not in its paper, where H0 is a quarter of the clone's entropy.
-- With mmd, acml compares actions before tanh, and holds the latents of its clones within half a
-  deviation.
+- The largest value over a', which acml's code has, is not in acml's paper.
+- acml's paper takes a quarter of the clone's entropy for H0; its code has the rule above.
+- With mmd, acml compares x = atanh(a) instead of actions, and clips the latents that its clones
+  draw to [-0.5, 0.5].
 
 This file, against the authors' code:
-- The submission's tables of eps and H0 are lost. Those of iclr here stand in code that its authors
-  published a few weeks later.
-- Eq. 12 has the log-determinant of tanh in both versions, because H0 is measured by it. iclr's code
-  leaves this constant out, which changes no gradient.
+- The submission's tables of eps and H0 could not be found. The values of iclr in TASKS below are
+  from code that its authors published a few weeks later.
+- Eq. 12 has the log-determinant of tanh in both versions, because H0 is measured by -ELBO. iclr's
+  code leaves this constant out, which changes no gradient.
 - --dequantize is ours, and off by default. It spreads actions that are exactly at a bound, where
   log-densities have no limit.
 - --q-steps is ours, and off by default, because the authors' code has no such phase.
-- The deviation of the policy is at least softplus(-20), as in iclr; acml has softplus(-10).
+- The policy's standard deviation is at least softplus(-20), as in iclr; acml has softplus(-10).
 - An epoch has 2,000 steps, as in iclr; acml has 2,500.
 - The clones are frozen during RL; the authors keep training them at a rate of 1e-5.
-- Clones and first policy are trained one after the other, with equal steps and falling rates, as in
-  acml. iclr trains the policy along with the second half of the clone, at a rate of 3e-4.
+- First the clones and then the first policy are trained, each for --bc-steps steps and with falling
+  learning rates, as in acml. iclr trains the first policy during the second half of the clone's
+  steps, at a rate of 3e-4.
 - -ELBO and the first policy's D are running means over batches; acml averages over all the data.
 - The penalty and the policy's loss share their samples of actions and latents.
 - eps_GP starts at eps, as in iclr; acml adds its margin a second time.
-- With mmd, H0 is -ELBO itself on all data; acml has this for Adroit alone. iclr's first policy is
-  trained as acml's, because iclr's own code fails there.
-- Multipliers have no largest value; acml stops at 10,000. Where lam's parameter has fallen below
-  its floor, its slope is that of softplus there; acml takes the slope at the floor.
-- The 20 noises of acting are drawn once, so that the policy is deterministic.
+- With mmd, H0 is -ELBO itself on all data; acml has this for Adroit alone.
+- With mmd, iclr's first policy is trained as that of acml, because in iclr's own code beta's term
+  has the wrong sign in this phase.
+- Multipliers have no upper bound; in acml it is 10,000. lam can fall below its floor --lam, and
+  then the floor is the weight of the penalty. The gradient by which lam comes back is that of
+  softplus at lam here, and at the floor in acml.
+- The noise of the 20 samples among which the policy chooses is drawn once per run, so that the
+  policy is deterministic.
 - Initial weights are those of PyTorch's linear layers, and Adam's epsilon is 1e-8 instead of 1e-7.
-- Rows that a time limit cut are kept where the data has their next observation; the authors' loader
-  drops them.
+- The last row of an episode that a time limit ended is kept where the data has its next
+  observation; the authors' loader drops it.
 
     python algorithms/brac_plus.py
 """
@@ -105,39 +114,39 @@ class Args(RunArgs):
     seed: Seed = 0
     """seeds networks, batches and evaluation"""
     steps: Count = 1_000_000
-    """gradient steps of RL"""
+    """gradient steps of RL, after all other phases"""
     batch_size: BatchSize = 100
     """transitions per gradient step"""
     eval_every: Count = 5_000
     """gradient steps between evaluations"""
     version: Literal["iclr", "acml"] = "iclr"
-    """which form of the method; it chooses the value of every flag here whose default is None"""
+    """version of the method; it also fills the flags below that are None"""
     divergence: Literal["kl", "mmd"] = "kl"
     """D: the bound on the KL divergence (Eq. 7), or the maximum mean discrepancy (Eq. 5)"""
     multiplier: Literal["state", "global"] | None = None
     """alpha of Eq. 8: a network of the state (iclr), or one number for all states (acml)"""
     gate: Literal["hard", "tuned", "soft"] | None = None
-    """gate of Eq. 10: a step (hard, iclr; tuned) or softplus (soft, acml); lam grows unless hard"""
+    """gate of Eq. 10: a step (hard: iclr; tuned) or softplus (soft: acml); lam grows unless hard"""
     backup: Literal["mean", "max"] | None = None
     """target value over the sampled actions (Eq. 2): their mean (iclr) or the largest (acml)"""
     eval_policy: Literal["argmax", "clipped", "mode"] | None = None
-    """acts by the best of 20 samples (iclr), of 20 within one deviation (acml), or by the mode"""
+    """best of 20 samples (argmax: iclr), of 20 within one deviation (clipped: acml), or the mode"""
     eps: NonNegative | None = None
-    """threshold of D (Eq. 8); None: iclr's where known, else D of the first policy + margin"""
+    """threshold of D (Eq. 8); None: iclr's where known, else the first policy's D + --margin"""
     margin: NonNegative | None = None
-    """room above the first policy's D where eps is None; 0 is none; None: acml's for the data"""
+    """how far eps lies above the first policy's D where --eps is None; None: acml's for the data"""
     h0: Number | None = None
-    """entropy bound H0 (Eq. 8) in nats; None: iclr's where known, else by the clone's -ELBO"""
+    """entropy bound H0 (Eq. 8) in nats; None: iclr's where known, else from the clone's -ELBO"""
     mmd_width: Positive | None = None
     """width of mmd's kernel (Eq. 5); far above the actions' distances it only scales D"""
     lam: NonNegative = 0.1
-    """weight of the gradient penalty (Eq. 10); where it grows, its lowest value: 0 is none"""
+    """weight lam of the gradient penalty (Eq. 10), or its floor where lam grows: 0 is no penalty"""
     gp_target: NonNegative = 0.01
-    """where lam grows, it does so while the penalty (Eq. 10) is above this"""
+    """lam grows while the penalty (Eq. 10) is above this number, where --gate is tuned or soft"""
     samples: Count = 5
-    """actions per state, and latents per action: many make D less noisy, but no less biased"""
+    """actions per state, and latents per action: many make D less noisy, but not less biased"""
     members: Count = 3
-    """number of clones, over which D is a mean"""
+    """number of clones; D is the mean over them"""
     gamma: ShareBelow1 = 0.99
     """discount"""
     polyak: PositiveShare = 0.001
@@ -147,13 +156,13 @@ class Args(RunArgs):
     actor_lr: Positive = 5e-6
     """Adam's learning rate of the policy in RL: small, so that the critics lead"""
     alpha_lr: Positive = 1e-5
-    """Adam's learning rate of the network alpha(s): a large one makes D swing about eps"""
+    """Adam's learning rate of the network alpha(s): a large one makes D swing around eps"""
     dual_lr: Positive = 1e-3
     """Adam's learning rate of beta, of lam, and of alpha where it is one number"""
     dual_start: Positive = 10.0
-    """first value of beta, and of alpha where it is one number; short phases want a smaller one"""
+    """first value of beta, and of alpha where it is one number; short runs need a smaller one"""
     bc_steps: Count = 400_000
-    """gradient steps of the clones, and again of the first policy"""
+    """gradient steps of the clones, and the same number again for the first policy"""
     q_steps: CountOrZero = 0
     """gradient steps of the critics alone, on the first policy (Algorithm 1, line 3); 0 is none"""
     epoch_steps: Count = 2_000
@@ -161,7 +170,7 @@ class Args(RunArgs):
     normalize_obs: bool = False
     """shift and scale observations to mean 0 and deviation 1 over the data"""
     dequantize: Share = 0.0
-    """width of the band inside the bounds over which actions exactly at a bound are spread"""
+    """actions exactly at a bound are spread over a band of this width inside it: 0 is no spread"""
 
     def resolve(self):
         fill_in(self)
@@ -176,7 +185,7 @@ class Nets(nn.Module):
         latent_dim = 2 * act_dim
         members = args.members
         self.scaling = Scaling(data)
-        self.behavior = nn.Module()  # the clones; a Gaussian's output is its mean and its deviation
+        self.behavior = nn.Module()  # the clones; outputs are the mean and deviation of a Gaussian
         self.behavior.encoder = MLP(act_dim + obs_dim, 256, 256, 2 * latent_dim, members=members)
         self.behavior.decoder = MLP(latent_dim + obs_dim, 256, 256, 2 * act_dim, members=members)
         self.behavior.register_buffer("minus_elbo", torch.zeros(()))  # running mean
@@ -193,11 +202,11 @@ class Nets(nn.Module):
         self.register_buffer("h0", torch.zeros(()))
         self.register_buffer("first_d", torch.zeros(()))  # running mean of the first policy's D
         self.register_buffer("d_sums", torch.zeros(2, dtype=torch.float64))  # of D and D^2
-        self.register_buffer("noise", torch.randn(20, act_dim))  # of acting
+        self.register_buffer("noise", torch.randn(20, act_dim))  # of the policy's 20 samples
 
 
 def fill_in(args):
-    """Args.resolve: flags that are None take the values of TASKS, at the foot of this file."""
+    """Args.resolve: flags that are None take their values from TASKS, at the foot of this file."""
     values = {}
     for pattern, row in TASKS.items():
         if fnmatchcase(f"{args.version} {args.divergence} {args.env}", pattern):
@@ -214,7 +223,7 @@ def before_softplus(value):
 
 
 def gaussian(out, floor=-10):
-    """Mean and log-deviation from the halves of an output; `floor` is the least raw deviation."""
+    """Mean and log-deviation from the halves of an output; the deviation is >= softplus(floor)."""
     mean, raw = out.chunk(2, -1)
     return mean, nn.functional.softplus(raw.clamp(floor, 5)).log()
 
@@ -240,7 +249,7 @@ def decode(nets, z, s):
 
 
 def behavior_loss(nets, s, a, args):
-    """Eq. 12, -ELBO of actions, so with the log-determinant of tanh: one value per clone (M,)."""
+    """Eq. 12: -ELBO of a, not of x, so with the log-determinant of tanh; one per clone, (M,)."""
     a = dequantize(a, args.dequantize)
     a = a.clamp(-1 + 1e-6, 1 - 1e-6)  # at a bound, atanh is infinite
     q_mean, q_log_std = gaussian(nets.behavior.encoder(torch.atanh(a), s))
@@ -252,8 +261,8 @@ def behavior_loss(nets, s, a, args):
 
 
 def kl_bound(nets, s, x, mean, log_std, args):
-    """D of Eq. 7, (n, B), the mean over clones, at n samples x (n, B, A) of the policy's Gaussians.
-    KL is the same before and after tanh."""
+    """D of Eq. 7, (n, B), the mean over M clones and L latents, at n samples x (n, B, A) of the
+    policy's Gaussians. KL is the same before and after tanh."""
     n, latents = len(x), args.samples
     s = s.repeat(n, 1)  # (nB, S)
     q_mean, q_log_std = gaussian(nets.behavior.encoder(x.flatten(0, 1), s))  # (M, nB, Z)
@@ -296,8 +305,8 @@ def mmd(nets, s, x, args):
 
 
 def divergence(nets, s, n, args):
-    """n samples of the policy in each state: actions (n, B, A), log-densities (n, B), and D, which
-    is (n, B) with kl, and (1, B) with mmd, where all n samples together have one."""
+    """n samples of the policy in each state: actions (n, B, A), log-densities (n, B), and D. With
+    kl, D is (n, B); with mmd it is (1, B), because a state's n samples together have one D."""
     mean, log_std = policy_gaussian(nets.actor, s, n)
     a, log_prob, x = sample_tanh_normal(mean, log_std)
     if args.divergence == "mmd":
@@ -335,7 +344,7 @@ def critic_loss(nets, s, a, y):
 
 
 def penalty_gate(nets, d, args):
-    """By how much Eq. 10 penalizes each state, from 0 to 1, by its D (B,)."""
+    """The gate of Eq. 10 (B,), from 0 to 1: how much each state is penalized, from its D (B,)."""
     if args.gate == "soft":
         excess = nn.functional.softplus(d - nets.eps_gp)
         return excess / excess.max()
@@ -411,7 +420,7 @@ def update_behavior(nets, opt, data, args):
 
 
 def update_first_policy(nets, opt, data, args):
-    """One step of the policy towards the least D (line 2 of Algorithm 1), and of beta."""
+    """One step of the first policy towards the least D (line 2 of Algorithm 1), and one of beta."""
     (s,) = sample(data, args.batch_size, ("obs",))
     n = args.samples if args.divergence == "mmd" else 1
     _, log_prob, d = divergence(nets, s, n, args)
@@ -450,7 +459,7 @@ def update(nets, opt, data, args):
 
     y = target_value(nets, r, s2, terminal, args)
     td_loss, q = critic_loss(nets, s, a, y)
-    a_gp = a_pi if args.divergence == "mmd" else a_pi[:1]  # the actions that d[0] is of
+    a_gp = a_pi if args.divergence == "mmd" else a_pi[:1]  # the actions to which d[0] belongs
     norm = gradient_norm(nets, s, a_gp.detach())
     gate = penalty_gate(nets, d[0].detach(), args)
     penalty = (gate * norm).mean()
@@ -516,7 +525,7 @@ def policy(nets, obs, args):
 
 
 def train_behavior(run, nets, opt, data, args):
-    """The clones, or those of an earlier run; and the entropy bound H0."""
+    """Train the clones, or read those of an earlier run; then set the entropy bound H0."""
     settings = args.bc_steps, args.batch_size, args.dequantize, args.normalize_obs
     if not run.cached("clones", nets.behavior, *settings):
         step = graphed(update_behavior, nets, opt, data, args, compile=args.compile)
@@ -529,18 +538,18 @@ def train_behavior(run, nets, opt, data, args):
         nets.h0.fill_(args.h0)
     elif args.divergence == "mmd":
         nets.h0.copy_(nets.behavior.minus_elbo)
-    else:  # the clone's entropy, had it a quarter of its deviation in every action number
+    else:  # the entropy of a clone with a quarter of the deviation in each action dimension
         act_dim = data.action.shape[1]
         nets.h0.copy_(nets.behavior.minus_elbo - act_dim * math.log(4))
 
 
 def train_first_policy(run, nets, opt, data, args):
-    """The policy with the least D; then the thresholds eps and eps_GP."""
+    """Train the policy with the least D; then set the thresholds eps and eps_GP."""
     step = graphed(update_first_policy, nets, opt, data, args, compile=args.compile)
     for t in run.loop(args.bc_steps, phase="init"):
         opt.init.lr.fill_(first_rate(t, args.bc_steps))
         run.after(t, step())
-        if t == args.bc_steps:  # within the loop, so that the checkpoint of this step has it all
+        if t == args.bc_steps:  # within the loop, so that this step's checkpoint has all of it
             if args.eps is None:
                 nets.eps.copy_(nets.first_d + args.margin)
             else:
@@ -573,7 +582,7 @@ def train(run, data, args):
     else:
         opt.alpha = Adam([nets.alpha], args.dual_lr)
     if args.version == "iclr":
-        opt.beta = opt.init_beta  # RL goes on with what it has gathered
+        opt.beta = opt.init_beta  # RL keeps Adam's moments of the first policy's phase
     else:
         opt.beta = Adam([nets.beta], args.dual_lr)
     largest = largest_value(data, args.gamma)
@@ -647,8 +656,9 @@ TASKS = {
 }
 
 ADROIT = dict(divergence="mmd", actor_lr=5e-8, alpha_lr=1e-7, gp_target=0.005)
-# For a CPU: clone and first policy in 8,000 steps each (paper: 400,000), RL in 12,000 (1,000,000),
-# one clone (3) and 2 samples (5). The policy is twenty times as fast, targets ten, beta three.
+# For a CPU: clone and first policy have 8,000 steps each (paper: 400,000), RL has 12,000 (paper:
+# 1,000,000). There is one clone (default: 3), with 2 samples (default: 5). The policy learns at 20
+# times the paper's rate, the targets follow at 10 times, and beta learns at 3 times.
 DEMO = dict(
     version="acml",
     bc_steps=8_000,
