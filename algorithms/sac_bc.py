@@ -76,7 +76,7 @@ class Args(RunArgs):
     backup_entropy: bool = False
     """keep SAC's entropy term, -temperature log pi(a'|s'), in the target"""
     dequantize: Share = 0.0
-    """width of the band inside the bounds over which actions exactly at a bound are spread"""
+    """actions exactly at a bound are spread over a band of this width inside it: 0 is no spread"""
     gamma: ShareBelow1 = 0.99
     """discount"""
     polyak: PositiveShare = 0.005
