@@ -86,7 +86,7 @@ class Args(RunArgs):
     seed: Seed = 0
     """seeds networks, batches and evaluation"""
     steps: Count = 1_000_000
-    """gradient steps of policy and critics, after the clone's"""
+    """gradient steps of actor and critics, after those of the clone"""
     batch_size: BatchSize = 256
     """transitions per gradient step"""
     eval_every: Count = 5_000
@@ -122,13 +122,13 @@ class Args(RunArgs):
     lr: Positive = 1e-3
     """Adam's learning rate of the critics"""
     actor_lr: Positive = 3e-5
-    """Adam's learning rate of the policy"""
+    """Adam's learning rate of the actor"""
     bc_steps: Count = 1_000_000
-    """gradient steps of the clone, before all others"""
+    """gradient steps of the clone, before those of actor and critics"""
     bc_lr: Positive = 5e-4
     """Adam's learning rate of the clone and of the weight of its entropy"""
     dequantize: Share = 0.0
-    """width of the band inside the bounds over which actions exactly at a bound are spread"""
+    """actions exactly at a bound are spread over a band of this width inside it: 0 is no spread"""
     normalize_obs: bool = False
     """shift and scale observations to mean 0 and deviation 1 over the data"""
     eval_samples: Count = 1
