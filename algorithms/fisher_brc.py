@@ -75,7 +75,7 @@ class Args(RunArgs):
     seed: Seed = 0
     """seeds networks, batches and evaluation"""
     steps: Count = 1_000_000
-    """gradient steps of actor and critics, after the clone's"""
+    """gradient steps of actor and critics, after those of the clone"""
     batch_size: BatchSize = 256
     """transitions per gradient step"""
     eval_every: Count = 10_000
@@ -89,7 +89,7 @@ class Args(RunArgs):
     penalty_actions: Literal["policy", "data"] = "policy"
     """where the penalty is taken: at actions of the policy (Eq. 7) or of the data"""
     dequantize: Share = 0.0
-    """width of the band inside the bounds over which actions exactly at a bound are spread"""
+    """actions exactly at a bound are spread over a band of this width inside it: 0 is no spread"""
     gamma: ShareBelow1 = 0.99
     """discount"""
     polyak: PositiveShare = 0.005
@@ -99,9 +99,9 @@ class Args(RunArgs):
     components: Count = 5
     """number of tanh-Gaussians in the clone's mixture for each action dimension"""
     bc_steps: Count = 1_000_000
-    """gradient steps of the clone, before all others"""
+    """gradient steps of the clone, before those of actor and critics"""
     bc_lr: Positive = 1e-3
-    """Adam's learning rate of the clone; a tenth of it after 80% of bc_steps, again after 90%"""
+    """Adam's learning rate of the clone; divided by 10 after 80% of its steps, again after 90%"""
     normalize_obs: bool = False
     """shift and scale observations to mean 0 and deviation 1 over the data"""
 
