@@ -113,7 +113,7 @@ class Args(RunArgs):
     warm_start: CountOrZero = 0
     """steps at the start in which the actor maximizes the data's likelihood instead of Q"""
     dequantize: Share = 0.0
-    """width of the band inside the bounds where --warm-start spreads actions exactly at a bound"""
+    """in --warm-start, actions exactly at a bound are spread over a band of this width inside it"""
     gamma: ShareBelow1 = 0.99
     """discount"""
     polyak: PositiveShare = 0.005
