@@ -71,7 +71,7 @@ class Args(RunArgs):
     policy_noise: NonNegative = 0.2
     """standard deviation of the noise that smooths the target action; 0 is DDPG's target"""
     noise_clip: NonNegative = 0.5
-    """largest size of the noise on the target action"""
+    """bound c to which the noise of the target action is clipped: 0 is no noise"""
     policy_freq: Count = 2
     """critic steps per step of actor and targets; 1 is no delay"""
     critics: Count = 2
