@@ -1,28 +1,26 @@
-"""collect.py on Pendulum-v1 (200 steps, no terminals) and a small task that does terminate."""
+"""collect.py on a small task that ends in both ways, on Pendulum-v1, and in a maze."""
 
 import contextlib
-import errno
-import importlib
-import io
 import json
 import os
-import runpy
+import re
+import shutil
 import signal
-import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import gymnasium
 import numpy as np
 import pytest
 import torch
+from short_runs import ROOT, no_stray_signal, outcome
 
-import collect
-from common import parse
-from datasets import InputError, load_dataset
-from experiment import load_tensors
+from common import InputError
+from harness import load_dataset, parse
+from harness.folder import load_tensors
+from tools import collect
 
-ROOT = Path(__file__).resolve().parents[1]
-AGENT = "--env Walk-v0 --steps 50 --train-steps 60 --medium-return -1000"
+STEPS = SimpleNamespace(count=0, hook=None)  # of all Walks; the hook is called in each
 
 
 class Walk(gymnasium.Env):
@@ -37,6 +35,9 @@ class Walk(gymnasium.Env):
         return np.array([self.t, self.x]), {}
 
     def step(self, action):
+        STEPS.count += 1
+        if STEPS.hook:
+            STEPS.hook(STEPS.count)
         assert self.action_space.contains(action), action
         self.t, self.x = self.t + 1, self.x + float(action[0]) - 0.5
         return np.array([self.t, self.x]), self.x, abs(self.x) > 1, False, {}
@@ -45,36 +46,88 @@ class Walk(gymnasium.Env):
 gymnasium.register("Walk-v0", f"{__name__}:Walk", max_episode_steps=7)
 
 
+@contextlib.contextmanager
+def hook(function=None):
+    """Count the steps of all Walks from 0 on, and call `function` with the count in each."""
+    STEPS.count, STEPS.hook = 0, function
+    try:
+        yield STEPS
+    finally:
+        STEPS.hook = None
+
+
+def signal_at(count, number):
+    return lambda now: os.kill(os.getpid(), number) if now == count else None
+
+
 @pytest.fixture(autouse=True)
 def here(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.syspath_prepend(str(Path(__file__).parent))  # where Gymnasium finds Walk
     monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path / "minari"))
-    monkeypatch.setattr(sys, "argv", ["collect.py"])
-    monkeypatch.setattr(collect, "EVAL_EVERY", 20)
-    monkeypatch.setattr(collect, "EVAL_EPISODES", 2)
-    before = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
-    yield tmp_path
-    for s, handler in before.items():
-        signal.signal(s, handler)
+    with no_stray_signal():
+        yield tmp_path
+
+
+# Uniform actions nearly to the end; any return is medium, so the agent is at its first evaluation.
+RANDOM = "--env Walk-v0 --level random --steps 300"
+AGENT = "--env Walk-v0 --steps 500 --train-steps 10000 --random-steps 9990 --medium-return -1000"
+
+
+def flags(line):
+    return parse(collect.Args, {}, f"--device cpu --precision highest --seed 3 {line}".split())[0]
 
 
 def run(line):
     """collect.py with the words of `line` as its flags."""
-    words = "--device cpu --random-steps 20 --seed 3 " + line
-    collect.collect(parse(collect.Args, {}, words.split()))
+    before = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        collect.collect(flags(line))
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def arrays(path):
     with np.load(path, allow_pickle=False) as file:
-        return {k: file[k] for k in file.files}
+        return {key: file[key] for key in file.files}
+
+
+def agent_returns(path):
+    return json.loads(str(arrays(path)["metadata"]))["agent_returns"]
+
+
+ROWS = ("observations", "actions", "rewards", "terminals", "timeouts", "final_observations")
+
+
+def assert_same_rows(a, b):
+    a, b = arrays(a), arrays(b)
+    for key in ROWS:
+        np.testing.assert_array_equal(a[key], b[key], err_msg=key)
+
+
+def assert_whole_walks(path):
+    """Each row is the one before it, a step on, or the first of an episode."""
+    file = arrays(path)
+    age, ends = file["observations"][:, 0], file["terminals"] | file["timeouts"]
+    assert age[0] == 0 and ends[-1] and len(file["final_observations"]) == ends.sum()
+    np.testing.assert_array_equal(age[1:], np.where(ends[:-1], 0, age[:-1] + 1))
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """The folder of an agent of 10,000 steps, and of the dataset of all of them."""
+    folder = tmp_path_factory.mktemp("agent")
+    run(f"{AGENT} --level full-replay --flat {folder}/full.npz --agent {folder}/walk.pt")
+    return folder
+
+
+# ---- what is written -------------------------------------------------------------------------
 
 
 def by_hand(seed, steps):
     """What "random" must hold for Walk-v0: every row with its true next observation."""
     env, rows = gymnasium.make("Walk-v0"), []
     torch.manual_seed(seed)
-    collect.Nets(2, 1)  # the agent draws its weights first
     obs = None
     for i in range(steps):
         if obs is None:
@@ -90,15 +143,14 @@ def by_hand(seed, steps):
 
 
 def test_random_level_row_by_row(capsys):
-    run("--env Walk-v0 --level random --steps 300 --flat walk.npz")
-    assert not list(Path().glob("*.partial.pt")) and not list(Path().glob("*.tmp"))
+    run(f"{RANDOM} --flat walk.npz")
+    assert [path.name for path in Path().iterdir()] == ["walk.npz"]
     obs, action, reward, next_obs, terminal, timeout = by_hand(3, 300)
     ends = terminal | timeout
     assert terminal.sum() > 2 and timeout.sum() > 2, "the walk must end in both ways"
     assert terminal[obs[:, 0] == 6].any(), "and in both at once, which is a terminal"
     file = arrays("walk.npz")
-    for key, want in dict(observations=obs, actions=action, rewards=reward, terminals=terminal,
-                          timeouts=timeout, final_observations=next_obs[ends]).items():  # fmt: skip
+    for key, want in zip(ROWS, (obs, action, reward, terminal, timeout, next_obs[ends])):
         assert file[key].shape == want.shape
         np.testing.assert_allclose(file[key], want, rtol=1e-6, atol=1e-6, err_msg=key)
     assert file["observations"].dtype == file["actions"].dtype == np.float32
@@ -118,29 +170,9 @@ def test_random_level_row_by_row(capsys):
     np.testing.assert_allclose(data.episode_return, returns, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("level", ["random", "expert"])
-def test_saving_on_the_way_changes_nothing(monkeypatch, level):
-    """Progress is saved in the middle of an episode, which goes on afterwards."""
-    flags = f"{AGENT} --steps 100 --level {level}"
-    run(f"{flags} --flat rare.npz")
-    monkeypatch.setattr(collect, "SAVE_EVERY", 1)
-    run(f"{flags} --flat often.npz")
-    a, b = arrays("rare.npz"), arrays("often.npz")
-    for key in ("observations", "actions", "rewards", "terminals", "timeouts"):
-        np.testing.assert_array_equal(a[key], b[key], err_msg=key)
-
-
-def test_replay_saved_on_the_way(monkeypatch):
-    flags = "--env Pendulum-v1 --level medium-replay --medium-return -9999 --train-steps 60"
-    monkeypatch.setattr(collect, "SAVE_EVERY", 7)
-    run(f"{flags} --flat pendulum.npz")
-    timeouts = arrays("pendulum.npz")["timeouts"]
-    assert np.flatnonzero(timeouts).tolist() == [len(timeouts) - 1], "one episode, cut at the end"
-
-
-def test_file_trains_without_its_task():
+def test_a_file_trains_without_its_task():
     """Bounds other than [-1, 1] must come with the file, as --eval-env none builds no task."""
-    run("--env Walk-v0 --level random --steps 40 --flat walk.npz")
+    run(f"{RANDOM} --flat walk.npz")
     data, task = load_dataset("walk.npz", eval_env="none")
     assert task is None and data.action.abs().max() <= 1
     assert torch.equal(data.action, load_dataset("walk.npz")[0].action)
@@ -161,9 +193,8 @@ def test_pendulum_has_time_limits_only():
 
 
 def test_minari_has_the_rows_of_the_flat_file():
-    flags = "--env Walk-v0 --level random --steps 60"
-    run(f"{flags} --flat walk.npz")
-    run(f"{flags} --dataset-id walk/random-v0")
+    run(f"{RANDOM} --flat walk.npz")
+    run(f"{RANDOM} --dataset-id walk/random-v0")
     (a, task_a), (b, task_b) = load_dataset("walk.npz"), load_dataset("walk/random-v0")
     for name in ("obs", "action", "reward", "next_obs", "terminal", "episode", "episode_return",
                  "action_low", "action_high"):  # fmt: skip
@@ -171,180 +202,295 @@ def test_minari_has_the_rows_of_the_flat_file():
     assert a.digest == b.digest and task_a.id == task_b.id == "Walk-v0"
 
 
-LEVELS = {"medium-replay": None, "medium": 50, "expert": 50, "medium-expert": 100}
+LEVELS = {
+    "medium-replay": 5_000,
+    "full-replay": 10_000,
+    "medium": 500,
+    "expert": 500,
+    "medium-expert": 1_000,
+}
 
 
 @pytest.mark.parametrize("level", LEVELS)
-def test_levels(level):
-    """Any return is medium here, so the agent is medium at its first evaluation, step 20."""
-    run(f"{AGENT} --level {level} --flat walk.npz")
+def test_levels_are_cut_from_one_agent(level, trained, capsys):
+    """--agent keeps it: no other level trains again, and its file stays as it is."""
+    shutil.copy(trained / "walk.pt", "walk.pt")
+    before = Path("walk.pt").read_bytes()
+    with hook() as steps:
+        run(f"{AGENT} --level {level} --flat walk.npz --agent walk.pt")
+    assert steps.count == (0 if "replay" in level else LEVELS[level]), "it was trained again"
+    assert "continuing after 10,000 online steps" in capsys.readouterr().out
+    assert Path("walk.pt").read_bytes() == before
     file = arrays("walk.npz")
-    returns = json.loads(str(file["metadata"]))["agent_returns"]
-    assert [t for t, _ in returns] == ([20, 40, 60] if "expert" in level else [20])
-    assert len(file["rewards"]) == (LEVELS[level] or 20)
-    ends = file["terminals"] | file["timeouts"]
-    assert ends[-1] and len(file["final_observations"]) == ends.sum()
+    assert [t for t, _ in agent_returns("walk.npz")] == [5_000, 10_000]
+    assert len(file["rewards"]) == len(load_dataset("walk.npz")[0].obs) == LEVELS[level]
+    assert_whole_walks("walk.npz")
     if level == "medium-expert":
-        assert ends[49], "the halves are two episodes"
-        assert file["observations"][50, 0] == 0
-    assert len(load_dataset("walk.npz")[0].obs) == len(file["rewards"])
+        assert (file["terminals"] | file["timeouts"])[499], "the halves are of different episodes"
+    if level == "medium-replay":
+        full = arrays(trained / "full.npz")
+        np.testing.assert_array_equal(file["observations"], full["observations"][:5_000])
+    if level == "full-replay":
+        assert_same_rows("walk.npz", trained / "full.npz")
 
 
-def stop_at(monkeypatch, call, number):
-    """Send a signal inside the call-th environment step."""
-    step, calls = Walk.step, []
-
-    def stopping(self, action):
-        calls.append(1)
-        if len(calls) == call:
-            os.kill(os.getpid(), number)
-        return step(self, action)
-
-    monkeypatch.setattr(Walk, "step", stopping)
-    return calls
+def test_an_agent_of_its_own_gives_the_same_rows(trained):
+    """Without --agent it is trained as far as the level asks, and removed at the end."""
+    for level, counts in {"medium": [5_000], "medium-replay": [5_000]}.items():
+        run(f"{AGENT} --level {level} --flat {level}.npz")
+        assert [t for t, _ in agent_returns(f"{level}.npz")] == counts
+        assert not Path(f"{level}.npz.agent.pt").exists()
+        run(f"{AGENT} --level {level} --flat cut.npz --agent {trained}/walk.pt --overwrite")
+        assert_same_rows(f"{level}.npz", "cut.npz")
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_interrupted_rollout_continues(monkeypatch, capsys, number):
-    flags = "--env Walk-v0 --level random --steps 60 --flat walk.npz"
-    obs, action, _, _, terminal, timeout = by_hand(3, 60)
-    n = next(i for i in range(25, 60) if obs[i, 0] > 0)  # stop in the middle of an episode
-    with monkeypatch.context() as patch:
-        stop_at(patch, n, number)
-        with pytest.raises(SystemExit) as left:
-            run(flags)
-    assert left.value.code == 130 and "the same command continues" in capsys.readouterr().out
-    assert not Path("walk.npz").exists() and Path("walk.npz.partial.pt").exists()
-    with monkeypatch.context() as patch:
-        calls = stop_at(patch, 0, number)
-        run(flags)
-    assert len(calls) == 60 - n and f"continuing after {n} steps" in capsys.readouterr().out
-    assert not Path("walk.npz.partial.pt").exists()
-    file = arrays("walk.npz")
-    np.testing.assert_allclose(file["observations"][:n], obs[:n], rtol=1e-6, atol=1e-6)
-    np.testing.assert_array_equal(file["actions"], action)  # one random stream, not the same again
-    assert file["timeouts"][n - 1] and not timeout[n - 1], "the interrupted episode is a cut one"
-    assert file["observations"][n, 0] == 0, "a new episode follows"
-    data, _ = load_dataset("walk.npz")
-    assert len(data.obs) == 60 and (data.next_obs[:, 0] == data.obs[:, 0] + 1).all()
+def test_medium_and_expert_by_their_steps(trained):
+    """--medium-step and --expert-step name other policies of the same agent."""
+    kept = f"{AGENT} --agent {trained}/walk.pt"
+    run(f"{kept} --level expert --flat expert.npz")
+    run(f"{kept} --level medium --medium-step 10000 --flat late.npz")
+    run(f"{kept} --level expert --expert-step 5000 --flat early.npz")
+    run(f"{kept} --level medium --flat medium.npz")
+    assert_same_rows("late.npz", "expert.npz")
+    assert_same_rows("early.npz", "medium.npz")
+    different = arrays("early.npz")["actions"] != arrays("late.npz")["actions"]
+    assert different.any(), "updates changed nothing"
 
 
-def test_interrupted_training_continues(monkeypatch, capsys):
-    flags = f"{AGENT} --level expert --flat walk.npz"
-    updates, update = [], collect.update
-    count = lambda *args: updates.append(1) or update(*args)
-    monkeypatch.setattr(collect, "update", count)
-    with monkeypatch.context() as patch:
-        stop_at(patch, 38, signal.SIGTERM)  # some of them are the evaluation's
-        with pytest.raises(SystemExit) as left:
-            run(flags)
+def test_training_that_pauses_for_a_recording_cuts_the_episode(here):
+    """medium-expert records between two parts of the training, which goes on in a new episode."""
+    run(f"{AGENT} --level medium-expert --flat both.npz --agent walk.pt")
+    run(f"{AGENT} --level full-replay --flat full.npz --agent walk.pt")
+    assert arrays("full.npz")["timeouts"][4_999]
+    assert_whole_walks("full.npz")
+
+
+# ---- stopping, continuing --------------------------------------------------------------------
+
+
+class Saving(collect.Collector):
+    """Saves the agent all the time."""
+
+    def step(self, recorder, obs, actor):
+        if recorder.size % 500 == 7:
+            self.save()
+        return super().step(recorder, obs, actor)
+
+
+def test_saving_on_the_way_changes_nothing():
+    """The agent is saved in the middle of an episode, which goes on afterwards."""
+    args = flags(f"{AGENT} --train-steps 5000 --random-steps 4950 --level expert --flat x.npz")
+    states = []
+    for kind in (collect.Collector, Saving):
+        job = kind(args)
+        recorded = collect.record(job, args, goal=None).state()
+        Path("x.npz.agent.pt").unlink()
+        states.append(recorded | {f"replay {k}": v for k, v in job.replay.state().items()})
+    for key, value in states[0].items():
+        assert torch.equal(value, states[1][key]), key
+
+
+@pytest.mark.parametrize(("number", "n"), [(signal.SIGTERM, 4_990), (signal.SIGINT, 4_970)])
+def test_interrupted_training_continues(number, n, trained, capsys):
+    """After its first updates, and before them."""
+    line = f"{AGENT} --train-steps 5000 --random-steps 4980 --level expert --flat walk.npz"
+    with hook(signal_at(n, number)), pytest.raises(SystemExit) as left:
+        run(line)
     assert left.value.code == 130
-    partial = load_tensors(Path("walk.npz.partial.pt"))
-    assert 0 < len(updates) == len(partial["replay"]["obs"]) - 20 < 40
-    assert partial["opt"][0][-2] == len(updates), "Adam's count of the critics"
-    run(flags)
-    assert "continuing after" in capsys.readouterr().out
-    assert len(updates) == 40, "60 steps, the first 20 without an update"
-    assert len(arrays("walk.npz")["rewards"]) == 50
+    out = capsys.readouterr().out
+    assert "stopped; saved to walk.npz.agent.pt; the same command continues" in out
+    assert [path.name for path in Path().iterdir()] == ["walk.npz.agent.pt"]
+    saved = load_tensors(Path("walk.npz.agent.pt"))
+    assert len(saved["replay"]["obs"]) == n
+    assert saved["opt"][0][-2] == max(0, n - 4_980), "Adam's count of the critics"
+    run(f"{line} --agent walk.npz.agent.pt")
+    assert f"continuing after {n:,} online steps" in capsys.readouterr().out
+    finished = load_tensors(Path("walk.npz.agent.pt"))
+    replay = finished["replay"]
+    assert len(replay["obs"]) == 5_000 and finished["opt"][0][-2] == 20
+    assert torch.equal(replay["obs"][:n], saved["replay"]["obs"])
+    assert replay["cut"][n - 1] or replay["terminal"][n - 1], "the episode in progress is cut"
+    assert replay["obs"][n, 0] == 0, "a new episode follows"
+    drawn = (replay["action"][:4_980] + 1).numpy() - np.float32(0.5)  # one random stream
+    np.testing.assert_array_equal(drawn, arrays(trained / "full.npz")["actions"][:4_980])
+    assert len(arrays("walk.npz")["rewards"]) == 500
 
 
-def test_partial_file_of_another_command(monkeypatch):
-    flags = "--env Walk-v0 --level random --steps 60 --flat walk.npz"
-    with monkeypatch.context() as patch:
-        stop_at(patch, 25, signal.SIGTERM)
-        with pytest.raises(SystemExit):
-            run(flags)
-    with pytest.raises(InputError, match="another command's progress"):
-        run(flags + " --seed 4")
-    with pytest.raises(InputError, match="25 steps are collected already"):
-        run(flags + " --steps 10")
-    Path("walk.npz.partial.pt").write_bytes(b"damaged")
-    with pytest.raises(InputError, match="walk.npz.partial.pt cannot be read"):
-        run(flags)
-    run(flags + " --no-resume")
-    assert len(arrays("walk.npz")["rewards"]) == 60
+def test_an_interrupted_recording_starts_again(trained, capsys):
+    """The agent is not trained again, and nothing else is written."""
+    shutil.copy(trained / "walk.pt", "walk.pt")
+    kept = f"{AGENT} --level medium --agent walk.pt"
+    run(f"{kept} --flat whole.npz")
+    for line, steps in ((RANDOM, 300), (kept, 500)):
+        with hook(signal_at(100, signal.SIGINT)), pytest.raises(SystemExit) as left:
+            run(f"{line} --flat x.npz")
+        assert left.value.code == 130 and not Path("x.npz").exists()
+        said = "stopped; the recording is lost; the same command starts it again"
+        assert said in capsys.readouterr().out
+        with hook() as counted:
+            run(f"{line} --flat x.npz --overwrite")
+        assert counted.count == steps == len(arrays("x.npz")["rewards"])
+        Path("last.npz").unlink(missing_ok=True)
+        Path("x.npz").rename("last.npz")
+    assert_same_rows("last.npz", "whole.npz")
 
 
-def test_dataset_is_not_replaced_unasked():
-    flags = "--env Walk-v0 --level random --steps 20"
+def test_the_agent_of_another_command(trained):
+    kept = f"{AGENT} --level medium --flat x.npz --agent {trained}/walk.pt"
+    for other in ("--seed 4", "--random-steps 20", "--env Pendulum-v1"):
+        with pytest.raises(InputError, match="walk.pt holds another agent .*: repeat its command"):
+            run(f"{kept} {other}")
+    Path("damaged.pt").write_bytes(b"damaged")
+    with pytest.raises(InputError, match="damaged.pt cannot be read"):
+        run(f"{AGENT} --level medium --flat x.npz --agent damaged.pt")
+
+
+def test_a_dataset_is_not_replaced_unasked():
     for target in ("--flat walk.npz", "--dataset-id walk/random-v0"):
-        run(f"{flags} {target}")
+        run(f"{RANDOM} {target}")
         with pytest.raises(InputError, match="exists: add --overwrite"):
-            run(f"{flags} {target}")
-        run(f"{flags} {target} --overwrite --steps 30")
+            run(f"{RANDOM} {target}")
+        run(f"{RANDOM} {target} --overwrite --steps 30")
     assert len(load_dataset("walk.npz")[0].obs) == 30
     assert len(load_dataset("walk/random-v0")[0].obs) == 30
 
 
-def full(*_):
-    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+def occupy(path):
+    """Put a folder where a file is about to be written, which fails as on a full disk."""
+
+    def now(count):
+        if count == 100:
+            (Path(path) / "full").mkdir(parents=True)
+
+    return now
 
 
-@pytest.mark.parametrize("level", ["random", "medium-replay", "medium-expert"])
-def test_full_disk_at_the_end_loses_nothing(monkeypatch, level):
-    flags = f"{AGENT} --level {level}"
-    run(f"{flags} --flat whole.npz")
-    with monkeypatch.context() as patch:
-        patch.setattr(collect, "write_atomic", full)
-        with pytest.raises(InputError, match="x.npz not written .No space.* from x.npz.partial"):
-            run(f"{flags} --flat x.npz")
-    calls = stop_at(monkeypatch, 0, 0)
-    run(f"{flags} --flat x.npz")
-    assert not calls, "the same steps again"
-    a, b = arrays("whole.npz"), arrays("x.npz")
-    for key in ("observations", "actions", "rewards", "terminals", "timeouts"):
-        np.testing.assert_array_equal(a[key], b[key], err_msg=key)
+def test_a_full_disk_at_the_end_loses_no_agent(trained):
+    shutil.copy(trained / "walk.pt", "walk.pt")
+    kept = f"{AGENT} --level medium --agent walk.pt"
+    run(f"{kept} --flat whole.npz")
+    words = "x.npz not written .Is a directory.: free some space and repeat the command"
+    with hook(occupy("x.npz")), pytest.raises(InputError, match=words):
+        run(f"{kept} --flat x.npz")
+    shutil.rmtree("x.npz")
+    with hook() as steps:
+        run(f"{kept} --flat x.npz")
+    assert steps.count == 500, "the agent was trained again"
+    assert_same_rows("x.npz", "whole.npz")
 
 
-def test_full_disk_on_the_way(monkeypatch, capsys):
-    """Progress that cannot be saved is said; the work goes on."""
-    monkeypatch.setattr(collect, "save_tensors", full)
-    run("--env Walk-v0 --level random --steps 40 --flat x.npz")
-    assert "x.npz.partial.pt not saved (No space left on device)" in capsys.readouterr().err
-    assert len(arrays("x.npz")["rewards"]) == 40
+def test_a_full_disk_on_the_way(capsys):
+    """An agent that cannot be saved is said; the work goes on."""
+    line = f"{AGENT} --train-steps 5000 --level expert --flat x.npz --agent walk.pt"
+    with hook(occupy("walk.pt")):
+        run(line)
+    assert "walk.pt not saved (Is a directory): free some space" in capsys.readouterr().err
+    assert len(arrays("x.npz")["rewards"]) == 500
 
+
+# ---- the maze --------------------------------------------------------------------------------
+
+MAZE = "--env PointMaze_Medium-v3 --level controller --steps 500"
+
+
+def test_the_mazes_pieces(capsys):
+    """Each episode is a walk of at most four cells from anywhere; the task is a corner to a cell
+    eight cells away, which no episode shows."""
+    run(f"{MAZE} --flat maze.npz")
+    assert not list(Path().glob("*.agent.pt"))
+    file = arrays("maze.npz")
+    assert len(file["rewards"]) == 500 and np.abs(file["actions"]).max() < 1
+    meta = json.loads(str(file["metadata"]))
+    assert meta["algorithm"] == "controller" and meta["agent_returns"] == []
+    data, task = load_dataset("maze.npz")
+    assert task.id == "PointMaze_Medium-v3" and task.success
+    maze = task.make().unwrapped.maze
+    ends = np.flatnonzero(file["terminals"] | file["timeouts"])
+    starts = np.r_[0, ends[:-1] + 1]
+    where = file["observations"][:, :2]  # the position comes first: achieved_goal
+    cells = [tuple(maze.cell_xy_to_rowcol(xy)) for xy in where]
+    assert len({cells[i] for i in starts}) > 3
+    for a, b in zip(starts, ends):
+        paths = collect.paths_from(maze.maze_map, cells[a])
+        assert max(len(paths[cell]) for cell in cells[a : b + 1]) <= 4
+    env = task.make()
+    obs, _ = env.reset(seed=0)
+    start = tuple(env.unwrapped.maze.cell_xy_to_rowcol(obs[:2]))
+    goal = tuple(env.unwrapped.maze.cell_xy_to_rowcol(env.unwrapped.goal))
+    assert (start, goal) == (collect.MAZE_START, collect.MAZE_GOAL)
+    assert len(collect.paths_from(maze.maze_map, start)[goal]) == 8
+    run(f"{MAZE} --flat again.npz")
+    assert_same_rows("maze.npz", "again.npz")
+
+
+def test_paths_are_the_shortest():
+    maze = [[1, 1, 1, 1, 1], [1, "r", 0, 0, 1], [1, 0, 1, 0, 1], [1, 0, 0, "g", 1], [1] * 5]
+    paths = collect.paths_from(maze, (1, 1))
+    assert len(paths) == 8 and paths[1, 1] == []
+    assert len(paths[3, 3]) == 4 and paths[1, 3] == [(1, 2), (1, 3)]
+    marked = collect.maze_with(maze, [(1, 2), (1, 3)], (3, 1))
+    assert marked[1] == [1, 0, "r", "r", 1] and marked[3] == [1, "g", 0, 0, 1]
+
+
+def test_an_interrupted_controller_stops():
+    args = flags(f"{MAZE} --flat maze.npz")
+    job = collect.Collector(args)
+    job.stopped = True
+    with pytest.raises(SystemExit) as left:
+        collect.record(job, args, None)
+    assert left.value.code == 130
+
+
+# ---- refusals --------------------------------------------------------------------------------
 
 BAD = {
-    "discrete": ("--env CartPole-v1 --level random --flat x.npz", "CartPole-v1 has Discrete"),
-    "unknown-module": ("--env foo:bar-v1 --level random --flat x.npz", "No module named 'foo'"),
-    "unknown-task": ("--env Hoper-v5 --level random --flat x.npz", "--env Hoper-v5: .*Hoper"),
-    "level": ("--env Walk-v0 --level best --flat x.npz", "--level is 'best': give one of random, "),
-    "no-target": ("--env Walk-v0 --level random", "give --flat FILE.npz or --dataset-id"),
-    "two-targets": ("--env Walk-v0 --flat x.npz --dataset-id a/b-v0", "one of the two"),
-    "no-reference": (
-        "--env Walk-v0 --level medium --flat x.npz",
-        "no reference score: give --medium",
-    ),
-    "steps": ("--env Walk-v0 --level random --steps 0 --flat x.npz", "--steps is 0"),
-    "device": ("--env Walk-v0 --level random --flat x.npz --device tpu9", "--device tpu9: "),
-    "folder": ("--env Walk-v0 --level random --steps 9 --flat file/x.npz", "file"),
-    "dataset-id": ("--env Walk-v0 --level random --steps 9 --dataset-id walk", "--dataset-id|-v0"),
+    "--env CartPole-v1 --level random --flat x.npz": "CartPole-v1 has Discrete",
+    "--env foo:bar-v1 --level random --flat x.npz": "No module named 'foo'",
+    "--env Nope-v1 --flat x.npz": "--env Nope-v1: there is no such task",
+    "--env Hoper-v5 --level random --flat x.npz": "there is no such task .did you mean .*Hopper",
+    "--env Walk-v0 --level random": "use --flat FILE.npz or --dataset-id",
+    "--env Walk-v0 --flat x.npz --dataset-id a/b-v0": "one of the two",
+    "--env Walk-v0 --level medium --flat x.npz": "no reference score: use --medium-return",
+    "--env Walk-v0 --level random --steps 0 --flat x.npz": "--steps is 0: use a whole number",
+    "--env Walk-v0 --level expert --train-steps 60 --flat x.npz": "use a multiple of 5,000",
+    "--env Walk-v0 --level expert --expert-step 7000 --flat x.npz": "--expert-step is 7000",
+    "--env Walk-v0 --level random --flat x.npz --device tpu9": "--device tpu9: ",
+    "--env Walk-v0 --level random --flat file/x.npz": "a folder that exists",
+    "--env Walk-v0 --level random --flat x.hdf5": "a name ending in .npz",
+    "--env Walk-v0 --level random --dataset-id walk": "use one like hopper/medium-replay-v0",
+    "--env Walk-v0 --level expert --flat x.npz --agent no/agent.pt": "--agent no/agent.pt: use",
+    "--env Walk-v0 --level controller --flat x.npz": "--level controller drives PointMaze tasks",
+    "--env PointMaze_UMaze-v3 --level controller --flat x.npz": "drives PointMaze_Medium-v3, not",
 }
 
 
-@pytest.mark.parametrize("case", BAD)
-def test_bad_input_is_one_line(case, monkeypatch, here):
-    words, says = BAD[case]
+@pytest.mark.parametrize("line", BAD)
+def test_bad_input_is_one_line(line, here):
     (here / "file").touch()
-    steps, error = stop_at(monkeypatch, 0, 0), io.StringIO()
-    monkeypatch.setattr(sys, "argv", ["collect.py", *words.split()])
-    with contextlib.redirect_stderr(error), pytest.raises(InputError, match=says) as left:
-        runpy.run_path(str(ROOT / "collect.py"), run_name="__main__")
-    assert error.getvalue() == "" and "\n" not in left.value.code
-    assert not steps, "found out after the work"
+    with hook() as steps:
+        lines, status = outcome(ROOT / "tools" / "collect.py", line.split())
+    assert status == 1 and len(lines) == 1, lines
+    assert re.search(BAD[line], lines[0]), lines
+    assert not steps.count, "found out after the work"
+    assert [path.name for path in here.iterdir()] == ["file"]
 
 
-def test_level_that_is_never_reached():
-    with pytest.raises(
-        InputError, match=r"no policy reached a return of 1000 .*raise --train-steps"
-    ):
-        run(f"{AGENT} --level medium --medium-return 1000 --flat walk.npz")
-    run(f"{AGENT} --level medium --medium-return -1000 --flat walk.npz")  # the same agent's
-    assert len(arrays("walk.npz")["rewards"]) == 50
+def test_an_unknown_level_is_refused(here):
+    lines, status = outcome(ROOT / "tools" / "collect.py", ["--level", "best", "--flat", "x.npz"])
+    assert status and "medium-expert" in " ".join(lines)
 
 
-def test_help():
-    assert importlib.import_module("collect").__doc__
-    with pytest.raises(SystemExit) as left, contextlib.redirect_stdout(io.StringIO()) as out:
+def test_a_return_that_is_never_reached(trained):
+    kept = f"{AGENT} --level medium --flat walk.npz --agent {trained}/walk.pt"
+    with pytest.raises(InputError, match=r"no policy reached a return of 1000 .*--train-steps"):
+        run(f"{kept} --medium-return 1000")
+    run(kept)  # the same agent's
+    assert len(arrays("walk.npz")["rewards"]) == 500
+
+
+def test_help(capsys):
+    with pytest.raises(SystemExit) as left:
         parse(collect.Args, {}, ["--help"])
-    assert left.value.code == 0 and "--medium-return" in out.getvalue()
+    assert left.value.code == 0
+    text = capsys.readouterr().out
+    assert "--medium-return" in text and "the agent's first --train-steps" in text

@@ -20,8 +20,8 @@ reaches a third of the way between D4RL's reference scores, or --medium-return; 
 
 The controller wanders in the medium maze. Every episode starts in another cell, and the controller
 walks to a cell at most four cells away, with noise; in half of the episodes it stops midway. The
-task of the dataset is to get from one corner of the maze to a cell eight cells away, which no episode
-shows: good paths must be stitched together from pieces.
+task of the dataset is to get from one corner of the maze to a cell eight cells away, which no
+episode shows: good paths must be stitched together from pieces.
 
 Ctrl-C saves the agent; the same command continues. With --agent FILE the agent is kept, and other
 levels can be cut from it without training again.
@@ -177,8 +177,6 @@ class Recorder:
         self.size = len(state["obs"])
         for name, value in state.items():
             getattr(self, name)[: self.size] = value
-        if self.size:
-            self.close()  # the environment starts afresh
 
 
 class Collector:
@@ -248,6 +246,8 @@ class Collector:
         if goal_return is not None:
             last_step = self.args.train_steps
         obs, bar = None, self.bar(last_step, self.replay.size)
+        if self.replay.size:
+            self.replay.close()  # the environment starts afresh
         for t in range(self.replay.size + 1, last_step + 1):
             warm = t <= self.args.random_steps
             obs = self.step(self.replay, obs, None if warm else self.nets.actor)
@@ -294,9 +294,9 @@ class Collector:
 
         return tqdm(total=total, initial=initial, disable=None, unit="step")
 
-    def leave_if_stopped(self, saved="nothing was lost but the recording of this policy"):
+    def leave_if_stopped(self, state="the recording is lost; the same command starts it again"):
         if self.stopped:
-            print(f"\nstopped; {saved}; the same command continues", flush=True)
+            print(f"\nstopped; {state}", flush=True)
             raise SystemExit(130)
 
     def save(self):
@@ -315,7 +315,7 @@ class Collector:
         except OSError as error:
             saved = f"{self.path} not saved ({error.strerror}): free some space"
             print(saved, file=sys.stderr)
-        self.leave_if_stopped(saved)
+        self.leave_if_stopped(f"{saved}; the same command continues")
 
     def restore(self, state):
         if state["settings"] != self.settings:
@@ -370,8 +370,9 @@ def paths_from(maze, start):
     return paths
 
 
-def drive_maze(env, steps: int, seed: int) -> Recorder:
-    """`steps` transitions of the noisy controller in a gymnasium-robotics point maze."""
+def drive_maze(env, steps: int, seed: int, after_step) -> Recorder:
+    """`steps` transitions of the noisy controller in a gymnasium-robotics point maze;
+    `after_step()` is called after each."""
     from tqdm import tqdm
 
     point, rng = env.unwrapped, np.random.default_rng(seed)
@@ -401,6 +402,7 @@ def drive_maze(env, steps: int, seed: int) -> Recorder:
             cut = bool(timeout or (rest <= 0 and not terminal))
             recorder.add(obs, action, reward, next_obs, terminal, cut)
             bar.update()
+            after_step()
             obs = next_obs
             if terminal or cut:
                 break
@@ -536,14 +538,14 @@ def step_of_medium(job, args, goal):
 def record_maze(job, args):
     """The controller's transitions: it starts in every cell, the task only in one corner."""
     maze = job.env.unwrapped.maze.maze_map
-    if len(maze) <= MAZE_GOAL[0] or maze[MAZE_GOAL[0]][MAZE_GOAL[1]] == 1:
+    paths = paths_from(maze, MAZE_START)
+    if len(paths.get(MAZE_GOAL, ())) != 8:
         raise InputError(f"--level controller drives PointMaze_Medium-v3, not {args.env}")
-    free = [cell for cell in paths_from(maze, MAZE_START) if cell != MAZE_GOAL]
-    anywhere = maze_with(maze, free, MAZE_GOAL)
+    anywhere = maze_with(maze, paths.keys() - {MAZE_GOAL}, MAZE_GOAL)
     env = make_env(args.env, maze_map=anywhere, continuing_task=False)
     one_start = maze_with(maze, [MAZE_START], MAZE_GOAL)
     job.kwargs = {"maze_map": one_start, "continuing_task": False}
-    return drive_maze(env, args.steps, args.seed)
+    return drive_maze(env, args.steps, args.seed, job.leave_if_stopped)
 
 
 def record(job, args, goal):
@@ -572,6 +574,7 @@ def record(job, args, goal):
 
 def check(args):
     """InputError for flags that do not work together; returns the return that is "medium"."""
+    make_env(args.env).close()
     if bool(args.flat) == bool(args.dataset_id):
         raise InputError("use --flat FILE.npz or --dataset-id NAMESPACE/NAME-v0, one of the two")
     for flag in ("train_steps", "medium_step", "expert_step"):
@@ -579,6 +582,8 @@ def check(args):
         if args.level in AGENT_LEVELS and value and value % EVAL_EVERY:
             flag = flag.replace("_", "-")
             raise InputError(f"--{flag} is {value}: use a multiple of {EVAL_EVERY:,}")
+    if args.agent and not Path(args.agent).absolute().parent.is_dir():
+        raise InputError(f"--agent {args.agent}: use a file's name in a folder that exists")
     check_target(args)
     ref_min, ref_max = reference_scores(args.env)
     goal = args.medium_return
