@@ -14,6 +14,7 @@
 import ast
 import csv
 import fcntl
+import functools
 import hashlib
 import io
 import json
@@ -88,13 +89,19 @@ def code_hash(*paths) -> str:
     PRESETS do not count: they change no number of a run whose arguments are known."""
     digest = hashlib.sha256()
     for path in paths:
-        tree = ast.parse(Path(path).read_text())
-        for node in ast.walk(tree):
-            body = getattr(node, "body", None)
-            if isinstance(body, list):
-                node.body = [line for line in body if not _is_text_or_presets(line)]
-        digest.update(ast.dump(tree).encode())
+        digest.update(_syntax(Path(path).read_text()))
     return digest.hexdigest()[:12]
+
+
+@functools.cache
+def _syntax(text: str) -> bytes:
+    """What code_hash counts of a source file."""
+    tree = ast.parse(text)
+    for node in ast.walk(tree):
+        body = getattr(node, "body", None)
+        if isinstance(body, list):
+            node.body = [line for line in body if not _is_text_or_presets(line)]
+    return ast.dump(tree).encode()
 
 
 def _is_text_or_presets(node) -> bool:
