@@ -1,9 +1,13 @@
-"""Tests import the files of the repository as they lie, on one torch thread.
+"""Tests import the files of the repository as they lie, on one torch thread; pytest.ini starts a
+process for each core.
 
 `python -m pytest --soak` runs the long variants too."""
 
+import os
 import sys
 from pathlib import Path
+
+os.environ["OMP_NUM_THREADS"] = "1"  # of this process and of those that tests start
 
 import pytest
 import torch
