@@ -117,11 +117,11 @@ class Stopwatch:
             start = self.clock()
             yield from range(t + 1, t + 1 + block)
             elapsed, t = self.clock() - start, t + block
-            if elapsed < self.seconds / 10:  # grow the block until five fit
-                block *= 2
+            if elapsed < self.seconds / 10 and t + 2 * block <= steps:
+                block *= 2  # until five of them fill the time
             else:
                 best = min(best, elapsed / block)
-            if t > steps - 2 * block:
+            if t + block > steps:
                 break
         self.phases[phase] = 1 / best
 
@@ -145,13 +145,18 @@ def product_rate(device, clock):
     return 2 * 256**3 / best
 
 
+def settings_of(module, env: str):
+    """The default settings of a file, or those of a dataset by the file's presets."""
+    words = ["--env", env] if env else []
+    return parse(module.Args, module.PRESETS if env else {}, words)[0]
+
+
 def measure(name, args, device):
     """Rows of one algorithm: phase, updates/s, MFLOP per update, efficiency."""
     module = importlib.import_module(name)
     results = []
     for seconds in (None, args.seconds):
-        words = ["--env", args.env] if args.env else []
-        settings, _ = parse(module.Args, module.PRESETS if args.env else {}, words)
+        settings = settings_of(module, args.env)
         settings.compile = args.compile and seconds is not None
         watch = Stopwatch(device, seconds)
         seed_everything(0)
