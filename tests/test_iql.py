@@ -626,14 +626,19 @@ def test_normalized_observations(data, normalize):
 @pytest.mark.parametrize(
     ("envs", "expected"),
     [
-        ("hopper-medium-v2 mujoco/walker2d/expert-v0 hopper-replay-demo hopper-medium-expert-demo",
+        ("hopper-medium-v2 mujoco/walker2d/expert-v0 hopper-replay-demo",
          dict(normalize_reward=True)),
+        ("hopper-medium-expert-demo",
+         dict(normalize_reward=True, normalize_obs=True, beta=10.0, polyak=0.01)),
         ("ant-medium-v2 log.npz maze2d-umaze-v1 halfcheetah/medium-v0 pointmaze/medium-v0 "
          "D4RL/pointmaze/umaze-dense-v2 door/human-v0", {}),
         ("antmaze-umaze-v2 D4RL/antmaze/umaze-v1",
          dict(tau=0.9, beta=10.0, reward_shift=-1.0, eval_every=100_000, eval_episodes=100)),
-        ("D4RL/pointmaze/umaze-v2 pointmaze-medium-demo",
+        ("D4RL/pointmaze/umaze-v2",
          dict(tau=0.9, beta=10.0, reward_shift=-1.0, alpha_bc=0.003)),
+        ("pointmaze-medium-demo",
+         dict(tau=0.9, beta=10.0, reward_shift=-1.0, alpha_bc=0.003, polyak=0.02,
+              eval_episodes=20)),
         ("pen-human-v0 D4RL/relocate/human-v2 kitchen-mixed-v0 D4RL/kitchen/mixed-v2",
          dict(beta=0.5, dropout=0.1)),
         ("pen-human-v1 door-cloned-v1", dict(tau=0.8, beta=3.0, normalize_obs=True)),
