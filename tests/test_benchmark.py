@@ -223,7 +223,7 @@ class Place:
         )
 
     def start(self, *args, **env):
-        """benchmark.sh in a session of its own, as a terminal would start it."""
+        """benchmark.sh as a terminal starts it: in a process group of its own."""
         command = ["bash", str(ROOT / "benchmark.sh"), *args]
         with open(self.path / "said", "w") as said:
             self.script = subprocess.Popen(
