@@ -24,7 +24,9 @@ from short_runs import (
     assert_same_run,
     at,
     checkpoint,
+    flags,
     folder,
+    outcome,
     same,
     start,
     stop_by,
@@ -44,6 +46,7 @@ from harness.folder import (
     write_atomic,
 )
 
+TD3_BC = ROOT / "algorithms" / "td3_bc.py"
 STOP = at("train", 9, stop_by(signal.SIGTERM))
 
 # ---- files -----------------------------------------------------------------------------------
@@ -225,17 +228,17 @@ def test_temporary_files_of_killed_saves_are_removed(here):
 
 
 def test_a_folder_is_trained_by_one_process(here):
-    lines = []
+    def second():
+        lines, status = outcome(TD3_BC, flags(TD3_BC, eval_env="none") + ["--overwrite"])
+        Path("said").write_text("\n".join([str(status), *lines]))
 
-    def second(*_):
-        script = [sys.executable, ROOT / "algorithms" / "td3_bc.py", "--env", "log.npz"]
-        words = ["--seed", "3", "--device", "cpu", "--eval-env", "none", "--overwrite"]
-        found = subprocess.run([*script, *words], capture_output=True, text=True)
-        assert found.returncode == 1
-        lines.append(found.stderr.strip())
+    def meanwhile(run, metrics):
+        job = multiprocessing.get_context("fork").Process(target=second)
+        job.start(), job.join()
 
-    _, run = start("td3_bc", at("train", 3, second))
-    assert lines == ["runs/log__td3_bc__3 is being trained by another process"]
+    _, run = start("td3_bc", at("train", 3, meanwhile))
+    said = "1\nruns/log__td3_bc__3 is being trained by another process"
+    assert Path("said").read_text() == said
     assert (folder("td3_bc") / "summary.json").exists()
     assert run.folder.lock.closed, "a finished run keeps its folder from other processes"
 

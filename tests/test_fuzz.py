@@ -1,6 +1,6 @@
 """Damaged bytes, odd flags and poisoned folders end in one clear line or a good result: no
 traceback, no hang, nothing executed. One case of each kind by default, all with --soak; then
-`python -m pytest tests/test_fuzz.py --soak -s` prints the counts and lines drawn from them."""
+`python -m pytest tests/test_fuzz.py --soak -s -n 0` prints the counts and ten refusals."""
 
 import contextlib
 import importlib
