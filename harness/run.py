@@ -79,12 +79,15 @@ def typed_flags(Args, argv: list[str]) -> dict[str, int]:
 
 
 def preset_of(presets: dict, env: str) -> dict:
-    """The fields that the rows matching `env` set, later rows first. A file's path matches none."""
+    """The fields that the rows matching `env` set; later rows win. A file's path matches no row, and
+    the name of an OGBench task only those rows that are made for such names: D4RL's antmaze-* is
+    another task than OGBench's."""
     if env.lower().endswith(DATA_FILES):
         return {}
     preset = {}
     for pattern, fields in presets.items():
-        if fnmatchcase(env, pattern):
+        meant = ("singletask" in env) == ("singletask" in pattern)
+        if meant and fnmatchcase(env, pattern):
             preset.update(fields)
     return preset
 

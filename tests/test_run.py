@@ -658,3 +658,12 @@ def test_stop_before_the_first_step_of_a_later_phase(here):
         start("fisher_brc", at("behavior", 10, stop_by(signal.SIGTERM)))
     saved = checkpoint("fisher_brc")
     assert (saved["phase"], saved["step"]) == ("behavior", 10)
+
+
+def test_rows_for_d4rl_do_not_match_ogbench():
+    from harness.run import preset_of
+
+    presets = {"antmaze-*": dict(steps=1), "antmaze-*-singletask*": dict(steps=2)}
+    assert preset_of(presets, "antmaze-umaze-v2") == dict(steps=1)
+    assert preset_of(presets, "antmaze-large-navigate-singletask-task2-v0") == dict(steps=2)
+    assert preset_of({"*maze-*": dict(steps=1)}, "pointmaze-giant-stitch-singletask-v0") == {}
