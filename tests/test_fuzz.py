@@ -11,6 +11,7 @@ import random
 import re
 import shutil
 import signal
+import sys
 import time
 from collections import Counter
 from pathlib import Path
@@ -266,6 +267,21 @@ def test_files_that_the_tools_read(cases, trained, tool, name, function):
     shutil.copytree(trained, ".", dirs_exist_ok=True)
     path = folder("bc") / name
     every_case(path, cases(50), lambda: read(folder("bc")))
+
+
+def test_a_module_that_a_run_names_is_imported_only_if_it_is_typed(trained, tmp_path):
+    """A folder may come from anybody, its config.json too."""
+    load_run = importlib.import_module("tools.evaluate").load_run
+    shutil.copytree(trained, ".", dirs_exist_ok=True)
+    path = folder("bc") / "config.json"
+    config = json.loads(path.read_text())
+    config["args"]["eval_env"] = "evil:X-v0"
+    path.write_text(json.dumps(config))
+    with pytest.raises(InputError, match="evil:X-v0, a module that would be imported: add --eval"):
+        load_run(folder("bc"))
+    assert load_run(folder("bc"), eval_env="none").task is None
+    assert load_run(folder("bc"), eval_env="Pendulum-v1").task.id == "Pendulum-v1"
+    assert not (tmp_path / CANARY).exists() and "evil" not in sys.modules
 
 
 VALUES = [None, True, -1, 0, 1e400, 10**40, "x", "evil:X-v0", [], {}, [[]], {"a": {}}, "..", "\0"]

@@ -158,6 +158,11 @@ def load_run(folder, eval_env: str | None = None, env: str = "", with_data: bool
     except (RuntimeError, KeyError, TypeError, AttributeError, IndexError):
         raise InputError(f"{other} (its networks): repeat the run with --overwrite") from None
     data = task = None
+    if with_data and not eval_env and ":" in (args.eval_env or ""):
+        raise InputError(
+            f"{folder} was evaluated in {args.eval_env:.80}, a module that would be imported: add "
+            "--eval-env with this name if you trust it, or --eval-env none"
+        )
     if with_data:
         data, task = load_dataset(env or args.env, device, eval_env or args.eval_env)
         if data.digest != digest:
