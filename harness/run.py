@@ -110,7 +110,7 @@ def parse(Args, presets: dict, argv: list[str] | None = None):
         if i < len(argv):
             argv[i] = read_number(fields[name], argv[i])
     i = typed.get("env", len(argv))
-    env = argv[i] if i < len(argv) else fields["env"].default
+    env = argv[i] if i < len(argv) else getattr(fields.get("env"), "default", "")
     preset = preset_of(presets, env)
     text = sys.modules[Args.__module__].__doc__ or ""
     if preset:

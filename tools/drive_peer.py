@@ -1,0 +1,251 @@
+"""Measure one training program in this process; tools/peers.py starts one process for each.
+
+    python tools/drive_peer.py corl td3_bc CORL '{"seconds": 5}'
+
+A peer's own main program runs as it lies in its folder, with its default settings, until enough
+processor time has passed. Its rows are synthetic; d4rl, gym, wandb and pyrallis are replaced by
+modules that hold just what these programs touch, so neither a simulator nor a download is needed.
+Each program logs after every few updates, and what stands in wandb's place counts them.
+
+One line of JSON is printed. This file imports neither torch nor JAX before it knows the peer: the
+Python that runs it may have one of them alone.
+"""
+
+import json
+import os
+import runpy
+import sys
+import tempfile
+import time
+import types
+from itertools import count
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+
+ROWS, OBS_DIM, ACT_DIM, EPISODE = 200_000, 17, 6, 1_000
+
+
+class Measured(BaseException):
+    """Leaves the program once there is a result."""
+
+
+class Meter:
+    """Counts updates per second of this process's own processor time, after a warm-up of at least
+    three calls. `wait(values)` returns when the updates that `values` come from are over."""
+
+    def __init__(self, seconds: float, wait=lambda values: None):
+        self.seconds, self.wait = seconds, wait
+        self.calls, self.updates, self.start, self.rate = 0, 0, None, None
+
+    def __call__(self, updates: int, values=None):
+        now = time.process_time()
+        self.calls += 1
+        self.updates += updates
+        if self.calls == 1:
+            self.first = now
+        elif self.start is None:
+            if self.calls > 3 and now - self.first > self.seconds / 3:
+                self.wait(values)
+                self.start, self.before = time.process_time(), self.updates
+        elif now - self.start > self.seconds:
+            self.wait(values)
+            elapsed = time.process_time() - self.start
+            self.rate = (self.updates - self.before) / elapsed
+            raise Measured
+
+
+# ---- what the programs find in place of their packages ---------------------------------------
+
+
+def rows() -> dict:
+    """Random transitions in episodes of 1,000, with D4RL's names."""
+    draw, n = np.random.default_rng(0), ROWS
+    observations = draw.standard_normal((n, OBS_DIM), np.float32)
+    next_observations = np.roll(observations, -1, 0)
+    last = np.arange(n) % EPISODE == EPISODE - 1
+    next_observations[last] = draw.standard_normal((last.sum(), OBS_DIM), np.float32)
+    return {
+        "observations": observations,
+        "actions": draw.uniform(-0.99, 0.99, (n, ACT_DIM)).astype(np.float32),
+        "rewards": draw.standard_normal(n, np.float32),
+        "next_observations": next_observations,
+        "terminals": last.astype(np.float32),
+    }
+
+
+class Space:
+    def __init__(self, size):
+        self.shape, self.high = (size,), np.ones(size, np.float32)
+        self.low = -self.high
+
+    def seed(self, seed):
+        pass
+
+
+class Task:
+    """An environment whose episodes have no step."""
+
+    observation_space = single_observation_space = Space(OBS_DIM)
+    action_space = single_action_space = Space(ACT_DIM)
+    spec = SimpleNamespace(max_episode_steps=0)
+
+    def __init__(self, *names, **options):
+        self.env_fns = [lambda: self]
+
+    def seed(self, seed):
+        pass
+
+    def reset(self):
+        return np.zeros(OBS_DIM, np.float32)
+
+    def step(self, action):
+        return self.reset(), 0.0, True, {}
+
+    def close(self):
+        pass
+
+
+def put(name: str, **content):
+    """A module of this name and content, for whoever imports it."""
+    module = types.ModuleType(name)
+    vars(module).update(content)
+    sys.modules[name] = module
+
+
+def put_all(log) -> None:
+    """The modules that all three programs import; `log(values)` is called where they log."""
+
+    def nothing(*_, **__):
+        pass
+
+    def unwrapped(env, *_):
+        return env
+
+    wrappers = SimpleNamespace(TransformObservation=unwrapped, TransformReward=unwrapped)
+    put("gym", make=Task, Env=Task, vector=SimpleNamespace(make=Task), wrappers=wrappers)
+    put("d4rl", qlearning_dataset=lambda env: rows(), get_normalized_score=lambda name, x: x)
+    run = SimpleNamespace(save=nothing)
+    put("wandb", init=nothing, finish=nothing, run=run, log=lambda values, **_: log(values))
+
+
+def start(path, *flags) -> None:
+    """Run a program as its user does, in an empty folder."""
+    os.chdir(tempfile.mkdtemp(dir=os.environ.get("TMPDIR")))
+    sys.argv = [str(path), *flags]
+    sys.path.insert(0, str(Path(path).parent))
+    runpy.run_path(str(path), run_name="__main__")
+
+
+# ---- the programs ----------------------------------------------------------------------------
+
+
+def corl(algorithm, folder, settings):
+    """CORL logs after every update."""
+    import torch
+
+    torch.set_num_threads(1)
+    torch.set_float32_matmul_precision(settings.get("precision", "highest"))
+    meter = Meter(settings["seconds"])
+    put_all(lambda values: meter(1))
+
+    def wrap():  # its flags: the CPU, and no evaluation
+        def decorate(train):
+            (Config,) = train.__annotations__.values()
+            return lambda: train(Config(device="cpu", eval_freq=10**12))
+
+        return decorate
+
+    put("pyrallis", wrap=wrap)
+    path = folder / "algorithms" / "offline" / f"{algorithm}.py"
+    return meter, {"torch": torch.__version__}, lambda: start(path)
+
+
+def with_jax(seconds, updates):
+    """A Meter for programs that log every `updates` updates, and versions. The devices are made
+    here, with one thread, because the programs overwrite XLA_FLAGS."""
+    import jax
+
+    jax.devices()
+    meter = Meter(seconds, jax.block_until_ready)
+    put_all(lambda values: meter(updates, values))
+    return meter, {"jax": jax.__version__}
+
+
+def jax_corl(algorithm, folder, settings):
+    """JAX-CORL compiles eight updates into one call."""
+    meter, versions = with_jax(settings["seconds"], 8)
+    flags = ["eval_interval=1000000000"]
+    if algorithm != "cql":  # which logs after every call
+        flags.append("log_interval=1")
+    path = folder / "algos" / f"{algorithm.replace('_', '')}.py"
+    return meter, versions, lambda: start(path, *flags)
+
+
+def unifloral(algorithm, folder, settings):
+    """Unifloral scans over the updates between two evaluations. A step of its TD3+BC has two
+    updates of the critics and one of the actor, as two updates of the other programs have."""
+    steps = 200
+    meter, versions = with_jax(settings["seconds"], 2 * steps if algorithm == "td3_bc" else steps)
+    flags = ["--log", "--eval-interval", str(steps), "--num-updates", str(10**9)]
+    path = folder / "algorithms" / f"{algorithm}.py"
+    return meter, versions, lambda: start(path, *flags)
+
+
+def ours(algorithm, folder, settings):
+    """This repository's own `train`, with default settings; CQL in two layers where asked for."""
+    import importlib
+
+    import torch
+
+    sys.path[:0] = [str(folder), str(folder / "algorithms")]
+    from common import MLP, Data, ScalarMLP
+    from harness.device import prepare_device, set_precision
+    from tools.speed import Stopwatch
+
+    torch.set_num_threads(1)
+    device = prepare_device("cpu")
+    set_precision("auto", device)
+    module, meter = importlib.import_module(algorithm), Meter(settings["seconds"])
+    if algorithm == "cql" and settings.get("layers") == 2:  # the file's networks have three
+
+        class Nets(module.Nets):
+            def __init__(self, data, args):
+                super().__init__(data, args)
+                self.actor = MLP(OBS_DIM, 256, 256, 2 * ACT_DIM)
+                self.q = ScalarMLP(OBS_DIM + ACT_DIM, 256, 256, members=2)
+                self.q_target = ScalarMLP(OBS_DIM + ACT_DIM, 256, 256, members=2)
+                self.q_target.requires_grad_(False)
+
+        module.Nets = Nets
+
+    class Counted(Stopwatch):
+        def loop(self, steps, phase="train"):
+            for t in count(steps // 2):
+                yield t
+                meter(1)
+
+    def run():
+        data = Data(*(torch.from_numpy(x) for x in rows().values()))
+        args = module.Args(compile=settings.get("compile", False))
+        module.train(Counted(device, None), data, args)
+
+    return meter, {"torch": torch.__version__}, run
+
+
+PEERS = {"corl": corl, "jax_corl": jax_corl, "unifloral": unifloral, "ours": ours}
+
+
+def main(peer, algorithm, folder, settings):
+    meter, versions, run = PEERS[peer](algorithm, Path(folder).resolve(), json.loads(settings))
+    out, sys.stdout = sys.stdout, open(os.devnull, "w")
+    try:
+        run()
+    except Measured:
+        pass
+    print(json.dumps({"rate": meter.rate, "versions": versions}), file=out)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
