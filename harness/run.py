@@ -79,8 +79,8 @@ def typed_flags(Args, argv: list[str]) -> dict[str, int]:
 
 
 def preset_of(presets: dict, env: str) -> dict:
-    """The fields that the rows matching `env` set; later rows win. A file's path matches no row. The
-    name of an OGBench task matches only rows that are made for such names: D4RL's antmaze-* is
+    """The fields that the rows matching `env` set; later rows win. A file's path matches no row.
+    The name of an OGBench task matches only rows that are made for such names: D4RL's antmaze-* is
     another task than OGBench's."""
     if env.lower().endswith(DATA_FILES):
         return {}
