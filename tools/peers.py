@@ -134,21 +134,21 @@ def measure(program: Program, args, folder: str) -> dict:
         "TQDM_DISABLE": "1",
         "TMPDIR": folder,
     }
-    done = subprocess.run(command, env=os.environ | environment, capture_output=True, text=True)
-    if done.returncode or not done.stdout.strip():
-        line = (done.stderr.strip().splitlines() or ["it said nothing"])[-1]
+    finished = subprocess.run(command, env=os.environ | environment, capture_output=True, text=True)
+    if finished.returncode or not finished.stdout.strip():
+        line = (finished.stderr.strip().splitlines() or ["it said nothing"])[-1]
         raise InputError(f"{program.label}, {program.algorithm}: {line}; run {command[1]} by hand")
-    return json.loads(done.stdout)
+    return json.loads(finished.stdout)
 
 
 def commit(folder) -> str:
     """The commit of a checkout, in short."""
     line = ["git", "-C", str(folder), "rev-parse", "--short=7", "HEAD"]
     try:
-        done = subprocess.run(line, capture_output=True, text=True)
+        finished = subprocess.run(line, capture_output=True, text=True)
     except OSError:
         return "unknown"
-    return done.stdout.strip() or "unknown"
+    return finished.stdout.strip() or "unknown"
 
 
 def table(found: list[Program], rates: list[list[float]]) -> list[str]:
