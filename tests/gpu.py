@@ -90,10 +90,13 @@ def rows(device, n=2_000) -> Data:
 
 def ten_steps(module, device, graphed, compile=False) -> dict:
     """{"phase metric": ten values} of the file's own `train` with another `graphed`."""
-    module.graphed = graphed
+    own, module.graphed = module.graphed, graphed
     torch.manual_seed(0)
     run = TenSteps(device)
-    module.train(run, rows(device), module.Args(batch_size=64, compile=compile))
+    try:
+        module.train(run, rows(device), module.Args(batch_size=64, compile=compile))
+    finally:
+        module.graphed = own
     return {
         f"{phase} {key}": [row[key] for row in table if key in row]
         for phase, table in run.phases.items()

@@ -10,9 +10,10 @@ import importlib
 import inspect
 from types import SimpleNamespace
 
+import gpu
 import pytest
 import torch
-from short_runs import SCRIPTS
+from short_runs import ROOT, SCRIPTS, outcome
 from stand_in import PlainRun
 from torch import nn
 from torch.overrides import TorchFunctionMode
@@ -280,3 +281,36 @@ def test_a_tensor_that_moves_is_found():
 
     with pytest.raises(AssertionError, match="nets.w has moved"):
         check_addresses(train_line(move), None)
+
+
+# ---- the script for those who have a GPU -----------------------------------------------------
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_the_script_explains_itself_in_one_line():
+    lines, status = outcome(ROOT / "tests" / "gpu.py", [])
+    assert status == 1 and len(lines) == 1 and "finds none here" in lines[0]
+
+
+def test_the_script_compares_every_phase(capsys):
+    gpu.compare("brac", torch.device("cpu"), compiled=False)
+    lines = capsys.readouterr().out.splitlines()
+    assert "brac: eager and replayed, fixed draws: 0.0e+00, agree" in lines
+    assert "brac: eager and replayed, seeded draws: 0.0e+00, agree" in lines
+    assert importlib.import_module("brac").graphed is graphed, "what it replaced is put back"
+    a = {"train q": [1.0, 2.0], "train v": [1e6, 1e6]}
+    assert gpu.largest_difference(a, a)[0] == 0
+    b = a | {"train q": [1.0, 2.002]}
+    worst, where = gpu.largest_difference(a, b)
+    assert worst == pytest.approx(0.001, rel=0.01) and where == "train q, update 2"
+    for b in ({"train q": a["train q"]}, a | {"train v": [1e6, float("nan")]}):
+        assert gpu.largest_difference(a, b)[0] == float("inf")
+
+
+def test_fixed_draws_are_the_same_in_every_update():
+    with gpu.Fixed(torch.device("cpu")):
+        x = torch.zeros(3, 2)
+        first = torch.randn_like(x), torch.randint(9, (4,)), torch.rand_like(x), torch.randn(2, 2)
+        again = torch.randn_like(x), torch.randint(9, (4,)), torch.rand_like(x), torch.randn(2, 2)
+    assert all(map(torch.equal, first, again)) and first[2].min() >= 0
+    assert first[1].dtype == torch.int64 and first[0].std() > 0.1
