@@ -555,6 +555,7 @@ def test_a_mistyped_minari_id_offers_local_ones_before_the_network(tmp_path, cap
     assert sorted(tmp_path.rglob("*")) == kept, "a lock file was left behind"
 
 
+@pytest.mark.soak
 def test_a_lock_that_was_removed_meanwhile_is_taken_anew(tmp_path):
     """Three processes, one counter: nobody works beside another, and no file is left."""
     count, path = tmp_path / "n", tmp_path / "x.lock"
