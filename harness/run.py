@@ -536,6 +536,7 @@ class Run:
                     "there is no data; strengthen the regularizer"
                 )
                 self.largest = {}  # said once
+                return
 
     def _save_checkpoint(self, t):
         rng = [torch.get_rng_state()]

@@ -471,6 +471,18 @@ def test_q_beyond_any_return_is_said_once(here, capsys, value, said):
     assert out.count("Q runs away") == said and ("no policy can reach more than" in out) == said
 
 
+def test_two_values_beyond_any_return_are_one_note(here, capsys):
+    """BRAC watches two means of Q, which run away together."""
+
+    def both(run, t, metrics):
+        value = torch.tensor(1.0 if run.phase != "train" or t < 10 else 1e6)
+        return metrics | dict.fromkeys(run.largest, value)
+
+    _, run = start("brac", both)
+    assert run.calls[-1] == ("train", 20)
+    assert capsys.readouterr().out.count("Q runs away") == 1
+
+
 def test_the_reward_shift_counts_as_reward(here, capsys):
     start("td3_bc", with_q(np.linspace(1, 1e4, 20).tolist()), reward_shift=-100.0)
     assert "Q runs away" not in capsys.readouterr().out
