@@ -114,20 +114,36 @@ def put(name: str, **content):
     sys.modules[name] = module
 
 
-def put_all(log) -> None:
-    """The modules that all three programs import; `log(values)` is called where they log."""
+def put_all(log, make=Task, load=lambda env: rows()) -> None:
+    """The modules that all three programs import. `log(values)` is called where they log,
+    `make(name)` where they make an environment, and `load(env)` where they read its rows. What
+    they wrap around an environment is left out, and the environment remembers it."""
 
     def nothing(*_, **__):
         pass
 
-    def unwrapped(env, *_):
+    def unwrapped(env, change=None):
+        env.change = change
         return env
 
     wrappers = SimpleNamespace(TransformObservation=unwrapped, TransformReward=unwrapped)
-    put("gym", make=Task, Env=Task, vector=SimpleNamespace(make=Task), wrappers=wrappers)
-    put("d4rl", qlearning_dataset=lambda env: rows(), get_normalized_score=lambda name, x: x)
+    put("gym", make=make, Env=Task, vector=SimpleNamespace(make=make), wrappers=wrappers)
+    put("d4rl", qlearning_dataset=load, get_normalized_score=lambda name, x: x)
     run = SimpleNamespace(save=nothing)
     put("wandb", init=nothing, finish=nothing, run=run, log=lambda values, **_: log(values))
+
+
+def put_flags(call) -> None:
+    """pyrallis: a decorated main function becomes call(function, the class of its flags)."""
+
+    def wrap():
+        def decorate(train):
+            (Config,) = train.__annotations__.values()
+            return lambda: call(train, Config)
+
+        return decorate
+
+    put("pyrallis", wrap=wrap)
 
 
 def start(path, *flags) -> None:
@@ -149,15 +165,7 @@ def corl(algorithm, folder, settings):
     torch.set_float32_matmul_precision(settings.get("precision", "highest"))
     meter = Meter(settings["seconds"])
     put_all(lambda values: meter(1))
-
-    def wrap():  # its flags: the CPU, and no evaluation
-        def decorate(train):
-            (Config,) = train.__annotations__.values()
-            return lambda: train(Config(device="cpu", eval_freq=10**12))
-
-        return decorate
-
-    put("pyrallis", wrap=wrap)
+    put_flags(lambda train, Config: train(Config(device="cpu", eval_freq=10**12)))
     path = folder / "algorithms" / "offline" / f"{algorithm}.py"
     return meter, {"torch": torch.__version__}, lambda: start(path)
 

@@ -49,11 +49,13 @@ LAST = 10  # evaluations that a score averages
 LAST_OGBENCH = 3
 ENOUGH = 3  # seeds; with fewer, nothing is said about chance
 
-# One color and line style for each method, the same in every figure; kin share their color.
+# One color and line style for each method, the same in every figure; kin share their color. The
+# runs of tools/corl.py are dotted in the color of ours.
 STYLES = {
     "bc": ("C7", "-"),
     "bc-top10": ("C7", "--"),
     "td3_bc": ("C0", "-"),
+    "corl_td3_bc": ("C0", ":"),
     "rebrac": ("C0", "--"),
     "sac_bc": ("C9", "-"),
     "fql": ("C9", "--"),
@@ -61,6 +63,7 @@ STYLES = {
     "awr": ("C1", "-"),
     "awac": ("C1", "--"),
     "iql": ("C2", "-"),
+    "corl_iql": ("C2", ":"),
     "cql": ("C3", "-"),
     "brac": ("C4", "-"),
     "brac-v": ("C4", "--"),
