@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import scipy.stats
 
+from harness import load_dataset
 from tools import report
 from tools.report import bootstrap, improvement, iqm
 
@@ -148,11 +149,12 @@ def test_every_run_without_a_table(here):
     main(figures=True)
     with open("report/runs.csv", newline="") as f:
         header, hopper, minari = list(csv.reader(f))
-    names = ("ours", "std", "standard error", "seeds")
+    names = ("ours", "std", "standard error", "seeds", "IQM", "IQM low", "IQM high")
     ours = [f"{m}, {x}" for m in ("bc", "fisher_brc-lam1") for x in names]
     assert header == ["dataset", *ours]
-    assert hopper == ["hopper-medium-v0", "", "", "", "", "12.0", "2.8", "2.0", "2"]
-    assert minari == ["mujoco/hopper/medium-v0", "7.0", "", "", "1", "", "", "", ""]
+    two = ["12.0", "2.8", "2.0", "2", "12.0", "", ""]
+    assert hopper == ["hopper-medium-v0", *[""] * 7, *two]
+    assert minari == ["mujoco/hopper/medium-v0", "7.0", "", "", "1", "7.0", "", "", *[""] * 7]
     assert "| hopper-medium-v0 |  | 12.0 ± 2.8 (2) |" in page()
     for axis in ("steps", "seconds"):
         with open(f"report/runs_{axis}.png", "rb") as f:
@@ -164,6 +166,31 @@ def test_methods_are_rows_where_they_are_more_than_the_datasets(here):
         write_run(here, method=method)
     main()
     assert "| method | hopper-medium-v0 |" in page() and "| iql | 1.5 (1) |" in page()
+
+
+def test_each_dataset_has_its_table_with_the_data_first(here):
+    """Methods follow by their mean; the best episode is known for bundled data of the same hash."""
+    env = "hopper-medium-expert-demo"
+    data, task = load_dataset(env)
+    best = task.score([data.episode_return.max().item()])
+    same = dict(config={"dataset_sha256": data.digest}, references={"data": 47.2})
+    for seed in range(5):
+        write_run(here, env=env, method="iql", seed=seed, scores=(70.0 + seed**2,), **same)
+    write_run(here, env=env, method="bc-top10", scores=(80.0,), **same)
+    write_run(here, env="walker2d-medium-v0", references={"data": 11.0})
+    main()
+    section = page().split(f"## {env}\n")[1].split("## ")[0].strip().splitlines()
+    low, high = bootstrap([[70.0, 71, 74, 79, 86]], iqm, 2000)
+    assert section[2:] == [
+        "| data, mean of its episodes |  | 47.2 |  |  |",
+        f"| data, best episode |  | {best:.1f} |  |  |",
+        "| bc-top10 | 1 | 80.0 | 80.0 |  |",
+        f"| iql | 5 | 76.0 ± 2.9 | 74.7 | {low:.1f} to {high:.1f} |",
+    ]
+    assert float(table()[0]["iql, IQM low"]) == pytest.approx(low, abs=0.05)
+    assert f"- {env}: mean of its episodes 47.2, best episode {best:.1f}\n" in page()
+    assert page().count("best episode |") == 1, "unknown for data that is not bundled"
+    assert report.best_episode(env, "another hash") is None
 
 
 def test_one_dataset_alone(here):
@@ -332,7 +359,7 @@ def test_runs_without_evaluation_are_finished(here):
 def test_the_datas_own_score_and_the_machine_are_told(here):
     write_run(here, references={"data": 11.44})
     main()
-    assert "- hopper-medium-v0: 11.4" in page()
+    assert "- hopper-medium-v0: mean of its episodes 11.4\n" in page()
     assert "- x86_64, 2 cores, cpu, 1 thread, precision highest, torch 2.13: 1 run\n" in page()
 
 

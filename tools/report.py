@@ -18,10 +18,15 @@ For each method, the page has the average over datasets with its standard error,
 mean with a 95% interval (a bootstrap over seeds, each dataset on its own), and the probability of
 improvement over each other method, as in Agarwal et al., NeurIPS 2021 (arXiv:2108.13264). Two seeds
 say nothing about chance, so intervals and probabilities need three on every dataset.
+
+Without --table, each dataset has a table of its own: the mean and the best of the data's episodes,
+and below them the methods by their mean, with its standard error, the interquartile mean over
+seeds, and its interval. The best episode is known for the bundled datasets.
 """
 
 import contextlib
 import csv
+import io
 import itertools
 import json
 import math
@@ -39,8 +44,10 @@ import tyro
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "algorithms")]
 from common import Count, InputError
+from harness.datasets import load_dataset
 from harness.folder import DATA_FILES, read_json
 from harness.run import parse
+from harness.tasks import DATA_DIR
 
 PAPERS = ROOT / "data" / "paper_tables"
 NO_SETTING = ("seed", "device", "compile", "precision", "out", "name", "resume", "overwrite")
@@ -249,6 +256,33 @@ def read_runs(folders) -> list[Result]:
     return [read_run(folder) for folder in found.values()]
 
 
+def best_episode(env: str, digest: str) -> float | None:
+    """Score of the best episode of a bundled dataset whose hash is `digest`. None for other data,
+    and where its task cannot be made."""
+    if not (DATA_DIR / f"{env}.npz").is_file():
+        return None
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            data, task = load_dataset(env)
+    except InputError:
+        return None
+    if task is None or data.digest != digest:
+        return None
+    return task.score([data.episode_return.max().item()])
+
+
+def data_scores(runs: list[Result]) -> dict:
+    """{dataset: {what: score}} of the data's own episodes, as the runs on it say: their mean, and
+    the best one where it is known."""
+    found = {}
+    for run in runs:
+        if "data" in run.references and run.env not in found:
+            best = best_episode(run.env, run.data)
+            found[run.env] = {"mean of its episodes": run.references["data"]}
+            found[run.env] |= {} if best is None else {"best episode": best}
+    return found
+
+
 def difference(a: Result, b: Result) -> str:
     """What differs between two runs: names and both values."""
     one, two = a.identity(), b.identity()
@@ -409,11 +443,18 @@ def distance(scores, printed) -> float | None:
     return (np.mean(scores) - float(mean)) / both if both > 0 else None
 
 
-def numbers(table: Table, ours):
+def interval_of(scores, resamples: int):
+    """95% interval (low, high) of the IQM over the seeds of one dataset; (None, None) below ENOUGH
+    seeds."""
+    return bootstrap([scores], iqm, resamples) if len(scores) >= ENOUGH else (None, None)
+
+
+def numbers(table: Table, ours, resamples: int):
     """Header and rows of the CSV."""
     header = ["dataset"]
+    own_columns = ("ours", "std", "standard error", "seeds", "IQM", "IQM low", "IQM high")
     for method, run in table.runs.items():
-        own = ("ours", "std", "standard error", "seeds") if run else ()
+        own = own_columns if run else ()
         paper = ("paper", "paper std") if table.printed else ()
         both = ("difference / std",) if run and table.printed else ()
         header += [f"{method}, {name}" for name in (*own, *paper, *both)]
@@ -427,6 +468,8 @@ def numbers(table: Table, ours):
                 mean = np.mean(scores) if scores else None
                 row += map(number, (mean, deviation(scores), standard_error(scores)))
                 row.append(str(len(scores) or ""))
+                middle = iqm(np.array(scores)) if scores else None
+                row += map(number, (middle, *interval_of(scores, resamples)))
             if table.printed:
                 row += printed
             if run and table.printed:
@@ -474,6 +517,24 @@ def markdown(header, *rows) -> list[str]:
     lines = ["| " + " | ".join(x.replace("|", r"\|") for x in row) + " |" for row in rows]
     head = "| " + " | ".join(x.replace("|", r"\|") for x in header) + " |"
     return [head, "|---" * len(header) + "|", *lines]
+
+
+def dataset_tables(table: Table, ours, data: dict, resamples: int) -> list[str]:
+    """Markdown lines: for each dataset what its own episodes score, then every method by its mean
+    over seeds."""
+    lines = []
+    for env in table.envs:
+        found = {method: scores[env] for method, scores in ours.items() if env in scores}
+        rows = [[f"data, {what}", "", number(x), "", ""] for what, x in data.get(env, {}).items()]
+        for method, scores in sorted(found.items(), key=lambda item: -np.mean(item[1])):
+            error, (low, high) = standard_error(scores), interval_of(scores, resamples)
+            mean = number(np.mean(scores)) + ("" if error is None else f" ± {error:.1f}")
+            between = "" if low is None else f"{low:.1f} to {high:.1f}"
+            middle = number(iqm(np.array(scores)))
+            rows.append([method, str(len(scores)), mean, middle, between])
+        header = ["", "seeds", "mean ± standard error", "IQM", "95% interval of the IQM"]
+        lines += [f"## {env}", "", *markdown(header, *rows), ""]
+    return lines
 
 
 def counts(strata) -> str:
@@ -563,13 +624,13 @@ def seeds_by_cell(chosen, runs) -> list[str]:
     ]
 
 
-def lists(table, ours, cells, notes) -> dict:
+def lists(table, ours, cells, data, notes) -> dict:
     """What else the page says about its runs: {title: lines}."""
     runs = [run for cell in cells.values() for run in cell]
-    data = {r.env: f"{r.env}: {r.references['data']:.1f}" for r in runs if "data" in r.references}
+    own = {env: [f"{what} {x:.1f}" for what, x in found.items()] for env, found in data.items()}
     machines = Counter(run.machine for run in runs)
     return {
-        "Score of the data's own episodes": list(data.values()),
+        "Score of the data's own episodes": [f"{env}: {', '.join(x)}" for env, x in own.items()],
         "Missing": missing(table, ours),
         "Unfinished": [f"{r.folder} ({len(r.steps)} evaluations)" for r in runs if not r.finished],
         "Without evaluation": [r.folder for r in runs if r.finished and r.score is None],
@@ -586,6 +647,7 @@ def lists(table, ours, cells, notes) -> dict:
 
 def page(table, ours, cells, notes, resamples: int) -> str:
     """The Markdown page."""
+    data = data_scores([run for cell in cells.values() for run in cell])
     first = (
         "Ours: mean ± standard deviation over seeds (number of seeds) of each run's score, which "
         f"is the mean of its last {LAST} evaluations"
@@ -596,11 +658,14 @@ def page(table, ours, cells, notes, resamples: int) -> str:
     first += ", or of as many as the column `last` of the table's file says" * bool(table.last)
     first += ". The papers' numbers are labeled." if table.printed else "."
     lines = [f"# {table.title}", "", first, "", *grid(table, ours), ""]
+    if not table.printed:
+        lines += dataset_tables(table, ours, data, resamples)
+        lines += ["## Over all datasets", ""]
     lines += [*aggregate(ours, resamples), ""]
     for i, fault in enumerate(table.faults, 1):
         where = f"{fault['dataset'] or 'whole table'}, {fault['method'] or 'all'}"
         lines.append(f"- [{i}] {where}: {fault['note']}")
-    for title, items in lists(table, ours, cells, notes).items():
+    for title, items in lists(table, ours, cells, data, notes).items():
         lines += ["", f"{title}:", "", *(f"- {item}" for item in items)] if items else []
     return "\n".join(lines) + "\n"
 
@@ -747,7 +812,7 @@ def main(args):
         out.mkdir(parents=True, exist_ok=True)
         (out / f"{name}.md").write_text(text)
         with open(out / f"{name}.csv", "w", newline="") as file:
-            header, rows = numbers(table, ours)
+            header, rows = numbers(table, ours, args.resamples)
             csv.writer(file).writerows([header, *rows])
         for axis in ("steps", "seconds") if args.figures else ():
             figure = curves(cells, envs, methods, axis, min(args.resamples, 500))
