@@ -9,7 +9,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from short_runs import tracked
 from torch.testing import assert_close
+
+from common import InputError
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "figures"))
@@ -20,6 +23,8 @@ import brac_plus_penalty  # noqa: E402
 import fisher_brc_bandit  # noqa: E402
 import fisher_brc_lambda  # noqa: E402
 import itrpo_paths  # noqa: E402
+
+import results  # noqa: E402
 
 TINY = {  # figure: (module, settings, size in pixels)
     "arq_densities": (arq_densities, dict(steps=3, grid=6), (1430, 462)),
@@ -38,7 +43,8 @@ TINY = {  # figure: (module, settings, size in pixels)
 
 def test_every_figure_is_tested_and_short():
     scripts = {p.stem: p for p in (ROOT / "figures").glob("*.py")}
-    scripts.pop("maze_paths")  # needs finished runs; has a test of its own
+    for name in ("maze_paths", "results"):  # they need finished runs; have tests of their own
+        scripts.pop(name)
     assert scripts.keys() == TINY.keys()
     for name, path in scripts.items():
         text = path.read_text()
@@ -260,3 +266,83 @@ def test_maze_paths_draws_the_data_and_a_run(tmp_path):
     starts = set(data.episode[at_start].tolist())
     goals = set(data.episode[data.terminal > 0].tolist())
     assert len(starts) > 20 and len(goals) > 20 and not starts & goals
+
+
+# ---- the results -----------------------------------------------------------------------------
+
+
+def write_runs(root, method, env="hopper-replay-demo", scores=((10.0, 30.0), (20.0, 50.0))):
+    """Finished runs of one method, one for each row of `scores`."""
+    from test_report import write_run
+
+    for seed, row in enumerate(scores):
+        write_run(root, env, method, seed, row, every=500, references={"data": 21.0})
+
+
+def test_results_draws_all_methods_and_corl_over_ours(tmp_path):
+    """Two pictures where there are runs of CORL, one where there are none."""
+    args = results.Args(str(tmp_path), str(tmp_path / "a" / "1.png"), str(tmp_path / "b" / "2.png"))
+    write_runs(tmp_path, "td3_bc")
+    write_runs(tmp_path, "bc-top10", "pointmaze-medium-demo")
+    results.main(args)
+    assert not (tmp_path / "b").exists()
+    write_runs(tmp_path, "corl_td3_bc")
+    results.main(args)
+    for path, height in ((args.out, 736), (args.corl, 576)):
+        png = Path(path).read_bytes()
+        assert png[:8] == b"\x89PNG\r\n\x1a\n" and struct.unpack(">II", png[16:24]) == (
+            1280,
+            height,
+        )
+
+
+def test_a_curve_of_results_is_the_mean_with_its_standard_error(tmp_path):
+    write_runs(tmp_path, "iql")
+    runs = results.report.read_runs([tmp_path])
+    x, mean, error = results.curve(runs)
+    assert x.tolist() == [0.5, 1.0] and mean.tolist() == [15.0, 40.0]
+    assert error == pytest.approx([5.0, 10.0])
+    assert results.curve(runs[:1])[2].tolist() == [0.0, 0.0]
+    runs[1].steps = runs[1].steps * 2
+    with pytest.raises(InputError, match="have other steps"):
+        results.curve(runs)
+
+
+def test_results_fit_into_800_pixels(tmp_path):
+    """Every method on every dataset: no letter is too small, and nothing is cut at an edge."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    for env in results.DATASETS:
+        for method in (*results.TITLES, "corl_td3_bc", "corl_iql"):
+            write_runs(tmp_path, method, env)
+    cells = results.read_cells(str(tmp_path))
+    for titles, height, columns in results.PICTURES:
+        figure = results.draw(cells, titles, height, columns)
+        canvas = FigureCanvasAgg(figure)
+        canvas.draw()
+        legend = figure.legends[0]
+        box = legend.get_window_extent(canvas.get_renderer())
+        assert box.x0 >= 0 and box.x1 <= figure.bbox.width and box.y0 >= 0
+        for panel in figure.axes:
+            inside = panel.get_tightbbox(canvas.get_renderer())
+            assert not inside.overlaps(box)
+            styles = {(x.get_color(), str(x._dash_pattern)) for x in panel.lines}
+            assert len(styles) >= len(titles), "two methods look alike"
+        texts = [x for x in figure.findobj(lambda x: hasattr(x, "get_fontsize")) if x.get_text()]
+        assert min(text.get_fontsize() for text in texts) / 72 * 800 / figure.get_figwidth() > 13
+        named = {text.get_text() for text in legend.get_texts()}
+        assert named >= set(titles.values()) and "data, mean of its episodes" in named
+
+
+def test_every_algorithm_is_in_the_picture_of_results():
+    scripts = {path.stem for path in tracked("algorithms")}
+    assert scripts <= results.TITLES.keys()
+    assert (ROOT / "results").is_dir() and results.Args().out == "results/curves.png"
+
+
+def test_results_refuses_a_folder_without_runs(tmp_path):
+    with pytest.raises(InputError, match="no run below"):
+        results.main(results.Args(str(tmp_path)))
+    write_runs(tmp_path, "td3_bc", "hopper-medium-v2")
+    with pytest.raises(InputError, match="is on a bundled dataset"):
+        results.main(results.Args(str(tmp_path)))

@@ -176,7 +176,8 @@ def test_each_dataset_has_its_table_with_the_data_first(here):
     same = dict(config={"dataset_sha256": data.digest}, references={"data": 47.2})
     for seed in range(5):
         write_run(here, env=env, method="iql", seed=seed, scores=(70.0 + seed**2,), **same)
-    write_run(here, env=env, method="bc-top10", scores=(80.0,), **same)
+    top = dict(args={"top": 0.1}, references={"data": 102.3})  # of the episodes that it clones
+    write_run(here, env=env, method="bc-top10", scores=(80.0,), **same | top)
     write_run(here, env="walker2d-medium-v0", references={"data": 11.0})
     main()
     section = page().split(f"## {env}\n")[1].split("## ")[0].strip().splitlines()

@@ -272,10 +272,12 @@ def best_episode(env: str, digest: str) -> float | None:
 
 
 def data_scores(runs: list[Result]) -> dict:
-    """{dataset: {what: score}} of the data's own episodes, as the runs on it say: their mean, and
+    """{dataset: {what: score}} of the data's own episodes: their mean, as the runs on it say, and
     the best one where it is known."""
     found = {}
     for run in runs:
+        if run.settings.get("top", "1.0") != "1.0":  # bc.py --top: the mean of its best episodes
+            continue
         if "data" in run.references and run.env not in found:
             best = best_episode(run.env, run.data)
             found[run.env] = {"mean of its episodes": run.references["data"]}
