@@ -417,6 +417,7 @@ def graphed(update, *inputs, compile: bool = False):
     values such as True. On a CPU this is the plain call. On a GPU the first three calls with the
     same constants are plain calls; then the whole update is captured as a CUDA graph, which every
     later call replays. `compile` compiles the update whole."""
+    on_gpu = next(inputs[0].parameters()).device.type == "cuda"
     if compile:
         import torch._dynamo
         import torch._inductor
@@ -425,8 +426,9 @@ def graphed(update, *inputs, compile: bool = False):
             raise InputError(f"--compile needs torch 2.13 or newer, this is {torch.__version__}")
         torch._dynamo.config.trace_autograd_ops = True  # allows autograd.grad in the update
         torch._inductor.config.fallback_random = True  # the same random stream as the plain call
-        update = torch.compile(update, fullgraph=True, dynamic=False)
-    if next(inputs[0].parameters()).device.type != "cuda":
+        options = {"cpp_wrapper": not on_gpu}  # kernels are called from C++: 5 to 10% faster
+        update = torch.compile(update, fullgraph=True, dynamic=False, options=options)
+    if not on_gpu:
         return lambda *constants: update(*inputs, *constants)
     graphs, calls, side = {}, {}, torch.cuda.Stream()
 
