@@ -545,7 +545,11 @@ def _lock(path):
             ) from e
         with file:
             fcntl.flock(file, fcntl.LOCK_EX)
-            if path.exists() and os.path.samestat(path.stat(), os.fstat(file.fileno())):
+            try:  # one look: the file can vanish between two
+                found = os.stat(path)
+            except FileNotFoundError:
+                continue
+            if os.path.samestat(found, os.fstat(file.fileno())):
                 try:
                     yield
                 finally:

@@ -1,6 +1,7 @@
 """harness/datasets.py against independent oracles, on tiny files that the tests write."""
 
 import contextlib
+import fcntl
 import functools
 import hashlib
 import http.server
@@ -555,7 +556,32 @@ def test_a_mistyped_minari_id_offers_local_ones_before_the_network(tmp_path, cap
     assert sorted(tmp_path.rglob("*")) == kept, "a lock file was left behind"
 
 
-@pytest.mark.soak
+def test_a_lock_that_vanishes_while_it_is_looked_at_is_taken_anew(tmp_path, monkeypatch):
+    """While a process waits, the holder leaves with its file, another takes a new file, and leaves
+    with that after the first look of the one that waited."""
+    path, lock, look, looks = tmp_path / "x.lock", fcntl.flock, os.stat, []
+
+    def others_take_it(file, how):
+        lock(file, how)
+        if not looks:
+            path.rename(tmp_path / "of_the_holder")  # which keeps its inode from being used again
+            path.touch()
+
+    def others_leave_it(found, **options):
+        result = look(found, **options)
+        if found == path:
+            looks.append(result)
+            if len(looks) == 1:
+                path.unlink()
+        return result
+
+    monkeypatch.setattr(fcntl, "flock", others_take_it)
+    monkeypatch.setattr(os, "stat", others_leave_it)
+    with datasets._lock(path):
+        assert path.exists() and len(looks) > 1
+    assert not path.exists()
+
+
 def test_a_lock_that_was_removed_meanwhile_is_taken_anew(tmp_path):
     """Three processes, one counter: nobody works beside another, and no file is left."""
     count, path = tmp_path / "n", tmp_path / "x.lock"
@@ -573,6 +599,7 @@ def test_a_lock_that_was_removed_meanwhile_is_taken_anew(tmp_path):
         job.start()
     for job in jobs:
         job.join()
+    assert [job.exitcode for job in jobs] == [0] * 3
     assert count.read_text() == "60"
     assert list(tmp_path.iterdir()) == [count]
 
