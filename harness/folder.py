@@ -287,6 +287,8 @@ class Folder:
         """curve.png: the score over gradient steps, beside the references."""
         import matplotlib.figure
 
+        # Between two dollars matplotlib reads a formula, and a name that is none would raise.
+        label, title = (text.replace("$", r"\$") for text in (label, title))
         figure = matplotlib.figure.Figure((6, 4), layout="constrained")
         axes = figure.subplots()
         steps = [int(row["step"]) for row in rows]

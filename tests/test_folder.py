@@ -571,6 +571,25 @@ def test_files_of_a_run_that_are_pipes_are_one_line(here, stopped_run):
 # ---- names and tables ------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("name", ["a$b", "$x$", r"$\frac$", r"\$x$", "$x_{$ {}^", "plain_name^2"])
+def test_a_name_is_no_formula(here, monkeypatch, name):
+    """matplotlib reads what stands between two dollars, and fails where it is no formula."""
+    import bc
+    from matplotlib.mathtext import MathTextParser
+
+    read, parse = [], MathTextParser.parse
+    monkeypatch.setattr(
+        MathTextParser,
+        "parse",
+        lambda self, text, *rest: read.append(text) or parse(self, text, *rest),
+    )
+    run = Folder(bc.Args(), "bc")
+    run.path.mkdir(parents=True)
+    rows = [{"step": 1, "score": 2.0}, {"step": 2, "score": 3.0}]
+    run.save_curve(name, rows, {"data": 1.0}, f"{name}.npz, Pendulum-v1", "return")
+    assert (run.path / "curve.png").exists() and not read
+
+
 def test_names_of_folders(here):
     import bc
 
