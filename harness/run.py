@@ -58,10 +58,21 @@ def number_type(annotation):
     if typing.get_origin(annotation) is typing.Annotated:
         kind, *notes = typing.get_args(annotation)
         return kind, next((note for note in notes if isinstance(note, Range)), None)
+    if typing.get_origin(annotation) is tuple:  # of its values, number_types tells
+        return None, None
     for option in typing.get_args(annotation):
         if typing.get_origin(option) is typing.Annotated or option in (int, float):
             return number_type(option)
     return (annotation if annotation in (int, float) else None), None
+
+
+def number_types(annotation, count: int) -> list:
+    """number_type of each of the `count` values of a field: of a tuple's in order, the last one's
+    again for those that follow."""
+    kinds = [annotation]
+    if typing.get_origin(annotation) is tuple:
+        kinds = [kind for kind in typing.get_args(annotation) if kind is not Ellipsis]
+    return [number_type(kinds[min(i, len(kinds) - 1)]) for i in range(count)]
 
 
 def typed_flags(Args, argv: list[str]) -> dict[str, int]:
@@ -107,8 +118,7 @@ def parse(Args, presets: dict, argv: list[str] | None = None):
     typed = typed_flags(Args, argv)
     fields = {field.name: field for field in dataclasses.fields(Args)}
     for name, i in typed.items():
-        if i < len(argv):
-            argv[i] = read_number(fields[name], argv[i])
+        read_numbers(fields[name], argv, i)
     i = typed.get("env", len(argv))
     env = argv[i] if i < len(argv) else getattr(fields.get("env"), "default", "")
     preset = preset_of(presets, env)
@@ -130,10 +140,20 @@ def parse(Args, presets: dict, argv: list[str] | None = None):
     return args, in_force
 
 
-def read_number(field, word: str) -> str:
-    """The word typed for a field as the parser takes it: 1e5 becomes 100000 where the field is a
-    whole number. Raises InputError for a word that is no such number."""
-    kind, allowed = number_type(field.type)
+def read_numbers(field, argv: list[str], i: int) -> None:
+    """Rewrite the words typed for a field, from place i on, as the parser takes them: 1e5 becomes
+    100000 where the field is a whole number. Raises InputError for a word that is no such
+    number."""
+    last = min(i + 1, len(argv))
+    if typing.get_origin(field.type) is tuple:
+        while last < len(argv) and not argv[last].startswith("--"):
+            last += 1
+    for place, kind in zip(range(i, last), number_types(field.type, last - i), strict=True):
+        argv[place] = read_number(field, argv[place], *kind)
+
+
+def read_number(field, word: str, kind, allowed) -> str:
+    """One word, of the kind and range that number_type gives, as read_numbers rewrites it."""
     if kind is None or (word == "None" and type(None) in typing.get_args(field.type)):
         return word
     try:
@@ -145,17 +165,27 @@ def read_number(field, word: str) -> str:
             return word if re.fullmatch(r"[+-]?\d+", word) else str(int(value))
     except ValueError:
         pass
-    flag, text = field.name.replace("_", "-"), allowed.text if allowed else "a number"
-    raise InputError(f"--{flag} is {word:.40}: use {text}")
+    raise out_of_range(field, f"{word:.40}", kind, allowed)
 
 
 def check_ranges(args) -> None:
     """Raises InputError for a number out of its field's range."""
     for field in dataclasses.fields(args):
-        value, (_, allowed) = getattr(args, field.name), number_type(field.type)
-        if allowed and value is not None and not allowed.low <= value <= allowed.high:
-            flag = field.name.replace("_", "-")  # NaN is in no range
-            raise InputError(f"--{flag} is {value}: use {allowed.text}")
+        value = getattr(args, field.name)
+        values = value if isinstance(value, tuple) else (value,)
+        kinds = number_types(field.type, len(values))
+        for x, (kind, allowed) in zip(values, kinds, strict=True):
+            if allowed and x is not None and not allowed.low <= x <= allowed.high:
+                raise out_of_range(field, x, kind, allowed)  # NaN is in no range
+
+
+def out_of_range(field, value, kind, allowed) -> InputError:
+    """The line that says which number a flag takes."""
+    flag, text = field.name.replace("_", "-"), "a whole number" if kind is int else "a number"
+    text = allowed.text if allowed else text
+    if typing.get_origin(field.type) is tuple:
+        text = f"{text} for each of its values"
+    return InputError(f"--{flag} is {value}: use {text}")
 
 
 # ---- randomness and evaluation ---------------------------------------------------------------

@@ -40,7 +40,7 @@ from torch import nn
 from common import BatchSize, Count, InputError, NonNegative, Positive, Range, RunArgs, Seed, Share
 from harness import main, parse
 from harness.folder import load_tensors
-from harness.run import Run, evaluate, number_type, seed_everything
+from harness.run import Run, evaluate, number_type, number_types, seed_everything
 
 TD3_BC = ROOT / "algorithms" / "td3_bc.py"
 
@@ -66,6 +66,12 @@ class Args(RunArgs):
     """a share, or None"""
     free: float = 1.0
     """any number"""
+    whole: int = 1
+    """any whole number"""
+    widths: tuple[Count, ...] = (8, 8)
+    """hidden units of each layer"""
+    betas: tuple[float, Share] = (0.9, 0.99)
+    """any number, and a share"""
     bc_steps: Count = 2000
     """gradient steps of the clone"""
 
@@ -183,6 +189,12 @@ ROWS, ABOVE = "a whole number from 1 to 1e6", "a finite number above 0"
         ("--share 1.5", "--share is 1.5: use a number from 0 to 1"),
         ("--share none", "--share is none: use a number from 0 to 1"),
         ("--free x", "--free is x: use a number"),
+        ("--whole 1.5", "--whole is 1.5: use a whole number"),
+        ("--widths x", f"--widths is x: use {WHOLE} for each of its values"),
+        ("--widths 8 1e2 2.5 8", f"--widths is 2.5: use {WHOLE} for each of its values"),
+        ("--widths 8 0 --seed 1", f"--widths is 0: use {WHOLE} for each of its values"),
+        ("--betas x 1", "--betas is x: use a number for each of its values"),
+        ("--betas 2 2", "--betas is 2: use a number from 0 to 1 for each of its values"),
         ("--eval-episodes 1e9", "--eval-episodes is 1e9: use a whole number from 1 to 10,000"),
     ],
 )
@@ -193,7 +205,15 @@ def test_numbers_that_cannot_be_are_one_line(line, says):
     assert str(caught.value) == says
 
 
+def test_every_value_of_a_tuple_is_read():
+    args = parsed("--widths 1e2 2e2 3 --betas=-1e-1 0.5 --steps 1e2")
+    assert (args.widths, args.betas, args.steps) == ((100, 200, 3), (-0.1, 0.5), 100)
+    assert all(type(width) is int for width in args.widths)
+
+
 def test_a_preset_out_of_range_is_one_line():
+    with pytest.raises(InputError, match="--widths is -1: use a whole number from 1"):
+        parse(Args, {"*": dict(widths=(8, -1))}, [])
     with pytest.raises(InputError, match="--alpha is nan: use a finite number of 0 or more"):
         parse(Args, {"*": dict(alpha=math.nan)}, [])
 
@@ -204,6 +224,9 @@ def test_types_of_numbers_are_found_in_every_annotation():
     assert number_type(float | None) == (float, None)
     assert number_type(Annotated[int, allowed]) == (int, allowed)
     assert number_type(Annotated[float, allowed] | None) == (float, allowed)
+    assert number_types(int, 1) == [(int, None)] and number_types(str, 2) == [(None, None)] * 2
+    assert number_types(tuple[Annotated[int, allowed], ...], 3) == [(int, allowed)] * 3
+    assert number_types(tuple[int, str], 2) == [(int, None), (None, None)]
 
 
 def test_help_shows_the_defaults_of_the_env_and_the_rule_of_lengths(capsys):
