@@ -6,7 +6,7 @@
     eval.csv         step, seconds, mean return, score, one column per episode
     events.out.*     the same for TensorBoard
     checkpoint.pt    weights, optimizers, random state; written to a temporary name, renamed
-    summary.json     mean score of the last 10 evaluations, last, best, seconds
+    summary.json     mean score of the last evaluations, how many they are, last, best, seconds
     curve.png        the learning curve
 {out}/cache/         stages that runs share: clones, samples, critics
 """

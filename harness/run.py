@@ -46,9 +46,11 @@ from harness.folder import (
     machine,
     save_tensors,
 )
+from harness.tasks import is_singletask
 
 # Flags that may differ between a run and its continuation: none of them changes a number.
 CONTROL = ("device", "compile", "log_every", "save_every", "out", "resume", "overwrite", "track")
+LAST, LAST_OGBENCH = 10, 3  # evaluations that a score averages
 
 # ---- flags -----------------------------------------------------------------------------------
 
@@ -197,6 +199,12 @@ def seed_everything(seed: int) -> None:
     np.random.seed(seed % 2**32)
 
 
+def averaged(env: str) -> int:
+    """How many of a run's last evaluations its score averages, by the name of its dataset. The
+    papers that use OGBench average fewer than the others."""
+    return LAST_OGBENCH if is_singletask(env) else LAST
+
+
 @torch.no_grad()
 def evaluate(act, envs: list, seed: int, device) -> np.ndarray:
     """Undiscounted returns (n,) of one episode in each of n environments, stepped side by side.
@@ -302,7 +310,8 @@ class Run:
                 sync_tensorboard=True,
             )
         self.folder.open_board(self.resume_at[1] if restored else 0)
-        self.references["data"] = self.score(self.data.episode_return.cpu().numpy())
+        returns = self.data.episode_return.cpu().numpy()
+        self.references["data"] = task.score_data(returns) if task else float(returns.mean())
         print(self._first_line(restored), flush=True)
 
     def _first_line(self, restored) -> str:
@@ -324,10 +333,6 @@ class Run:
             + (f"; preset {preset}" if preset else "")
             + (f"; resumed after {self.resume_at[0]} step {self.resume_at[1]}" if restored else "")
         )
-
-    def score(self, returns) -> float:
-        """Normalized score x 100 of episode returns; the mean raw return where there is no task."""
-        return float(self.task.score(returns) if self.task else np.mean(returns))
 
     def loop(self, steps: int, phase: str = "train"):
         """Yield 1..steps, or what is left of them after a restored checkpoint. A finished phase
@@ -378,7 +383,7 @@ class Run:
         if act and self.task and (t % self.args.eval_every == 0 or t == self.phase_steps):
             self._tick()
             returns = self.evaluate(act)
-            result = {"return": returns.mean(), "score": self.score(returns)}
+            result = {"return": returns.mean(), "score": self.task.score(returns)}
             row = {"step": t, "seconds": f"{self.train_seconds:.2f}", **result}
             self.rows["eval"].append(row | {f"episode_{i}": x for i, x in enumerate(returns)})
             self.folder.save_rows("eval", self.rows["eval"])
@@ -396,7 +401,7 @@ class Run:
     def reference(self, label: str, act) -> None:
         """Score a policy that is not this run's result; the final line and the curve name it."""
         if self.task:
-            self.references[label] = self.score(self.evaluate(act))
+            self.references[label] = self.task.score(self.evaluate(act))
             print(f"{label}: {self.unit} {self.references[label]:.1f}", flush=True)
 
     def _key(self, stage, shapes, settings):
@@ -432,12 +437,13 @@ class Run:
 
     def finish(self) -> float | None:
         """Write summary.json and curve.png, print the final line, return the mean score of the last
-        10 evaluations (None without an evaluation task)."""
-        rows = self.rows["eval"]
+        evaluations, as many as `averaged` says (None without an evaluation task)."""
+        rows, last = self.rows["eval"], averaged(self.folder.env_name)
         scores = [float(row["score"]) for row in rows]
-        final = float(np.mean(scores[-10:])) if scores else None
+        final = float(np.mean(scores[-last:])) if scores else None
         summary = {
             "score": final,
+            "averaged": last,
             "evaluations": len(scores),
             "last": scores[-1] if scores else None,
             "best": max(scores, default=None),
@@ -654,9 +660,9 @@ class Run:
 
 
 def main(Args, presets: dict, train, argv: list[str] | None = None) -> float | None:
-    """Parse the command line, read the data, train; returns the mean score of the last ten
-    evaluations, or None without an evaluation task. Ctrl-C exits with status 130, and a lack of
-    memory is an InputError."""
+    """Parse the command line, read the data, train; returns the mean score of the last evaluations
+    (`averaged` says how many), or None without an evaluation task. Ctrl-C exits with status 130,
+    and a lack of memory is an InputError."""
     words = sys.argv if argv is None else [sys.argv[0], *argv]
     args = run = None
     try:

@@ -140,18 +140,19 @@ def test_a_recording_is_one_episode_and_runs_on_where_its_task_is_solved(folder)
     assert data.reward.tolist() == [-1, -1, 0, 0] + [-1] * 8
     assert data.episode.tolist() == [0] * 4 + [1] * 3 + [2] * 5
     assert data.episode_return.tolist() == [-2, -3, -5]
-    assert task.score(data.episode_return.numpy()) == pytest.approx(100.0)  # last states count
+    assert task.score_data(data.episode_return.numpy()) == pytest.approx(100.0)  # last states count
     assert (data.action_low, data.action_high) == (pytest.approx(-1), pytest.approx(1))
 
 
 @installed
 def test_tasks_share_a_file_and_differ_in_rewards(folder):
-    first, _ = load_dataset(f"{NAME}-task1-v0")
+    first, first_task = load_dataset(f"{NAME}-task1-v0")
     default, _ = load_dataset(f"{NAME}-v0")
     other, task = load_dataset(f"{NAME}-task2-v0")
     assert torch.equal(first.reward, default.reward) and first.digest == default.digest
     assert torch.equal(first.obs, other.obs) and not torch.equal(first.reward, other.reward)
-    assert task.score(other.episode_return.numpy()) == 0.0
+    assert task.score_data(other.episode_return.numpy()) == 0.0
+    assert task.score([0.0, 1.0]) == 50.0 and first_task.score([0.0, 0.0]) == 0.0
 
 
 @installed

@@ -40,7 +40,7 @@ from torch import nn
 from common import BatchSize, Count, InputError, NonNegative, Positive, Range, RunArgs, Seed, Share
 from harness import main, parse
 from harness.folder import load_tensors
-from harness.run import Run, evaluate, number_type, number_types, seed_everything
+from harness.run import Run, averaged, evaluate, number_type, number_types, seed_everything
 
 TD3_BC = ROOT / "algorithms" / "td3_bc.py"
 
@@ -325,10 +325,28 @@ def test_summary_is_the_mean_of_the_last_ten(here):
     summary = json.loads((folder("bc") / "summary.json").read_text())
     assert final == summary["score"] == np.mean(range(3, 13)) == 7.5
     assert (summary["last"], summary["best"], summary["evaluations"]) == (12, 12, 12)
+    assert summary["averaged"] == 10
     table = rows(folder("bc") / "eval.csv")
     assert [float(row["score"]) for row in table] == list(range(1, 13))
     assert [int(row["step"]) for row in table] == list(range(1, 13))
     assert {"return", "episode_0", "episode_1"} <= table[0].keys()
+
+
+def test_on_ogbench_the_summary_is_the_mean_of_the_last_three(here, capsys):
+    """The name of the dataset decides, as in tools/report.py."""
+    assert [averaged(x) for x in ("hopper-medium-v2", "scene-play-singletask-v0")] == [10, 3]
+    write_log("log-singletask-v0.npz")
+    values = iter(range(1, 100))
+
+    def scripted(run):
+        run.evaluate = lambda act: np.full(2, float(next(values)))
+
+    env = dict(env="log-singletask-v0.npz", eval_env=None)
+    final, run = start("bc", prepare=scripted, eval_every=1, steps=12, **env)
+    summary = json.loads((run.folder.path / "summary.json").read_text())
+    assert final == summary["score"] == np.mean([10, 11, 12]) == 11
+    assert (summary["averaged"], summary["evaluations"]) == (3, 12)
+    assert "bc return 11.0 | " in capsys.readouterr().out.splitlines()[-1]
 
 
 def test_evaluation_leaves_the_random_stream_alone(here):
