@@ -206,22 +206,32 @@ def averaged(env: str) -> int:
 
 
 @torch.no_grad()
-def evaluate(act, envs: list, seed: int, device) -> np.ndarray:
-    """Undiscounted returns (n,) of one episode in each of n environments, stepped side by side.
+def evaluate(act, envs: list, seed: int, device, episodes: int | None = None) -> np.ndarray:
+    """Undiscounted returns (n,) of n episodes, one in each environment unless `episodes` says n.
 
-    `act` maps raw observations (n, S) to actions (n, A) in the task's bounds. Environment i is
-    reset with seed + i. A policy that draws noise draws it from a stream of its own, seeded with
-    `seed`; the training random stream is left as it was."""
-    returns, running = np.zeros(len(envs)), np.ones(len(envs), bool)
-    obs = np.stack([env.reset(seed=seed + i)[0] for i, env in enumerate(envs)])
+    The environments are stepped side by side. Where there are fewer of them than episodes, they
+    are used again for the next episodes when all of the first have ended.
+
+    `act` maps raw observations (n, S) to actions (n, A) in the task's bounds. Episode i is reset
+    with seed + i. A policy that draws noise draws it from a stream of its own, seeded with `seed`;
+    the training random stream is left as it was. So that the number of environments changes no
+    bit of a return, `act` always gets n rows, and its noise starts again with the environments."""
+    n = episodes or len(envs)
+    returns = np.zeros(n)
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.manual_seed(seed)
-        while running.any():
-            actions = act(torch.as_tensor(obs, dtype=torch.float32, device=device)).cpu().numpy()
-            for i in np.flatnonzero(running):
-                obs[i], reward, terminal, timeout, _ = envs[i].step(actions[i])
-                returns[i] += reward
-                running[i] = not (terminal or timeout)
+        for first in range(0, n, len(envs)):
+            running = set(range(first, min(first + len(envs), n)))
+            starts = {i: envs[i - first].reset(seed=seed + i)[0] for i in sorted(running)}
+            obs = np.stack([starts.get(i, starts[first]) for i in range(n)])  # (n, S)
+            torch.manual_seed(seed)
+            while running:
+                actions = act(torch.as_tensor(obs, dtype=torch.float32, device=device))
+                actions = actions.cpu().numpy()
+                for i in sorted(running):
+                    obs[i], reward, terminal, timeout, _ = envs[i - first].step(actions[i])
+                    returns[i] += reward
+                    if terminal or timeout:
+                        running.remove(i)
     return returns
 
 
@@ -292,8 +302,9 @@ class Run:
         self.rows = {"train": [], "eval": []}
         self.train_seconds = self.eval_seconds = 0.0
         self.resume_at, self.paths, self.begun = None, {}, False
-        task, count = self.task, self.args.eval_episodes
-        self.envs = [task.make() for _ in range(count)] if task else []
+        task, episodes = self.task, self.args.eval_episodes
+        count = task.envs_for(episodes) if task else 0
+        self.envs = [task.make() for _ in range(count)]
         restored = self.args.resume and self.folder.checkpoint.exists()
         if restored:
             self._restore()
@@ -393,7 +404,8 @@ class Run:
     def evaluate(self, act) -> np.ndarray:
         """Returns (eval_episodes,) of a policy, on start states fixed by the run's seed."""
         start = time.time()
-        returns = evaluate(act, self.envs, 1000 * self.args.seed + 100, self.device)
+        seed, episodes = 1000 * self.args.seed + 100, self.args.eval_episodes
+        returns = evaluate(act, self.envs, seed, self.device, episodes)
         self.clock = time.time()
         self.eval_seconds += self.clock - start
         return returns

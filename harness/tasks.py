@@ -23,6 +23,8 @@ from common import InputError
 DATA_DIR = Path(__file__).resolve().parents[1] / "data"
 LOCOMOTION = ("halfcheetah", "hopper", "walker2d", "ant")
 ROBOTICS = ("AntMaze", "PointMaze", "AdroitHand", "FrankaKitchen", "Fetch", "HandReach")
+HEAVY = ("cube", "scene", "puzzle")  # OGBench's: 150 MB and a second to make, each
+MOST_HEAVY = 16
 INSTALL = "pip install 'gymnasium-robotics>=1.4' 'mujoco<3.11'"
 
 
@@ -64,6 +66,14 @@ class Task:
         size = flat(env.observation_space.sample()).size
         space = gymnasium.spaces.Box(-np.inf, np.inf, (size,), np.float32)
         return gymnasium.wrappers.TransformObservation(env, flat, space)
+
+    def envs_for(self, episodes: int) -> int:
+        """How many environments play so many episodes: one for each, but at most MOST_HEAVY of
+        OGBench's manipulation tasks, then as few as need no more turns."""
+        if not (is_singletask(self.id) and self.id.startswith(HEAVY)):
+            return episodes
+        turns = -(-episodes // MOST_HEAVY)
+        return -(-episodes // turns)
 
     def score(self, returns) -> float:
         """Mean normalized score x 100 of raw episode returns; their mean without references."""

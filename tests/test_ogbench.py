@@ -13,6 +13,7 @@ import torch
 
 from common import InputError
 from harness.datasets import load_dataset
+from harness.run import evaluate
 from harness.tasks import Task, build, table
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -275,6 +276,43 @@ def walk(env, seed, towards=None):
         rewards.append(reward)
         over = terminal or timeout
     return np.array(rewards), np.array(seen)
+
+
+@pytest.mark.parametrize(
+    ("name", "counts"),
+    [
+        ("cube-single-singletask-v0", {1: 1, 10: 10, 16: 16, 17: 9, 20: 10, 50: 13, 100: 15}),
+        ("puzzle-4x6-singletask-task3-v0", {50: 13}),
+        ("scene-singletask-v0", {50: 13}),
+        ("antmaze-large-singletask-v0", {50: 50}),
+        ("Hopper-v5", {50: 50, 1000: 1000}),
+        ("cube:Mine-v0", {50: 50}),
+    ],
+)
+def test_heavy_environments_are_few(name, counts):
+    assert {n: Task(name).envs_for(n) for n in counts} == counts
+
+
+@installed
+def test_a_heavy_environment_can_be_used_again(recwarn):
+    """The seed alone decides an episode, whatever was played before it; and nothing is warned of
+    that a reader could not change."""
+    act = lambda obs: 0.5 * torch.sin(obs[:, :5])
+    task = Task("scene-singletask-task2-v0", kwargs=dict(max_episode_steps=12))
+    envs = [task.make() for _ in range(2)]
+    seen = []
+
+    def kept(obs):
+        seen.append(obs.numpy().copy())
+        return act(obs)
+
+    for env in envs[:1], envs[:2]:
+        evaluate(kept, env, 7, torch.device("cpu"), 2)
+    assert len(seen) == 12 * 3
+    one, two = np.array(seen[:24]), np.array(seen[24:])
+    assert np.array_equal(one[:12, 0], two[:, 0]) and np.array_equal(one[12:, 1], two[:, 1])
+    assert not np.array_equal(two[:, 0], two[:, 1])
+    assert not [w for w in recwarn if "precision" in str(w.message)]
 
 
 @installed

@@ -41,6 +41,7 @@ from common import BatchSize, Count, InputError, NonNegative, Positive, Range, R
 from harness import main, parse
 from harness.folder import load_tensors
 from harness.run import Run, averaged, evaluate, number_type, number_types, seed_everything
+from harness.tasks import Task
 
 TD3_BC = ROOT / "algorithms" / "td3_bc.py"
 
@@ -308,6 +309,92 @@ def test_evaluate_runs_one_episode_in_each_environment():
     torch.manual_seed(123)
     evaluate(act, again, 50, torch.device("cpu"))
     assert np.array_equal(again[2].actions, envs[2].actions)  # its own random stream
+
+
+@pytest.mark.parametrize("count", [1, 3, 4, 7, 9])
+def test_environments_are_used_again_for_further_episodes(count):
+    def act(obs):
+        assert obs.shape == (7, 2)
+        return obs * 10 + torch.rand(7, 2)
+
+    lengths = [3, 1, 5, 2, 2, 6, 1]
+    plain = [FakeEnv(length, True) for length in lengths]
+    due = evaluate(act, plain, 50, torch.device("cpu"))
+    few = [Turns(lengths[i::count]) for i in range(count)]
+    assert np.array_equal(evaluate(act, few, 50, torch.device("cpu"), 7), due)
+    assert [env.seeds for env in few] == [[*range(50, 57)][i::count] for i in range(count)]
+    for i, env in enumerate(plain):
+        turn = few[i % count].turns[i // count]
+        assert np.array_equal(turn.actions, env.actions), "noise and all"
+
+
+class Turns:
+    """A FakeEnv of another length at every reset."""
+
+    def __init__(self, lengths):
+        self.turns, self.seeds = [FakeEnv(length, False) for length in lengths], []
+
+    def reset(self, seed):
+        self.now = self.turns[len(self.seeds)]
+        self.seeds.append(seed)
+        return self.now.reset(seed)
+
+    def step(self, action):
+        return self.now.step(action)
+
+
+class Seen(gymnasium.Wrapper):
+    """Adds all that was observed to the return, which then tells every step of an episode."""
+
+    def step(self, action):
+        obs, reward, *rest = self.env.step(action)
+        return obs, reward + obs.sum(dtype=np.float64), *rest
+
+
+MAZE = dict(max_episode_steps=60, continuing_task=False)
+
+
+@pytest.mark.parametrize("episodes", [10, 20])
+@pytest.mark.parametrize(
+    "task", [Task("Hopper-v5"), Task("PointMaze_Medium-v3", kwargs=MAZE)], ids=lambda x: x.id
+)
+def test_few_environments_return_the_bits_of_many(task, episodes):
+    """The plain way makes an environment for each episode. The policy is a network that draws
+    noise, so that a return depends on the size of the batch, on the stream and on the seed."""
+    pytest.importorskip("gymnasium_robotics")
+    envs = [Seen(task.make()) for _ in range(episodes)]
+    size, actions = envs[0].observation_space.shape[0], envs[0].action_space.shape[0]
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(size, 256), nn.Tanh(), nn.Linear(256, actions), nn.Tanh())
+
+    def act(obs):
+        return (net(obs) + 0.1 * torch.randn(len(obs), actions)).clamp(-1, 1)
+
+    due = evaluate(act, envs, 100, torch.device("cpu"))
+    assert len(set(due)) == episodes, "no two episodes are alike"
+    for count in (episodes, 7):  # used a second time, and fewer
+        found = evaluate(act, envs[:count], 100, torch.device("cpu"), episodes)
+        assert np.array_equal(found, due)
+
+
+def test_a_run_makes_as_many_environments_as_its_task_says(here):
+    made = []
+
+    def few(run):
+        make = run.task.make
+        run.task.make = lambda: made.append(make()) or made[-1]
+        run.task.envs_for = lambda episodes: 2
+
+    def loaded(run):
+        load = run.load
+        run.load = lambda: (load(), few(run))[0]
+
+    values = dict(eval_env=None, eval_every=10, eval_episodes=5)
+    start("bc", out="many", **values)
+    start("bc", out="few", prepare=loaded, **values)
+    assert len(made) == 2
+    one, two = (rows(folder("bc", out) / "eval.csv") for out in ("many", "few"))
+    assert one == two and "episode_4" in one[0]
 
 
 def test_evaluate_needs_no_gradient():
