@@ -119,7 +119,8 @@ def load_dataset(name: str, device="cpu", eval_env: str | None = None) -> tuple[
 
             rows = ogbench.load(name, eval_env)
         else:
-            hint = near(name, [*bundled, *files, *local])
+            tasks = [f"{data}-singletask-v0" for data in table("ogbench_sets.csv")]
+            hint = near(name, [*bundled, *files, *local, *tasks])
             raise InputError(
                 f"unknown dataset '{name}'{hint}; use a bundled, D4RL or OGBench name, a Minari "
                 "id, or the path of a .hdf5, .h5 or .npz file"
@@ -383,8 +384,10 @@ def _read_columns(name, columns, raw, eval_env, task, d4rl):
     ogbench = "masks" in columns or {"qpos", "qvel"} <= columns.keys()
     ogbench = ogbench and "timeouts" not in columns
     if ogbench and not {"rewards", "masks"} <= columns.keys():
-        known = is_ogbench(data := name.removesuffix(".npz").removesuffix("-val"))
-        fix = f"use --env {data.removesuffix('-v0')}-singletask-v0" if known else ""
+        data = name.removesuffix(".npz").removesuffix("-val").removesuffix("-v0")
+        data = data.removeprefix("visual-")  # the same tasks, with states instead of images
+        known = data in table("ogbench_sets.csv")
+        fix = f"use --env {data}-singletask-v0" if known else ""
         raise InputError(
             f"{name}: an OGBench file without rewards and masks states no task; "
             + (fix or "use the name of a task, such as --env cube-single-play-singletask-v0")

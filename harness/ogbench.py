@@ -24,10 +24,9 @@ import numpy as np
 
 from common import InputError
 from harness.datasets import UNREADABLE, _open, _read_columns, _require_regular, download
-from harness.tasks import Task, build, near, require, table
+from harness.tasks import INSTALL_OGBENCH, Task, build, near, require, table
 
 SETS = "ogbench_sets.csv"
-INSTALL = "pip install ogbench 'mujoco<3.11'"
 
 
 def names() -> list[str]:
@@ -40,7 +39,10 @@ def split(name: str) -> tuple[str, str]:
     """Name -> (name of the data, name of the environment). Raises InputError for a name that is not
     one of a single task with states as observations."""
     if name.startswith(("visual-", "powderworld-")):
-        raise InputError(f"{name} has images as observations; only OGBench's states can be read")
+        raise InputError(
+            f"{name} has images as observations; only OGBench's states can be read"
+            + states_of(name)
+        )
     data, _, number = re.sub(r"(-oraclerep)?-v\d+$", "", name).partition("-singletask")
     row = table(SETS).get(data)
     if row is None:
@@ -56,11 +58,20 @@ def split(name: str) -> tuple[str, str]:
     return data, f"{data.rpartition('-')[0]}-singletask{number}-v0"
 
 
+def states_of(name: str) -> str:
+    """A hint to the single tasks of the same data with states, where there is such data."""
+    data = re.sub(r"(-singletask.*|-oraclerep)?-v\d+$", "", name).removeprefix("visual-")
+    if data not in table(SETS):
+        other = "; use another task, such as cube-single-play-singletask-v0"
+        return near(name.removeprefix("visual-"), names()) or other
+    return f"; use {data}-singletask-v0, or {data}-singletask-task1-v0 to -task5-v0"
+
+
 def load(name: str, eval_env: str | None):
     """What harness.datasets reads of a file, for the single task `name`. Raises InputError."""
     data, env_name = split(name)
     if importlib.util.find_spec("ogbench") is None:
-        raise InputError(f"{name} needs OGBench: {INSTALL}")
+        raise InputError(f"{name} needs OGBench: {INSTALL_OGBENCH}")
     task = build(Task(env_name), env_name, (None, None)) if eval_env is None else None
     env = Task(env_name).make()
     path = fetch(data)

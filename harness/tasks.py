@@ -26,6 +26,7 @@ ROBOTICS = ("AntMaze", "PointMaze", "AdroitHand", "FrankaKitchen", "Fetch", "Han
 HEAVY = ("cube", "scene", "puzzle")  # OGBench's: 150 MB and a second to make, each
 MOST_HEAVY = 16
 INSTALL = "pip install 'gymnasium-robotics>=1.4' 'mujoco<3.11'"
+INSTALL_OGBENCH = "pip install ogbench 'mujoco<3.11'"
 
 
 @dataclass
@@ -130,6 +131,8 @@ def register(task_id: str) -> None:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             importlib.import_module("ogbench")
+        # Its arms' action bounds are float64, which Gymnasium says at every reset.
+        warnings.filterwarnings("ignore", ".*precision lowered by casting")
     if task_id.startswith(ROBOTICS) and importlib.util.find_spec("gymnasium_robotics"):
         # Its import prints a notice about Adroit's dense rewards, which no task here has.
         with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
@@ -198,7 +201,7 @@ def build(task, own, refs) -> Task:
         if task.id.startswith(ROBOTICS) and not known:
             fix = INSTALL
         if is_singletask(task.id) and not importlib.util.find_spec("ogbench"):
-            fix = "pip install ogbench"
+            fix = INSTALL_OGBENCH
         raise InputError(f"no task {task.id} ({e!s:.300}); {fix}, or use --eval-env none") from e
     space = env.action_space
     require(hasattr(space, "low"), f"{task.id}: actions are {space}; only Box is supported")

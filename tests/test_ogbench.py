@@ -14,7 +14,7 @@ import torch
 from common import InputError
 from harness.datasets import load_dataset
 from harness.run import evaluate
-from harness.tasks import Task, build, table
+from harness.tasks import Task, build, register, table
 
 ROOT = Path(__file__).resolve().parents[1]
 installed = pytest.mark.skipif(not importlib.util.find_spec("ogbench"), reason="no ogbench")
@@ -67,9 +67,17 @@ def error_of(name, eval_env=None) -> str:
         (f"{NAME}-task0-v0", [f"{NAME}-task5-v0"]),
         (f"{NAME}-v1", [f"{NAME}-v0"]),
         ("cube-singel-play-singletask-v0", ["cube-single-play-singletask-v0"]),
-        ("visual-cube-single-play-singletask-task1-v0", ["images"]),
-        ("visual-antmaze-medium-navigate-v0", ["images"]),
-        ("powderworld-easy-play-v0", ["images"]),
+        (
+            "visual-cube-single-play-singletask-task1-v0",
+            ["images", "use cube-single-play-singletask-v0", "-singletask-task1-v0 to -task5-v0"],
+        ),
+        (
+            "visual-antmaze-medium-navigate-v0",
+            ["images", "use antmaze-medium-navigate-singletask-v0"],
+        ),
+        ("visual-cube-singel-play-v0", ["images", "cube-single-play-singletask-v0"]),
+        ("powderworld-easy-play-v0", ["images", "such as cube-single-play-singletask-v0"]),
+        ("cube-singel-play-v0", ["unknown dataset", "cube-single-play-singletask-v0"]),
         ("cube-double-play-v0", ["cube-double-play-singletask-v0, which is task 2", "-task5-v0"]),
         ("puzzle-3x3-play-oraclerep-v0", ["puzzle-3x3-play-singletask-v0, which is task 4"]),
         ("antmaze-giant-explore-v0", ["unknown dataset"]),
@@ -178,6 +186,9 @@ def test_a_file_without_masks_names_the_task(tmp_path):
     path = tmp_path / "scene-play-v0.npz"
     np.savez(path, **raw())
     assert "use --env scene-play-singletask-v0" in error_of(str(path))
+    np.savez(tmp_path / "visual-scene-play-v0-val.npz", **raw())
+    text = error_of(str(tmp_path / "visual-scene-play-v0-val.npz"))
+    assert "use --env scene-play-singletask-v0" in text
     np.savez(tmp_path / "mine.npz", **raw())
     assert "states no task" in error_of(str(tmp_path / "mine.npz"))
 
@@ -197,7 +208,8 @@ def test_rewards_of_a_file_are_those_of_the_environment(data, folder):
 
     maze, draw = "maze" in data, np.random.default_rng(0)
     name, options = data.rpartition("-")[0], {"max_episode_steps": 300 if maze else 30}
-    env = gymnasium.make(f"{name}-singletask-task3-v0", terminate_at_goal=False, **options)
+    register(task_id := f"{name}-singletask-task3-v0")
+    env = gymnasium.make(task_id, terminate_at_goal=False, **options)
     obs, _ = env.reset(seed=0)
     kept, over = {}, False
     while not over:
