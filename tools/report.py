@@ -46,14 +46,12 @@ sys.path[:0] = [str(ROOT), str(ROOT / "algorithms")]
 from common import Count, InputError
 from harness.datasets import load_dataset
 from harness.folder import DATA_FILES, read_json
-from harness.run import parse
+from harness.run import LAST, LAST_OGBENCH, averaged, parse
 from harness.tasks import DATA_DIR
 
 PAPERS = ROOT / "data" / "paper_tables"
 NO_SETTING = ("seed", "device", "compile", "precision", "out", "name", "resume", "overwrite")
 NO_SETTING += ("track", "log_every", "save_every", "preset")
-LAST = 10  # evaluations that a score averages
-LAST_OGBENCH = 3
 ENOUGH = 3  # seeds; with fewer, nothing is said about chance
 
 # One color and line style for each method, the same in every figure; kin share their color. The
@@ -228,6 +226,7 @@ def read_run(folder: Path) -> Result:
     with reading(folder / "summary.json", finished):
         summary = read_json(folder / "summary.json")
         score, count = summary.get("score"), summary.get("evaluations")
+        last = int(summary.get("averaged", LAST))  # older runs averaged so many, and do not say it
         references = summary.get("references", {})
         result.references = {name: finite(value) for name, value in references.items()}
         result.score = None if score is None else finite(score)
@@ -235,9 +234,9 @@ def read_run(folder: Path) -> Result:
         found = len(result.scores)
         if (found if count is None else count, score is None) != (found, not found):
             raise ValueError(f"its {found} evaluations are not those of summary.json")
-        mean = result.scores[-LAST:].mean() if found else 0
+        mean = result.scores[-last:].mean() if found else 0
         if found and not math.isclose(mean, score, rel_tol=1e-6, abs_tol=1e-6):
-            raise ValueError(f"the last {LAST} have the mean {mean:.6g}, in summary.json {score}")
+            raise ValueError(f"the last {last} have the mean {mean:.6g}, in summary.json {score}")
     result.finished = True
     return result
 
@@ -384,14 +383,10 @@ class Table:
                 continue
             ours[method] = {}
             for env in self.envs:
-                last = self.last.get((env, method), last_of(env))
+                last = self.last.get((env, method), averaged(env))
                 if scores := cell_scores(cells, env, run, last):
                     ours[method][env] = scores
         return ours
-
-
-def last_of(env: str) -> int:
-    return LAST_OGBENCH if "-singletask" in env else LAST
 
 
 def paper_rows(name: str):
@@ -655,7 +650,7 @@ def page(table, ours, cells, notes, resamples: int) -> str:
         f"is the mean of its last {LAST} evaluations"
     )
     first += f", or of the last {LAST_OGBENCH} on OGBench" * any(
-        last_of(env) < LAST for env in table.envs
+        averaged(env) < LAST for env in table.envs
     )
     first += ", or of as many as the column `last` of the table's file says" * bool(table.last)
     first += ". The papers' numbers are labeled." if table.printed else "."
