@@ -3,6 +3,7 @@
 import csv
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import cql
 import pytest
@@ -47,6 +48,27 @@ def test_seconds_of_an_update(steps):
             pass
 
     assert watched(update, seconds=0.5, steps=steps) == pytest.approx(500, rel=0.2)
+
+
+def test_operations_of_an_update(capsys):
+    """Two products a step and a third in every second one; a kernel's number does not split it."""
+    a = torch.randn(50, 50)
+
+    def update(t):
+        for _ in range(2 + t % 2):
+            a @ a
+
+    watch = speed.Stopwatch(CPU, 0.05, operations=True)
+    for t in watch.loop(10_000):
+        update(t)
+    rows = {name: (calls, spent) for name, calls, spent in watch.operations["train"]}
+    assert rows["aten::mm"][0] == 2.5 and rows["aten::mm"][1] > 0
+    event = SimpleNamespace(count=240, self_cpu_time_total=1200.0, self_device_time_total=0.0)
+    events = [SimpleNamespace(key=f"graph_{i}_cpp_fused_relu_{i}", **vars(event)) for i in (0, 12)]
+    assert speed.operation_times(events) == [("cpp_fused_relu", 4.0, 20.0)]
+    speed.print_operations("a file", [("x", 1.0, 995.0), ("y", 2.0, 5.0)])
+    out = capsys.readouterr().out
+    assert "| x | 1.0 | 995 | 100% |\n| everything else | 2.0 | 5 | 0% |\n| all |  | 1000 |" in out
 
 
 @pytest.mark.parametrize(("threads", "clock"), [(1, time.process_time), (2, time.perf_counter)])

@@ -3,6 +3,7 @@
     python tools/speed.py                                 # every algorithm, one CPU thread, eager
     python tools/speed.py --algorithms td3_bc --compile   # one of them, compiled whole
     python tools/speed.py --device cuda                   # CUDA graphs
+    python tools/speed.py --algorithms iql --operations   # where the time of an update goes
 
 Every file's own `train` runs on synthetic data (200,000 transitions, 17 observations, 6 actions)
 with its default settings, or with the preset of --env, and is measured instead of logged. A method
@@ -16,9 +17,12 @@ best of five blocks counts.
 
 import csv
 import importlib
+import math
 import platform
+import re
 import sys
 import time
+from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, Literal
@@ -31,6 +35,8 @@ sys.path[:0] = [str(ROOT), str(ROOT / "algorithms")]
 from common import Count, Data, InputError, Positive
 from harness.device import prepare_device, set_precision
 from harness.run import parse, seed_everything
+
+PROFILED = 120  # updates in which --operations looks
 
 
 @dataclass
@@ -51,6 +57,8 @@ class Args:
     """how fp32 products are computed; auto takes the fastest way that does not round"""
     seconds: Positive = 5.0
     """seconds to measure each phase for"""
+    operations: bool = False
+    """print a table of the operations of an update, too"""
     obs_dim: Count = 17
     """observation numbers"""
     act_dim: Count = 6
@@ -80,10 +88,12 @@ def synthetic(args, device):
 
 class Stopwatch:
     """Stands where a run does: the same loop, measured instead of logged. Without `seconds` it
-    counts the floating-point operations of the matrix products."""
+    counts the floating-point operations of the matrix products. With `operations` it also keeps
+    the times of an update's operations."""
 
-    def __init__(self, device, seconds: float | None):
+    def __init__(self, device, seconds: float | None, operations: bool = False):
         self.device, self.seconds, self.phases = device, seconds, {}
+        self.operations = {} if operations else None  # of each phase
 
     def start(self, nets, opt, **largest):
         pass
@@ -124,6 +134,10 @@ class Stopwatch:
             if t + block > steps:
                 break
         self.phases[phase] = 1 / best
+        if self.operations is not None:
+            with torch.profiler.profile() as profiler:
+                yield from range(t + 1, t + 1 + PROFILED)
+            self.operations[phase] = operation_times(profiler.key_averages())
 
     def clock(self):
         if self.device.type == "cuda":
@@ -131,6 +145,32 @@ class Stopwatch:
         elif torch.get_num_threads() == 1:
             return time.process_time()
         return time.perf_counter()
+
+
+def operation_times(events) -> list[tuple[str, float, float]]:
+    """(name, calls, microseconds) of the operations of one update, the longest first. Kernels of
+    Inductor that fuse the same operations are one row."""
+    found = defaultdict(lambda: [0.0, 0.0])
+    for event in events:
+        name = re.sub(r"^graph_\d+_|_\d+$", "", event.key)
+        name = "calls of the kernels" if "CompiledFxGraph" in name else name
+        spent = event.self_device_time_total or event.self_cpu_time_total
+        found[name][0] += event.count / PROFILED
+        found[name][1] += spent / PROFILED
+    rows = [(name, *values) for name, values in found.items()]
+    return sorted(rows, key=lambda row: -row[2])
+
+
+def print_operations(title, rows):
+    """The table of `operation_times`; what takes less than 1% is one row."""
+    total = sum(row[2] for row in rows)
+    large = [row for row in rows if row[2] >= 0.01 * total]
+    rest = [sum(row[i] for row in rows if row not in large) for i in (1, 2)]
+    print(f"\n{title}, one update:\n")
+    print("| operation | calls | microseconds | share |\n|---|---|---|---|")
+    for name, calls, spent in [*large, ("everything else", *rest), ("all", math.nan, total)]:
+        count = "" if math.isnan(calls) else f"{calls:.1f}"
+        print(f"| {name[:60]} | {count} | {spent:.0f} | {spent / total:.0%} |")
 
 
 def product_rate(device, clock):
@@ -152,20 +192,21 @@ def settings_of(module, env: str):
 
 
 def measure(name, args, device):
-    """Rows of one algorithm: phase, updates/s, MFLOP per update, efficiency."""
+    """Rows of one algorithm, one for each phase, and the operations of each phase."""
     module = importlib.import_module(name)
     results = []
     for seconds in (None, args.seconds):
         counting = seconds is None  # on the CPU: nothing counts the products of a CUDA graph
         settings = settings_of(module, args.env)
         settings.compile = args.compile and not counting
-        watch = Stopwatch(torch.device("cpu") if counting else device, seconds)
+        place = torch.device("cpu") if counting else device
+        watch = Stopwatch(place, seconds, args.operations and not counting)
         seed_everything(0)
         module.train(watch, synthetic(args, watch.device), settings)
         results.append(watch.phases)
     flops, rates = results
     floor = product_rate(device, watch.clock)
-    return [
+    rows = [
         {
             "algorithm": name,
             "phase": phase,
@@ -184,6 +225,7 @@ def measure(name, args, device):
         }
         for phase in rates
     ]
+    return rows, watch.operations or {}
 
 
 def processor() -> str:
@@ -211,13 +253,16 @@ def main(args):
     torch.set_num_threads(args.threads)
     device = prepare_device(args.device)
     precision, reason = set_precision(args.precision, device)
+    torch._inductor.config.cpp.enable_kernel_profile = args.operations
     print(f"{processor()}; precision {precision} ({reason})\n")
-    rows = []
+    rows, tables = [], []
     print("| algorithm | phase | batch | updates/s | minutes per million | MFLOP | efficiency |")
     print("|---" * 7 + "|")
     for name in args.algorithms or names:
-        for row in measure(name, args, device):
-            rows.append(row)
+        measured, operations = measure(name, args, device)
+        rows += measured
+        tables += [(f"{name}, {phase}", found) for phase, found in operations.items()]
+        for row in measured:
             print(
                 f"| {name} | {row['phase']} | {row['batch_size']} | {row['updates_per_second']} | "
                 f"{row['minutes_per_million']} | {row['mflop_per_update']} | "
@@ -229,6 +274,8 @@ def main(args):
         f"\n{args.device}, {threads}, torch {torch.__version__}, products at "
         f"{rows[-1]['product_gflops']} GFLOP/s, {'compiled' if args.compile else 'eager'}"
     )
+    for title, found in tables:
+        print_operations(title, found)
     if not args.csv:
         return
     try:
