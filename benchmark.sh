@@ -6,10 +6,11 @@
 #   ./benchmark.sh TABLE --print          list its commands, for parallel, xargs or job arrays
 #   ./benchmark.sh TABLE --slurm          submit one SLURM array job, JOBS runs at a time
 #   python tools/report.py runs --table TABLE   the results of a paper's table beside the paper's
-#   python tools/report.py runs                 the results of local and of ablations
+#   python tools/report.py runs                 the results of local, corl and ablations
 #
 # TABLE        what it runs                                                        seeds
 # local        every algorithm on the three bundled datasets, without a network        3
+# corl         CORL's own TD3+BC and IQL on the same three; CORL=../CORL is its checkout  3
 # modern       TD3+BC, IQL, ReBRAC and FQL on D4RL, as their papers do                 5
 # ogbench      IQL, ReBRAC and FQL on the default task of OGBench's ten data sets      8
 # ablations    what the papers of Fisher-BRC, iTRPO, BRAC+ and ARQ take away           3
@@ -21,6 +22,7 @@
 #   JOBS=4                four runs at a time, which share the cores
 #   OUT=runs              folder of the runs
 #   FLAGS="--compile"     added to every command
+#   CORL=../CORL          checkout of tinkoff-ai/CORL at 6afec90, for the table corl
 #   SBATCH_FLAGS="--gres=gpu:1 --cpus-per-task=4 --time=1-0"    for --slurm
 #
 # How fp32 products are computed (--precision) is measured once for all runs of the folder OUT and
@@ -34,7 +36,7 @@ quoted() { # TEXT as one word of the shell
 }
 
 again="" # the command that continues this one, with the variables that were set
-for variable in SEEDS DATA JOBS OUT FLAGS; do
+for variable in SEEDS DATA JOBS OUT FLAGS CORL; do
     [[ -z ${!variable:-} ]] || again+="$variable=$(quoted "${!variable}") "
 done
 again+="$(quoted "$0") ${1:-}"
@@ -60,6 +62,7 @@ name() { # VERSION "TASKS" "LEVELS": every task-level-version
 
 commands() {
     local gym="halfcheetah hopper walker2d" hand="pen hammer door relocate" file lam tau data
+    local bundled="hopper-medium-expert-demo hopper-replay-demo pointmaze-medium-demo"
     local maze="umaze umaze-diverse medium-play medium-diverse large-play large-diverse"
     case $1 in
     fisher_brc_table1)
@@ -146,9 +149,18 @@ commands() {
         each "$data" arq.py --name qbeta --value sarsa --q-lr 1e-4
         each "$data" arq.py --name no-value --value none
         ;;
+    corl)
+        seeds=${SEEDS:-0 1 2}
+        for data in $bundled; do
+            for file in td3_bc iql; do
+                each $data "$file" --corl "$(quoted "${CORL:-../CORL}")" |
+                    sed 's|algorithms/\([a-z0-9_]*\)|tools/corl.py --algorithm \1|; s/ --resume//'
+            done
+        done
+        ;;
     local)
         seeds=${SEEDS:-0 1 2}
-        for data in hopper-medium-expert-demo hopper-replay-demo pointmaze-medium-demo; do
+        for data in $bundled; do
             each $data bc.py
             each $data bc.py --name top10 --top 0.1
             for file in td3_bc sac_bc awr awac iql cql; do each $data $file.py; done
@@ -206,6 +218,7 @@ run_name() { # COMMAND: the name of its run's folder
         --env) env=${words[i + 1]//\//-} ;;
         --seed) seed=${words[i + 1]} ;;
         --name) variant=-${words[i + 1]} ;;
+        --algorithm) variant=_${words[i + 1]}$variant ;; # of tools/corl.py
         esac
     done
     i=${words[1]##*/}

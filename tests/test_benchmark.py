@@ -20,7 +20,7 @@ from short_runs import SCRIPTS
 
 from harness import main, parse
 from harness.tasks import table as data_table
-from tools import report
+from tools import corl, report
 
 ROOT = Path(__file__).resolve().parents[1]
 PAPERS = ["fisher_brc_table1", "brac_plus_table1", "arq_table2", "itrpo_table2", "itrpo_table3"]
@@ -46,6 +46,16 @@ def commands(table, **env):
     listed = bash(table, "--print", **({"SEEDS": "0"} | env))
     assert listed.returncode == 0, listed.stderr
     return [shlex.split(line) for line in listed.stdout.splitlines()]
+
+
+def bash_function(name, *args):
+    """What one of the script's functions prints."""
+    text = (ROOT / "benchmark.sh").read_text()
+    start = text.index(f"{name}() {{")
+    code = text[start : text.index("\n}\n", start) + 3] + f'{name} "$@"'
+    return subprocess.run(
+        ["bash", "-c", code, name, *args], capture_output=True, text=True
+    ).stdout.strip()
 
 
 def parsed(command):
@@ -79,6 +89,21 @@ def test_every_command_is_understood(table):
         wanted = {(e, r) for e, r in wanted if not e.endswith(("total", "average"))}
         wanted = {(e, r) for e, r in wanted if not e.startswith("robomimic")}
         assert wanted <= runs and {e for e, _ in runs} == {e for e, _ in wanted}
+
+
+def test_corl_runs_beside_our_two_files():
+    """The commands of the table corl are understood by tools/corl.py, and so are their folders."""
+    listed = commands("corl", SEEDS="0 1", CORL="the checkout", FLAGS="--precision highest")
+    runs = [parse(corl.Args, {}, command[2:])[0] for command in listed]
+    assert {command[1] for command in listed} == {"tools/corl.py"}
+    assert {run.corl for run in runs} == {"the checkout"} and {run.out for run in runs} == {"runs"}
+    assert {run.precision for run in runs} == {"highest"}
+    local = [parsed(command)[1].env for command in commands("local")]
+    wanted = {(e, a, s) for e in local for a in ("td3_bc", "iql") for s in (0, 1)}
+    assert len(runs) == 12 and {(run.env, run.algorithm, run.seed) for run in runs} == wanted
+    line = shlex.join(listed[0])
+    name = bash_function("run_name", line)
+    assert name == "hopper-medium-expert-demo__corl_td3_bc__0"
 
 
 def test_local_runs_every_file_on_every_bundled_dataset():
