@@ -187,7 +187,7 @@ PRESETS = {
     "antmaze-*": dict(reward_shift=-1.0, eval_every=100_000, eval_episodes=100),
     "D4RL/antmaze/*": dict(reward_shift=-1.0, eval_every=100_000, eval_episodes=100),
     "pointmaze-medium-demo": dict(  # shortened; faster targets; AntMaze's reward shift
-        reward_shift=-1.0, polyak=0.02, steps=12_000, eval_every=1_000, eval_episodes=20
+        reward_shift=-1.0, polyak=0.02, steps=12_000, eval_every=600, eval_episodes=20
     ),
 }
 

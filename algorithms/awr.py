@@ -211,11 +211,11 @@ def train(run, data, args):
 
 PRESETS = {
     "hopper-replay-demo": dict(steps=60_000, eval_every=3_000, returns_every=1_000),  # shortened
-    "hopper-medium-expert-demo": dict(steps=25_000, eval_every=2_500),  # shortened
+    "hopper-medium-expert-demo": dict(steps=25_000, eval_every=1_250),  # shortened
     "antmaze-*": dict(reward_shift=-1.0, eval_every=100_000, eval_episodes=100),
     "D4RL/antmaze/*": dict(reward_shift=-1.0, eval_every=100_000, eval_episodes=100),
     "pointmaze-medium-demo": dict(  # shortened, with AntMaze's reward shift
-        reward_shift=-1.0, steps=12_000, eval_every=1_000, returns_every=1_000, eval_episodes=20
+        reward_shift=-1.0, steps=12_000, eval_every=600, returns_every=1_000, eval_episodes=20
     ),
 }
 

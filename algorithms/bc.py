@@ -133,9 +133,9 @@ def train(run, data, args):
 
 
 PRESETS = {
-    "hopper-medium-expert-demo": dict(steps=20_000, eval_every=2_000),  # shortened
-    "hopper-replay-demo": dict(steps=20_000, eval_every=2_000),  # shortened
-    "pointmaze-medium-demo": dict(steps=20_000, eval_every=2_000),  # shortened
+    "hopper-medium-expert-demo": dict(steps=20_000, eval_every=1_000),  # shortened
+    "hopper-replay-demo": dict(steps=20_000, eval_every=1_000),  # shortened
+    "pointmaze-medium-demo": dict(steps=20_000, eval_every=1_000),  # shortened
     "antmaze-*": dict(eval_every=100_000, eval_episodes=100),
     "D4RL/antmaze/*": dict(eval_every=100_000, eval_episodes=100),
 }

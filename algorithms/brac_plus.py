@@ -656,27 +656,29 @@ TASKS = {
 }
 
 ADROIT = dict(divergence="mmd", actor_lr=5e-8, alpha_lr=1e-7, gp_target=0.005)
-# For a CPU: clone and first policy have 8,000 steps each (paper: 400,000), RL has 12,000 (paper:
+# For a CPU: clone and first policy have 6,000 steps each (paper: 400,000), RL has 8,000 (paper:
 # 1,000,000). There is one clone (default: 3), with 2 samples (default: 5). The policy learns at 20
-# times the paper's rate, the targets follow at 10 times, and beta learns at 3 times.
-DEMO = dict(
+# times the paper's rate, the targets follow at 20 times, and beta learns at 3 times. Observations
+# are normalized.
+SHORT = dict(
     version="acml",
-    bc_steps=8_000,
-    q_steps=2_000,
-    steps=12_000,
-    eval_every=1_000,
+    bc_steps=6_000,
+    q_steps=1_000,
+    steps=8_000,
+    eval_every=400,
     members=1,
     samples=2,
-    polyak=0.01,
+    polyak=0.02,
     actor_lr=1e-4,
     dual_lr=3e-3,
     dual_start=0.5,
     dequantize=0.05,
+    normalize_obs=True,
 )
 PRESETS = {
-    "hopper-medium-expert-demo": DEMO | dict(margin=0.2),  # shortened
-    "hopper-replay-demo": DEMO | dict(margin=3.0),  # shortened
-    "pointmaze-medium-demo": DEMO | dict(margin=3.0),  # shortened
+    "hopper-medium-expert-demo": SHORT | dict(margin=0.2),
+    "hopper-replay-demo": SHORT | dict(margin=3.0),
+    "pointmaze-medium-demo": SHORT | dict(margin=3.0, eval_episodes=20),
     "halfcheetah-*": dict(gp_target=0.1),
     "mujoco/halfcheetah/*": dict(gp_target=0.1),
     "pen-*": ADROIT | dict(steps=250_000),

@@ -247,7 +247,7 @@ PRESETS = {
     "mujoco/walker2d/*": dict(normalize_reward=True),
     "hopper-replay-demo": dict(steps=30_000, eval_every=3_000),  # shortened
     "hopper-medium-expert-demo": dict(  # shortened; faster targets
-        normalize_obs=True, beta=10.0, polyak=0.01, steps=25_000, eval_every=2_500
+        normalize_obs=True, beta=10.0, polyak=0.01, steps=25_000, eval_every=1_250
     ),
     **dict.fromkeys(
         ("antmaze-*", "D4RL/antmaze/*"),
@@ -260,7 +260,7 @@ PRESETS = {
     "pointmaze-medium-demo": dict(  # AntMaze's settings, shortened; faster targets
         tau=0.9, beta=10.0, alpha_bc=0.003, reward_shift=-1.0, polyak=0.02
     )
-    | dict(steps=10_000, eval_every=1_000, eval_episodes=20),
+    | dict(steps=10_000, eval_every=500, eval_episodes=20),
     **dict.fromkeys(
         [
             pattern.format(task)

@@ -276,7 +276,7 @@ WEIGHTS = {  # (actor_bc, critic_bc) of the authors' configurations, by Minari's
 SMALL = dict(batch_size=256, actor_lr=3e-4, critic_lr=3e-4)  # the authors' rates for small batches
 MAZE2D = SMALL | dict(actor_bc=0.003, critic_bc=0.001)
 ANTMAZE = dict(batch_size=256, actor_lr=3e-4, critic_lr=5e-5, gamma=0.999, reward_scale=100.0)
-SHORT = SMALL | dict(steps=30_000, eval_every=3_000)
+SHORT = SMALL | dict(steps=16_000, eval_every=800)  # for a CPU
 
 PRESETS = {
     **dict.fromkeys(("pen-*", "door-*", "hammer-*", "relocate-*"), SMALL),
@@ -291,11 +291,12 @@ PRESETS = {
         for name, (actor_bc, critic_bc) in rows.items()
         for pattern in (f"{name}-v*", f"{space}/{name.replace('-', '/', 1)}-v*")
     },
-    "hopper-medium-expert-demo": SHORT | dict(actor_bc=0.1, critic_bc=0.01),  # shortened
-    "hopper-replay-demo": SHORT | dict(actor_bc=0.05, critic_bc=0.5),  # shortened
-    "pointmaze-medium-demo": SHORT  # shortened; faster targets
+    "hopper-medium-expert-demo": SHORT  # with more cloning, faster targets, normalized observations
+    | dict(actor_bc=0.4, critic_bc=0.01, polyak=0.01, normalize_obs=True),
+    "hopper-replay-demo": SHORT | dict(actor_bc=0.05, critic_bc=0.5),
+    "pointmaze-medium-demo": SHORT  # with faster targets
     | dict(actor_bc=0.003, critic_bc=0.001, polyak=0.02)
-    | dict(steps=12_000, eval_every=1_000, eval_episodes=20),
+    | dict(steps=12_000, eval_every=600, eval_episodes=20),
 }
 
 if __name__ == "__main__":

@@ -191,11 +191,11 @@ def train(run, data, args):
 
 PRESETS = {
     "hopper-medium-expert-demo": dict(  # shortened; faster targets
-        steps=25_000, eval_every=2_500, polyak=0.01
+        steps=25_000, eval_every=1_250, polyak=0.01
     ),
     "hopper-replay-demo": dict(steps=30_000, eval_every=3_000),  # shortened
     "pointmaze-medium-demo": dict(  # with AntMaze's reward shift
-        reward_shift=-1.0, polyak=0.02, steps=12_000, eval_every=1_000, eval_episodes=20
+        reward_shift=-1.0, polyak=0.02, steps=12_000, eval_every=600, eval_episodes=20
     ),
     "antmaze-*": dict(reward_shift=-1.0, eval_every=100_000, eval_episodes=100),
     "D4RL/antmaze/*": dict(reward_shift=-1.0, eval_every=100_000, eval_episodes=100),

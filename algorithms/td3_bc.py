@@ -164,10 +164,10 @@ def train(run, data, args):
 
 
 PRESETS = {
-    "hopper-medium-expert-demo": dict(steps=25_000, eval_every=2_500),  # shortened
+    "hopper-medium-expert-demo": dict(steps=25_000, eval_every=1_250),  # shortened
     "hopper-replay-demo": dict(steps=30_000, eval_every=3_000),  # shortened
     "pointmaze-medium-demo": dict(  # shortened; faster targets; AntMaze's reward shift
-        alpha=5.0, reward_shift=-1.0, polyak=0.02, steps=20_000, eval_every=2_000, eval_episodes=20
+        alpha=5.0, reward_shift=-1.0, polyak=0.02, steps=20_000, eval_every=1_000, eval_episodes=20
     ),
     "antmaze-*": dict(reward_shift=-1.0, eval_every=100_000, eval_episodes=100),
     "D4RL/antmaze/*": dict(reward_shift=-1.0, eval_every=100_000, eval_episodes=100),
