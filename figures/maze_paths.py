@@ -1,11 +1,12 @@
 """Where policies walk in the bundled maze: the data's paths, then those of trained runs.
 
 No episode of the data leads from the start (cross) to the goal (star), so a policy must stitch
-pieces of several episodes together. Every panel shows 20 episodes, and how many reach the
-goal. Differs from the papers: their ant mazes are replaced by a point in a smaller maze.
+pieces of several episodes together. Every panel shows 20 episodes, and how many of them reach the
+goal, which in every episode lies a little beside the star. Differs from the papers: their ant mazes
+are replaced by a point in a smaller maze.
 
-    for file in bc iql awac fql; do python algorithms/$file.py --env pointmaze-medium-demo; done
-    python figures/maze_paths.py runs/pointmaze-medium-demo__{bc,iql,awac,fql}__0
+    for file in bc iql awac itrpo; do python algorithms/$file.py --env pointmaze-medium-demo; done
+    python figures/maze_paths.py runs/pointmaze-medium-demo__{bc,iql,awac,itrpo}__0
 """
 
 import sys
@@ -68,7 +69,7 @@ def draw(panel, maze, paths, title):
                 panel.plot(x + 0.5, y + 0.5, "kX" if cell == "r" else "k*", ms=9, zorder=3)
     for path in paths:
         panel.plot(*path.T, lw=0.8, alpha=0.7)
-    panel.set_title(title, fontsize=9)
+    panel.set_title(title, fontsize=12)
     panel.set_aspect("equal")
     panel.set_axis_off()
 
@@ -85,7 +86,7 @@ def main(args):
     figure = matplotlib.figure.Figure((2.2 * len(panels), 2.5), layout="constrained")
     axes = figure.subplots(1, len(panels), squeeze=False)[0]
     for panel, (name, paths, reached) in zip(axes, panels):
-        draw(panel, maze, paths, f"{name}: {reached} of {len(paths)} reach the goal")
+        draw(panel, maze, paths, f"{name}: {reached} of {len(paths)}")
     figure.savefig(args.out, dpi=150)
     print(f"{args.out}: " + ", ".join(f"{name} {reached}" for name, _, reached in panels))
 
