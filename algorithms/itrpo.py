@@ -31,7 +31,7 @@ kl_step is KL(pi || the policy at the row before).
 The paper's body gives no values for these coefficients, and its appendix could not be found. The
 reference is therefore the trainer "IKL" in offorRL, an earlier repository of the first author. It
 computes Eq. 5 term by term, but does not name iTRPO. Where a flag from --kl-coef to --ratio-max is
-not given, --setting chooses its value:
+not given, and the preset of the dataset has none, --setting chooses its value:
 - paper: Eq. 5 alone, with alpha = 0.9 and tau = 0.03 of that code. An action at a bound can have
   rho = -1e5, which this setting does not clip: use it for data without such actions.
 - code: Eq. 5 with all that this code adds to it. This is the clip rho >= -1, and a bonus of 5 and a

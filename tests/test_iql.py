@@ -626,8 +626,9 @@ def test_normalized_observations(data, normalize):
 @pytest.mark.parametrize(
     ("envs", "expected"),
     [
-        ("hopper-medium-v2 mujoco/walker2d/expert-v0 hopper-replay-demo",
-         dict(normalize_reward=True)),
+        ("hopper-medium-v2 mujoco/walker2d/expert-v0", dict(normalize_reward=True)),
+        ("hopper-replay-demo",
+         dict(normalize_reward=True, normalize_obs=True, beta=10.0, polyak=0.02)),
         ("hopper-medium-expert-demo",
          dict(normalize_reward=True, normalize_obs=True, beta=10.0, polyak=0.01)),
         ("ant-medium-v2 log.npz maze2d-umaze-v1 halfcheetah/medium-v0 pointmaze/medium-v0 "

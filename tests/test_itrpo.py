@@ -77,11 +77,14 @@ def test_settings():
 
 @pytest.mark.parametrize("name", NAMES)
 def test_typed_numbers_win_over_the_setting(name):
+    """On data without a preset; a preset wins over the setting, too."""
     for setting in itrpo.SETTINGS:
-        args = parsed("--setting", setting, f"--{name.replace('_', '-')}", "0.25")
+        words = ("--env", "hopper-medium-v2", "--setting", setting)
+        args = parsed(*words, f"--{name.replace('_', '-')}", "0.25")
         others = resolved(setting=setting)
         for other in NAMES:
             assert getattr(args, other) == (0.25 if other == name else getattr(others, other))
+    assert parsed("--setting", "paper").kl_coef == 3.0
 
 
 def test_clips_can_be_typed_as_infinite():
