@@ -21,7 +21,7 @@
 #   DATA=hopper-replay-demo   this dataset of the table alone
 #   JOBS=4                four runs at a time, which share the cores
 #   OUT=runs              folder of the runs
-#   FLAGS="--compile"     added to every command
+#   FLAGS="--compile"     added to every command; CORL's programs are not compiled
 #   CORL=../CORL          checkout of tinkoff-ai/CORL at 6afec90, for the table corl
 #   SBATCH_FLAGS="--gres=gpu:1 --cpus-per-task=4 --time=1-0"    for --slurm
 #
@@ -154,7 +154,7 @@ commands() {
         for data in $bundled; do
             for file in td3_bc iql; do
                 each $data "$file" --corl "$(quoted "${CORL:-../CORL}")" |
-                    sed 's|algorithms/\([a-z0-9_]*\)|tools/corl.py --algorithm \1|; s/ --resume//'
+                    sed 's|algorithms/\([a-z0-9_]*\)|tools/corl.py --algorithm \1|; s/ --resume//; s/ --compile//'
             done
         done
         ;;

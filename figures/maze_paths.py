@@ -5,7 +5,9 @@ pieces of several episodes together. Every panel shows 20 episodes, and how many
 goal, which in every episode lies a little beside the star. Differs from the papers: their ant mazes
 are replaced by a point in a smaller maze.
 
-    for file in bc iql awac itrpo; do python algorithms/$file.py --env pointmaze-medium-demo; done
+    for file in bc iql awac itrpo; do
+        python algorithms/$file.py --env pointmaze-medium-demo --compile --precision medium
+    done
     python figures/maze_paths.py runs/pointmaze-medium-demo__{bc,iql,awac,itrpo}__0
 """
 

@@ -93,7 +93,9 @@ def test_every_command_is_understood(table):
 
 def test_corl_runs_beside_our_two_files():
     """The commands of the table corl are understood by tools/corl.py, and so are their folders."""
-    listed = commands("corl", SEEDS="0 1", CORL="the checkout", FLAGS="--precision highest")
+    listed = commands(
+        "corl", SEEDS="0 1", CORL="the checkout", FLAGS="--precision highest --compile"
+    )
     runs = [parse(corl.Args, {}, command[2:])[0] for command in listed]
     assert {command[1] for command in listed} == {"tools/corl.py"}
     assert {run.corl for run in runs} == {"the checkout"} and {run.out for run in runs} == {"runs"}

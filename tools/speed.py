@@ -253,7 +253,8 @@ def main(args):
     torch.set_num_threads(args.threads)
     device = prepare_device(args.device)
     precision, reason = set_precision(args.precision, device)
-    torch._inductor.config.cpp.enable_kernel_profile = args.operations
+    if args.operations:
+        torch._inductor.config.cpp.enable_kernel_profile = True
     print(f"{processor()}; precision {precision} ({reason})\n")
     rows, tables = [], []
     print("| algorithm | phase | batch | updates/s | minutes per million | MFLOP | efficiency |")
