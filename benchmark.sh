@@ -6,11 +6,12 @@
 #   ./benchmark.sh TABLE --print          list its commands, for parallel, xargs or job arrays
 #   ./benchmark.sh TABLE --slurm          submit one SLURM array job, JOBS runs at a time
 #   python tools/report.py runs --table TABLE   the results of a paper's table beside the paper's
-#   python tools/report.py runs                 the results of local, corl and ablations
+#   python tools/report.py runs                 the results of the other tables
 #
 # TABLE        what it runs                                                        seeds
 # local        every algorithm on the three bundled datasets, without a network        3
 # corl         CORL's own TD3+BC and IQL on the same three; CORL=../CORL is its checkout  3
+# local_ablations   methods of local without the part that their papers add              3
 # modern       TD3+BC, IQL, ReBRAC and FQL on D4RL, as their papers do                 5
 # ogbench      IQL, ReBRAC and FQL on the default task of OGBench's ten data sets      8
 # ablations    what the papers of Fisher-BRC, iTRPO, BRAC+ and ARQ take away           3
@@ -167,6 +168,12 @@ commands() {
             for file in brac fisher_brc brac_plus itrpo arq; do each $data $file.py; done
             for file in rebrac fql; do each $data $file.py; done
         done
+        ;;
+    local_ablations) # beside local, where BRAC+'s bound stands beside BRAC's sampled divergence
+        seeds=${SEEDS:-0 1 2}
+        each hopper-medium-expert-demo fisher_brc.py --name no-offset --no-offset
+        each hopper-medium-expert-demo brac.py --name alpha0 --alpha 0 # SAC's unrestricted backup
+        each pointmaze-medium-demo itrpo.py --name tau0 --shape-coef 0
         ;;
     *) return 1 ;;
     esac

@@ -746,7 +746,7 @@ PRESETS = {
         | dict(eval_every=100_000, eval_episodes=100),
     ),
     "hopper-medium-expert-demo": SHORT,
-    "hopper-replay-demo": SHORT,
+    "hopper-replay-demo": SHORT | dict(alpha_pi=3.0),
     "pointmaze-medium-demo": SHORT  # with AntMaze's policy, sharpness and reward shift
     | dict(alpha=10.0, alpha_pi=10.0, pi="deterministic", reward_shift=-1.0, eval_episodes=20),
 }

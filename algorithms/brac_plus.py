@@ -677,7 +677,7 @@ SHORT = dict(
 )
 PRESETS = {
     "hopper-medium-expert-demo": SHORT | dict(margin=0.2),
-    "hopper-replay-demo": SHORT | dict(margin=3.0),
+    "hopper-replay-demo": SHORT | dict(margin=3.0, steps=16_000, eval_every=800),
     "pointmaze-medium-demo": SHORT | dict(margin=3.0, eval_episodes=20),
     "halfcheetah-*": dict(gp_target=0.1),
     "mujoco/halfcheetah/*": dict(gp_target=0.1),

@@ -246,7 +246,7 @@ PRESETS = {
     "mujoco/hopper/*": dict(normalize_reward=True),
     "mujoco/walker2d/*": dict(normalize_reward=True),
     "hopper-replay-demo": dict(  # shortened; faster targets
-        normalize_obs=True, beta=10.0, polyak=0.02, steps=50_000, eval_every=2_500
+        normalize_obs=True, beta=10.0, polyak=0.02, steps=30_000, eval_every=1_500
     ),
     "hopper-medium-expert-demo": dict(  # shortened; faster targets
         normalize_obs=True, beta=10.0, polyak=0.01, steps=25_000, eval_every=1_250

@@ -377,7 +377,7 @@ SHORT = dict(bc_steps=6_000, steps=8_000, eval_every=400, samples=4, polyak=0.02
 SHORT |= dict(normalize_obs=True)
 
 PRESETS = {
-    "hopper-medium-expert-demo": SHORT | dict(kl_coef=3.0),
+    "hopper-medium-expert-demo": SHORT | dict(kl_coef=3.0, steps=5_000, eval_every=250),
     "hopper-replay-demo": SHORT | dict(kl_coef=0.5, steps=16_000, eval_every=800),
     "pointmaze-medium-demo": SHORT  # with AntMaze's reward and bonus
     | dict(reward_shift=-1.0, bonus=0.0, eval_episodes=20),

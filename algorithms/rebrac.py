@@ -293,8 +293,9 @@ PRESETS = {
     },
     "hopper-medium-expert-demo": SHORT  # with more cloning, faster targets, normalized observations
     | dict(actor_bc=0.4, critic_bc=0.01, polyak=0.01, normalize_obs=True),
-    "hopper-replay-demo": SHORT
-    | dict(actor_bc=0.05, critic_bc=0.5, steps=30_000, eval_every=1_500),
+    "hopper-replay-demo": SHORT  # with faster targets and normalized observations
+    | dict(actor_bc=0.05, critic_bc=0.5, polyak=0.02, normalize_obs=True)
+    | dict(steps=40_000, eval_every=2_000),
     "pointmaze-medium-demo": SHORT  # with faster targets
     | dict(actor_bc=0.003, critic_bc=0.001, polyak=0.02)
     | dict(steps=12_000, eval_every=600, eval_episodes=20),

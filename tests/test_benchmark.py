@@ -117,6 +117,20 @@ def test_local_runs_every_file_on_every_bundled_dataset():
     assert sum(args.name == "top10" and args.top == 0.1 for _, args in listed) == len(bundled)
 
 
+def test_local_ablations_change_one_flag_of_a_run_of_local():
+    local = {(args.env, module.__name__): args for module, args in map(parsed, commands("local"))}
+    found = {}
+    for module, args in map(parsed, commands("local_ablations")):
+        whole = vars(local[args.env, module.__name__])
+        flags = {k: v for k, v in vars(args).items() if v != whole[k] and k not in ("name", "seed")}
+        found.setdefault(module.__name__, (flags, []))[-1].append(args.seed)
+    assert found == {
+        "fisher_brc": ({"offset": False}, [0]),
+        "brac": ({"alpha": 0.0}, [0]),
+        "itrpo": ({"shape_coef": 0.0}, [0]),
+    }
+
+
 def test_ablations_are_those_of_the_papers():
     listed = [(module.__name__, args) for module, args in map(parsed, commands("ablations"))]
     names = {name: {args.name for other, args in listed if other == name} for name, _ in listed}
