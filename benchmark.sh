@@ -1,35 +1,40 @@
 #!/usr/bin/env bash
 # The papers' tables and our own, as literal commands: one line for each run. Finished runs are
-# skipped, and runs that were stopped continue.
+# skipped, and runs that were stopped continue (those of the table corl start anew).
 #
 #   ./benchmark.sh TABLE                  run it here; Ctrl-C saves and says how to continue
 #   ./benchmark.sh TABLE --print          list its commands, for parallel, xargs or job arrays
 #   ./benchmark.sh TABLE --slurm          submit one SLURM array job, JOBS runs at a time
-#   python tools/report.py runs --table TABLE   the results of a paper's table beside the paper's
+#   python tools/report.py runs --table TABLE   results beside the paper's: modern, ogbench and the
+#                                               tables that are named after a paper
 #   python tools/report.py runs                 the results of the other tables
 #
-# TABLE        what it runs                                                        seeds
-# local        every algorithm on the three bundled datasets, without a network        3
-# corl         CORL's own TD3+BC and IQL on the same three; CORL=../CORL is its checkout  3
-# local_ablations   methods of local without the part that their papers add              3
-# modern       TD3+BC, IQL, ReBRAC and FQL on D4RL, as their papers do                 5
-# ogbench      IQL, ReBRAC and FQL on the default task of OGBench's ten data sets      8
-# ablations    what the papers of Fisher-BRC, iTRPO, BRAC+ and ARQ take away           3
-# fisher_brc_table1 brac_plus_table1 arq_table2 itrpo_table2 itrpo_table3      the paper's
+# TABLE            what it runs                                                    seeds
+# local            every algorithm on the three bundled datasets: 135 runs             3
+# local_ablations  three methods of local, each without the part that its paper adds   3
+# corl             CORL's own TD3+BC and IQL on the three bundled datasets             3
+# modern           TD3+BC, IQL, ReBRAC and FQL on D4RL, as their papers do             5
+# ogbench          IQL, ReBRAC and FQL on the default task of OGBench's ten data sets  8
+# ablations        the ablations of the papers of Fisher-BRC, iTRPO, BRAC+ and ARQ     3
+# fisher_brc_table1 brac_plus_table1 arq_table2 itrpo_table2 itrpo_table3    the paper's
+#
+# The runs of local take minutes each; those of the papers' tables train for a million steps.
 #
 # Variables:
 #   SEEDS="0 1 2"         these seeds instead
-#   DATA=hopper-replay-demo   this dataset of the table alone
-#   JOBS=4                four runs at a time, which share the cores
+#   DATA=hopper-replay-demo   only this dataset of the table
+#   JOBS=4                four runs at a time, which share the cores; the default is 1
 #   OUT=runs              folder of the runs
 #   FLAGS="--compile"     added to every command; CORL's programs are not compiled
-#   CORL=../CORL          checkout of tinkoff-ai/CORL at 6afec90, for the table corl
+#   CORL=../CORL          checkout of github.com/tinkoff-ai/CORL at 6afec90, for the table corl
 #   SBATCH_FLAGS="--gres=gpu:1 --cpus-per-task=4 --time=1-0"    for --slurm
 #
-# How fp32 products are computed (--precision) is measured once for all runs of the folder OUT and
-# kept in OUT/logs, unless FLAGS has it. Where a list is printed on a machine without a GPU for
-# machines that have one, use FLAGS="--precision highest". Many machines with one folder:
-#   ./benchmark.sh TABLE --print | parallel --sshloginfile hosts --workdir "$PWD" --jobs 1
+# How fp32 products are computed (--precision) is measured once for each kind of processor, also by
+# --print, and kept in OUT/logs, unless FLAGS has it. Where a list is printed on a machine without a
+# GPU for machines that have one, use FLAGS="--precision highest". Runs side by side need one thread
+# each. Many machines with one folder:
+#   ./benchmark.sh TABLE --print | sed 's/^/OMP_NUM_THREADS=1 /' |
+#       parallel --sshloginfile hosts --workdir "$PWD" --jobs 1
 set -feuo pipefail
 
 quoted() { # TEXT as one word of the shell
