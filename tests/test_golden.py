@@ -1,6 +1,6 @@
 """Losses, gradients and updates of ten files equal those of the authors' code, or of CORL's: our
-functions in float64 against the numbers of tests/golden/*.json. `python tests/test_golden.py` prints
-the table of results/README.md.
+functions in float64 against the numbers of tests/golden/*.json. `python tests/test_golden.py`
+prints the table of results/README.md.
 """
 
 import importlib
