@@ -1056,5 +1056,6 @@ def test_presets_are_the_papers():
         assert (a.n, a.k, a.width, a.batch_size, a.filter) == (10, 3, 128, 256, False)
         maze = env.startswith("pointmaze")
         assert (a.normalize_reward, a.pi == "deterministic") == (not maze, maze)
-        assert (a.alpha, a.alpha_pi, a.reward_shift) == ((10, 10, -1) if maze else (1, 1, 0))
+        sharp = 3 if env == "hopper-replay-demo" else 1
+        assert (a.alpha, a.alpha_pi, a.reward_shift) == ((10, 10, -1) if maze else (1, sharp, 0))
     assert not preset("D4RL/pointmaze/large-v2").filter

@@ -951,7 +951,7 @@ def test_demo_rows_are_a_pair_that_the_authors_used(env):
     args = resolved("--env", env)
     assert choices(args) == ("global", "soft", "max", "clipped")
     assert args.eps is args.h0 is None
-    assert args.margin == (0.2 if "medium-expert" in env else 3.0)
+    assert args.margin == (3.0 if "replay" in env else 0.2)
 
 
 def test_unknown_version_is_refused(capsys):
