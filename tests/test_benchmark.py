@@ -26,6 +26,11 @@ ROOT = Path(__file__).resolve().parents[1]
 PAPERS = ["fisher_brc_table1", "brac_plus_table1", "arq_table2", "itrpo_table2", "itrpo_table3"]
 PAPERS += ["modern", "ogbench"]
 TABLES = [*PAPERS, "ablations", "local"]
+SIGNALS = (
+    "import os, signal, sys; "
+    "[signal.signal(s, signal.SIG_DFL) for s in (signal.SIGINT, signal.SIGHUP)]; "
+    "os.execvp(sys.argv[1], sys.argv[1:])"
+)
 LOCAL = 15  # runs per dataset and seed
 VARIABLES = ("SEEDS", "DATA", "JOBS", "OUT", "FLAGS", "SBATCH_FLAGS", "OMP_NUM_THREADS")
 
@@ -264,8 +269,9 @@ class Place:
         )
 
     def start(self, *args, **env):
-        """benchmark.sh as a terminal starts it: in a process group of its own."""
-        command = ["bash", str(ROOT / "benchmark.sh"), *args]
+        """benchmark.sh as a terminal starts it: in a process group of its own, where Ctrl-C and
+        a hangup are not ignored, as they are where the tests themselves run in the background."""
+        command = [sys.executable, "-c", SIGNALS, "bash", str(ROOT / "benchmark.sh"), *args]
         with open(self.path / "said", "w") as said:
             self.script = subprocess.Popen(
                 command, stdout=said, stderr=said, env=self.env(**env), start_new_session=True
