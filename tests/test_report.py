@@ -155,7 +155,7 @@ def test_every_run_without_a_table(here):
     two = ["12.0", "2.8", "2.0", "2", "12.0", "", ""]
     assert hopper == ["hopper-medium-v0", *[""] * 7, *two]
     assert minari == ["mujoco/hopper/medium-v0", "7.0", "", "", "1", "7.0", "", "", *[""] * 7]
-    assert "| hopper-medium-v0 |  | 12.0 ± 2.8 (2) |" in page()
+    assert "| hopper-medium-v0 |  | 12.0 ± 2.0 (2) |" in page()
     for axis in ("steps", "seconds"):
         with open(f"report/runs_{axis}.png", "rb") as f:
             assert f.read(4) == b"\x89PNG"

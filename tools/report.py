@@ -476,8 +476,10 @@ def numbers(table: Table, ours, resamples: int):
 
 
 def grid(table: Table, ours) -> list[str]:
-    """The Markdown table: mean ± std (seeds). Without a paper, methods are rows where they are
+    """The Markdown table: mean ± standard deviation (seeds) beside a paper's numbers, which have
+    it too, and mean ± standard error (seeds) without a paper. Methods are rows there if they are
     more than the datasets."""
+    spread = deviation if table.printed else standard_error
     marks = {(f["dataset"], f["method"]): i for i, f in enumerate(table.faults, 1)}
     columns = [["dataset", *table.envs]]
     for method, run in table.runs.items():
@@ -486,7 +488,7 @@ def grid(table: Table, ours) -> list[str]:
             scores = ours.get(method, {}).get(env, [])
             mean, std = table.printed.get((env, method), ("", ""))
             mark = f" [{marks[env, method]}]" if (env, method) in marks and mean else ""
-            own.append(summary_of(scores))
+            own.append(summary_of(scores, spread))
             paper.append(mean + (f" ± {std}" if std else "") + mark)
             both.append(number(distance(scores, (mean, std))))
         if not table.printed:
@@ -502,11 +504,12 @@ def grid(table: Table, ours) -> list[str]:
     return markdown(*rows)
 
 
-def summary_of(scores) -> str:
+def summary_of(scores, spread) -> str:
+    """The mean, ± what `spread(scores)` says, and the number of seeds."""
     if not scores:
         return ""
-    spread = f" ± {deviation(scores):.1f}" if len(scores) > 1 else ""
-    return f"{np.mean(scores):.1f}{spread} ({len(scores)})"
+    error = f" ± {spread(scores):.1f}" if len(scores) > 1 else ""
+    return f"{np.mean(scores):.1f}{error} ({len(scores)})"
 
 
 def markdown(header, *rows) -> list[str]:
@@ -645,9 +648,10 @@ def lists(table, ours, cells, data, notes) -> dict:
 def page(table, ours, cells, notes, resamples: int) -> str:
     """The Markdown page."""
     data = data_scores([run for cell in cells.values() for run in cell])
+    spread = "standard deviation" if table.printed else "standard error"
     first = (
-        "Ours: mean ± standard deviation over seeds (number of seeds) of each run's score, which "
-        f"is the mean of its last {LAST} evaluations"
+        f"Ours: mean ± {spread} over seeds (number of seeds) of each run's score, which is the "
+        f"mean of its last {LAST} evaluations"
     )
     first += f", or of the last {LAST_OGBENCH} on OGBench" * any(
         averaged(env) < LAST for env in table.envs
