@@ -1,10 +1,12 @@
 """Learning curves of all methods on the bundled datasets, and CORL's curves over ours.
 
-Lines are means over seeds, and bands are one standard error to both sides. Gray lines show what the
+In the picture of all methods, a point is the mean of the last ten evaluations up to there, so that
+a curve's right end is the score in the tables. The second picture shows single evaluations. Lines
+are means over seeds, and bands are one standard error to both sides. Gray lines show what the
 data's own episodes score, their mean and the best of them. Each method trains for as many steps as
-its preset says, so the axis is the share of a method's own training: all curves end at the right
-edge, with the policy that the tables judge. Differs from the figures of tools/report.py, which show
-every variant that was run, against steps and against seconds, with intervals.
+its preset says, so the axis is the share of a method's own training. Differs from the figures of
+tools/report.py, which show every variant that was run, against steps and against seconds, with
+intervals.
 
     ./benchmark.sh local
     python figures/results.py runs
@@ -27,7 +29,7 @@ from common import InputError
 from tools import report
 
 DATASETS = ("hopper-medium-expert-demo", "hopper-replay-demo", "pointmaze-medium-demo")
-TITLES = {  # in the legend's order; a method without a title is left out
+ACTORS = {  # in the legend's order; a method without a title is left out
     "bc": "BC",
     "bc-top10": "10% BC",
     "td3_bc": "TD3+BC",
@@ -37,6 +39,9 @@ TITLES = {  # in the legend's order; a method without a title is left out
     "awr": "AWR",
     "awac": "AWAC",
     "iql": "IQL",
+}
+CRITICS = {
+    "bc": "BC",
     "cql": "CQL",
     "brac": "BRAC",
     "brac_plus": "BRAC+",
@@ -44,13 +49,33 @@ TITLES = {  # in the legend's order; a method without a title is left out
     "itrpo": "iTRPO",
     "arq": "ARQ",
 }
+TITLES = ACTORS | CRITICS
 PAIRS = {  # of the second picture
     "td3_bc": "TD3+BC",
     "corl_td3_bc": "TD3+BC, CORL's code",
     "iql": "IQL",
     "corl_iql": "IQL, CORL's code",
 }
-PICTURES = ((TITLES, 4.6, 5), (PAIRS, 3.6, 3))  # methods, height in inches, columns of the legend
+
+
+@dataclass
+class Picture:
+    """`rows` are (what the methods share, their titles); `last` evaluations make a point."""
+
+    rows: tuple
+    last: int
+    height: float  # in inches
+
+
+ALL = Picture(
+    (
+        ("the actor clones the data's actions", ACTORS),
+        ("the policy stays near a learned clone, or Q is kept low outside the data", CRITICS),
+    ),
+    last=report.LAST,
+    height=8,
+)
+CORL = Picture((("", PAIRS),), last=1, height=3.7)
 
 
 @dataclass
@@ -63,45 +88,53 @@ class Args:
     """where the picture of our code and CORL's goes"""
 
 
-def curve(runs):
-    """(share of the training, mean, standard error), each (T,), of runs with equal steps. The error
-    is 0 for one seed. Raises InputError where steps differ."""
+def curve(runs, last):
+    """(share of the training, mean, standard error), each (T,), of runs with equal steps, where a
+    run's score is the mean of `last` evaluations, of fewer at the beginning. The error is 0 for one
+    seed. Raises InputError where steps differ."""
     steps = runs[0].steps
     for run in runs:
         if not np.array_equal(run.steps, steps):
             raise InputError(f"{run.folder} and {runs[0].folder} have other steps: move one away")
-    scores = np.stack([run.scores for run in runs])  # (seeds, T)
+    means = [
+        [x.scores[max(0, t - last) : t].mean() for t in range(1, len(steps) + 1)] for x in runs
+    ]
+    scores = np.array(means)  # (seeds, T)
     spread = scores.std(0, ddof=1) if len(runs) > 1 else np.zeros(len(steps))
     return steps / steps[-1], scores.mean(0), spread / np.sqrt(len(runs))
 
 
-def draw(cells, titles, height, columns):
-    """One panel a dataset of the methods in `titles`, and one legend of `columns` below. The
-    picture is 8 inches wide: where 800 pixels are shown, a letter of size 10 has 14."""
-    named = [m for m in titles if any((env, m) in cells for env in DATASETS)]
-    styles, handles = report.styles_of(named), {}
-    figure = matplotlib.figure.Figure((8, height), layout="constrained")
-    panels = figure.subplots(1, len(DATASETS), sharey=True)
+def draw(cells, picture):
+    """For each row one panel a dataset, and a legend below. The picture is 8 inches wide: where
+    800 pixels are shown, a letter of size 10 has 14."""
+    figure = matplotlib.figure.Figure((8, picture.height), layout="constrained")
+    parts = figure.subfigures(len(picture.rows), 1, squeeze=False)[:, 0]
     data = report.data_scores([run for runs in cells.values() for run in runs])
-    for panel, env in zip(panels, DATASETS):
-        for (what, score), dashes in zip(data.get(env, {}).items(), (":", "--")):
-            handles[f"data, {what}"] = panel.axhline(score, color="0.4", ls=dashes, lw=1, zorder=1)
-        for method in (m for m in named if (env, m) in cells):
-            x, mean, error = curve(cells[env, method])
-            color, dashes = styles[method]
-            (line,) = panel.plot(100 * x, mean, color=color, ls=dashes, lw=1.5)
-            panel.fill_between(100 * x, mean - error, mean + error, color=color, alpha=0.15, lw=0)
-            handles[titles[method]] = line
-        panel.set_title(env.removesuffix("-demo"), fontsize=11)
-        panel.set(xlim=(0, 100), xticks=[0, 50, 100])
-        panel.tick_params(labelsize=10)
-    panels[0].set_ylim(bottom=-3)
-    panels[0].set_ylabel("normalized score", fontsize=11)
-    panels[1].set_xlabel("share of each method's own training steps, in %", fontsize=11)
-    order = [*(titles[m] for m in named), *(name for name in handles if name.startswith("data, "))]
-    lines = [handles[name] for name in order]
-    place = dict(loc="outside lower center", ncols=columns, columnspacing=1.2)
-    figure.legend(lines, order, fontsize=10, frameon=False, handlelength=2, **place)
+    for part, (words, titles) in zip(parts, picture.rows):
+        named = [m for m in titles if any((env, m) in cells for env in DATASETS)]
+        styles, handles = report.styles_of(named), {}
+        panels = part.subplots(1, len(DATASETS), sharey=True)
+        for panel, env in zip(panels, DATASETS):
+            for (what, score), dashes in zip(data.get(env, {}).items(), (":", "--")):
+                line = panel.axhline(score, color="0.4", ls=dashes, lw=1, zorder=1)
+                handles[f"data, {what}"] = line
+            for method in (m for m in named if (env, m) in cells):
+                x, mean, error = curve(cells[env, method], picture.last)
+                color, dashes = styles[method]
+                (line,) = panel.plot(100 * x, mean, color=color, ls=dashes, lw=1.5)
+                low, high = mean - error, mean + error
+                panel.fill_between(100 * x, low, high, color=color, alpha=0.15, lw=0)
+                handles[titles[method]] = line
+            panel.set_title(env.removesuffix("-demo"), fontsize=11)
+            panel.set(xlim=(0, 100), ylim=(-3, 109), xticks=[0, 50, 100])
+            panel.tick_params(labelsize=10)
+        panels[0].set_ylabel("normalized score", fontsize=11)
+        panels[1].set_xlabel("share of each method's own training steps, in %", fontsize=11)
+        part.suptitle(words, fontsize=12)
+        order = [*(titles[m] for m in named), *(x for x in handles if x.startswith("data, "))]
+        lines = [handles[name] for name in order]
+        place = dict(loc="outside lower center", ncols=4, columnspacing=1.2, handlelength=2)
+        part.legend(lines, order, fontsize=10, frameon=False, **place)
     return figure
 
 
@@ -121,10 +154,9 @@ def read_cells(folder):
 def main(args):
     cells = read_cells(args.folder)
     has_corl = any(method.startswith("corl_") for _, method in cells)
-    paths = [args.out, args.corl] if has_corl else [args.out]
-    for path, (titles, height, columns) in zip(paths, PICTURES):
+    for path, picture in ((args.out, ALL), (args.corl, CORL))[: 1 + has_corl]:
         Path(path).parent.mkdir(parents=True, exist_ok=True)
-        draw(cells, titles, height, columns).savefig(path, dpi=160)
+        draw(cells, picture).savefig(path, dpi=160)
         print(f"written to {path}")
 
 

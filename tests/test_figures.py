@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from short_runs import tracked
@@ -288,7 +289,7 @@ def test_results_draws_all_methods_and_corl_over_ours(tmp_path):
     assert not (tmp_path / "b").exists()
     write_runs(tmp_path, "corl_td3_bc")
     results.main(args)
-    for path, height in ((args.out, 736), (args.corl, 576)):
+    for path, height in ((args.out, 1280), (args.corl, 592)):
         png = Path(path).read_bytes()
         assert png[:8] == b"\x89PNG\r\n\x1a\n" and struct.unpack(">II", png[16:24]) == (
             1280,
@@ -299,13 +300,15 @@ def test_results_draws_all_methods_and_corl_over_ours(tmp_path):
 def test_a_curve_of_results_is_the_mean_with_its_standard_error(tmp_path):
     write_runs(tmp_path, "iql")
     runs = results.report.read_runs([tmp_path])
-    x, mean, error = results.curve(runs)
+    x, mean, error = results.curve(runs, last=1)
     assert x.tolist() == [0.5, 1.0] and mean.tolist() == [15.0, 40.0]
     assert error == pytest.approx([5.0, 10.0])
-    assert results.curve(runs[:1])[2].tolist() == [0.0, 0.0]
+    assert results.curve(runs, last=2)[1].tolist() == [15.0, 27.5]
+    assert results.curve(runs, last=10)[1][-1] == np.mean([run.scores.mean() for run in runs])
+    assert results.curve(runs[:1], last=1)[2].tolist() == [0.0, 0.0]
     runs[1].steps = runs[1].steps * 2
     with pytest.raises(InputError, match="have other steps"):
-        results.curve(runs)
+        results.curve(runs, last=1)
 
 
 def test_results_fit_into_800_pixels(tmp_path):
@@ -316,22 +319,23 @@ def test_results_fit_into_800_pixels(tmp_path):
         for method in (*results.TITLES, "corl_td3_bc", "corl_iql"):
             write_runs(tmp_path, method, env)
     cells = results.read_cells(str(tmp_path))
-    for titles, height, columns in results.PICTURES:
-        figure = results.draw(cells, titles, height, columns)
+    for picture in (results.ALL, results.CORL):
+        figure = results.draw(cells, picture)
         canvas = FigureCanvasAgg(figure)
         canvas.draw()
-        legend = figure.legends[0]
-        box = legend.get_window_extent(canvas.get_renderer())
-        assert box.x0 >= 0 and box.x1 <= figure.bbox.width and box.y0 >= 0
-        for panel in figure.axes:
-            inside = panel.get_tightbbox(canvas.get_renderer())
-            assert not inside.overlaps(box)
-            styles = {(x.get_color(), str(x._dash_pattern)) for x in panel.lines}
-            assert len(styles) >= len(titles), "two methods look alike"
+        for part, (_, titles) in zip(figure.subfigs, picture.rows, strict=True):
+            (legend,) = part.legends
+            box = legend.get_window_extent(canvas.get_renderer())
+            assert box.x0 >= 0 and box.x1 <= figure.bbox.width and box.y0 >= 0
+            for panel in part.axes:
+                inside = panel.get_tightbbox(canvas.get_renderer())
+                assert not inside.overlaps(box)
+                styles = {(x.get_color(), str(x._dash_pattern)) for x in panel.lines}
+                assert len(styles) >= len(titles), "two methods look alike"
+            named = {text.get_text() for text in legend.get_texts()}
+            assert named >= set(titles.values()) and "data, mean of its episodes" in named
         texts = [x for x in figure.findobj(lambda x: hasattr(x, "get_fontsize")) if x.get_text()]
         assert min(text.get_fontsize() for text in texts) / 72 * 800 / figure.get_figwidth() > 13
-        named = {text.get_text() for text in legend.get_texts()}
-        assert named >= set(titles.values()) and "data, mean of its episodes" in named
 
 
 def test_every_algorithm_is_in_the_picture_of_results():

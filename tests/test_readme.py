@@ -9,7 +9,11 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
+
+from figures import results as pictures
+from tools import report
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()
@@ -99,6 +103,30 @@ def test_every_file_of_the_readme_exists():
     tracked = subprocess.run(["git", "-C", ROOT, "ls-files", "algorithms"], capture_output=True)
     for path in tracked.stdout.decode().split():
         assert path in README, path
+
+
+def score_rows(text):
+    """{first cell: other cells} of the table whose head names the three bundled datasets."""
+    head = "|".join(f" `{env}` " for env in pictures.DATASETS)
+    lines = text[text.index(f"| method |{head}|") :].split("\n\n")[0].splitlines()[2:]
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    return {first: rest for first, *rest in cells}
+
+
+@pytest.mark.parametrize("page", ["README.md", "results/README.md"])
+def test_the_scores_are_those_of_the_runs(page):
+    """Every cell, computed anew from results/runs; a method without a run has no row."""
+    rows, envs = score_rows((ROOT / page).read_text()), pictures.DATASETS
+    cells = pictures.read_cells(str(ROOT / "results"))
+    data = report.data_scores([run for runs in cells.values() for run in runs])
+    for what in ("mean of its episodes", "best episode"):
+        assert rows.pop(f"the data, {what}") == [f"{data[env][what]:.1f}" for env in envs]
+    titles = pictures.PAIRS | pictures.TITLES
+    for method in {method for _, method in cells} & titles.keys():
+        scores = [report.cell_scores(cells, env, method) for env in envs]
+        found = [report.summary_of(x, report.standard_error) or "-" for x in scores]
+        assert rows.pop(titles[method]) == found, method
+    assert not rows
 
 
 def test_every_command_names_known_flags():
