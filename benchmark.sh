@@ -179,7 +179,7 @@ commands() {
         seeds=${SEEDS:-0 1 2}
         each hopper-medium-expert-demo fisher_brc.py --name no-offset --no-offset
         each hopper-medium-expert-demo brac.py --name alpha0 --alpha 0 # SAC's unrestricted backup
-        each pointmaze-medium-demo itrpo.py --name tau0 --shape-coef 0
+        each hopper-replay-demo itrpo.py --name tau0 --shape-coef 0
         ;;
     *) return 1 ;;
     esac
