@@ -11,8 +11,8 @@ intervals.
     ./benchmark.sh local
     python figures/results.py runs
 
-Without an argument, the folder is results. CORL's runs (tools/corl.py) are drawn where there are
-some, in a picture of their own.
+It prints the table of scores, as the README has it. Without an argument, the folder is results.
+CORL's runs (tools/corl.py) are drawn where there are some, in a picture of their own.
 """
 
 import sys
@@ -151,8 +151,24 @@ def read_cells(folder):
     return cells
 
 
+def table(cells) -> str:
+    """Markdown: what the data score, then each method's mean ± standard error (seeds)."""
+    data = report.data_scores([run for runs in cells.values() for run in runs])
+    rows = [["method", *(f"`{env}`" for env in DATASETS)]]
+    for what in ("mean of its episodes", "best episode"):
+        scores = [data.get(env, {}).get(what) for env in DATASETS]
+        rows.append([f"the data, {what}", *(report.number(x) or "-" for x in scores)])
+    for method, title in (TITLES | PAIRS).items():
+        if any((env, method) in cells for env in DATASETS):
+            scores = [report.cell_scores(cells, env, method) for env in DATASETS]
+            means = [report.summary_of(x, report.standard_error) or "-" for x in scores]
+            rows.append([title, *means])
+    return "\n".join(report.markdown(*rows))
+
+
 def main(args):
     cells = read_cells(args.folder)
+    print(table(cells))
     has_corl = any(method.startswith("corl_") for _, method in cells)
     for path, picture in ((args.out, ALL), (args.corl, CORL))[: 1 + has_corl]:
         Path(path).parent.mkdir(parents=True, exist_ok=True)

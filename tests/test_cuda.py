@@ -5,8 +5,8 @@ numbers.
 So an update reads nothing back, makes no shape that depends on values, computes on one device,
 draws from that device's own generator, and keeps its state in tensors that stay where they are.
 PyTorch's meta device stands for the GPU: its tensors have a shape and a device, and no values. Fake
-tensors on a CUDA device would say the same, but a PyTorch that was built without CUDA, as on most
-machines that run these tests, aborts at the first gradient of one."""
+tensors on a CUDA device would say the same, but a PyTorch
+that was built without CUDA aborts at the first gradient of one."""
 
 import importlib
 import inspect
