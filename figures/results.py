@@ -11,7 +11,8 @@ intervals.
     ./benchmark.sh local
     python figures/results.py runs
 
-It prints the table of scores, as the README has it. Without an argument, the folder is results.
+It prints the table of scores, as the README has it, and the commands with their scores, as the
+docstrings in algorithms/ have them. Without an argument, the folder is results.
 CORL's runs (tools/corl.py) are drawn where there are some, in a picture of their own.
 """
 
@@ -152,23 +153,43 @@ def read_cells(folder):
 
 
 def table(cells) -> str:
-    """Markdown: what the data score, then each method's mean ± standard error (seeds)."""
+    """Markdown: what the data score, then each method's mean ± standard error (seeds), and its
+    interquartile mean over all three datasets with the interval of tools/report.py."""
     data = report.data_scores([run for runs in cells.values() for run in runs])
-    rows = [["method", *(f"`{env}`" for env in DATASETS)]]
+    rows = [["method", *(f"`{env}`" for env in DATASETS), "IQM of all three [95% interval]"]]
     for what in ("mean of its episodes", "best episode"):
         scores = [data.get(env, {}).get(what) for env in DATASETS]
-        rows.append([f"the data, {what}", *(report.number(x) or "-" for x in scores)])
+        rows.append([f"the data, {what}", *(report.number(x) or "-" for x in scores), ""])
     for method, title in (TITLES | PAIRS).items():
         if any((env, method) in cells for env in DATASETS):
             scores = [report.cell_scores(cells, env, method) for env in DATASETS]
             means = [report.summary_of(x, report.standard_error) or "-" for x in scores]
-            rows.append([title, *means])
+            rows.append([title, *means, interquartile(scores)])
     return "\n".join(report.markdown(*rows))
+
+
+def interquartile(scores) -> str:
+    """The interquartile mean of the seeds' scores (a list for each dataset) and its 95% interval;
+    "-" where a dataset has too few seeds."""
+    if min(map(len, scores)) < report.ENOUGH:
+        return "-"
+    low, high = report.bootstrap(scores, report.iqm, report.Args.resamples)
+    return f"{report.iqm(np.concatenate(scores)):.1f} [{low:.1f}, {high:.1f}]"
+
+
+def command(cells, algorithm: str) -> str:
+    """The last line of an algorithm's docstring: the bare command, and the score of its dataset."""
+    scores = report.cell_scores(cells, DATASETS[0], algorithm)
+    mean = report.summary_of(scores, report.standard_error).rpartition(" (")[0]
+    seeds = f"{len(scores)} seed" + "s" * (len(scores) > 1)
+    return f"    python algorithms/{algorithm}.py  # scores {mean} on {DATASETS[0]} ({seeds})"
 
 
 def main(args):
     cells = read_cells(args.folder)
     print(table(cells))
+    for algorithm in (m for m in TITLES if (DATASETS[0], m) in cells and "-" not in m):
+        print(command(cells, algorithm))
     has_corl = any(method.startswith("corl_") for _, method in cells)
     for path, picture in ((args.out, ALL), (args.corl, CORL))[: 1 + has_corl]:
         Path(path).parent.mkdir(parents=True, exist_ok=True)

@@ -314,13 +314,25 @@ def test_a_curve_of_results_is_the_mean_with_its_standard_error(tmp_path):
 def test_the_table_of_results_by_hand(tmp_path):
     write_runs(tmp_path, "td3_bc")  # two runs, of means 20 and 35
     write_runs(tmp_path, "corl_td3_bc", "pointmaze-medium-demo", [(8.0, 4.0)])
+    for env, score in zip(results.DATASETS, (10.0, 20.0, 60.0)):
+        write_runs(tmp_path, "iql", env, [(score, score)] * 3)
     head, _, *rows = results.table(results.read_cells(str(tmp_path))).splitlines()
-    assert head == "| method | " + " | ".join(f"`{env}`" for env in results.DATASETS) + " |"
-    assert rows[0] == "| the data, mean of its episodes | - | 21.0 | 21.0 |"
+    names = " | ".join(f"`{env}`" for env in results.DATASETS)
+    assert head == f"| method | {names} | IQM of all three [95% interval] |"
+    assert rows[0] == "| the data, mean of its episodes | 21.0 | 21.0 | 21.0 |  |"
     assert rows[2:] == [
-        "| TD3+BC | - | 27.5 ± 7.5 (2) | - |",
-        "| TD3+BC, CORL's code | - | - | 6.0 (1) |",
+        "| TD3+BC | - | 27.5 ± 7.5 (2) | - | - |",
+        "| IQL | 10.0 ± 0.0 (3) | 20.0 ± 0.0 (3) | 60.0 ± 0.0 (3) | 26.0 [26.0, 26.0] |",
+        "| TD3+BC, CORL's code | - | - | 6.0 (1) | - |",
     ]
+
+
+def test_the_interval_of_the_table_is_that_of_the_report():
+    scores = [[40.0, 41.0, 45.0], [1.0, 9.0, 30.0], [90.0, 70.0, 99.0]]
+    env = ["a", "b", "c"]
+    row = results.report.aggregate({"iql": dict(zip(env, scores))}, 2_000)[2].split(" | ")
+    assert results.interquartile(scores) == f"{row[4]} [{row[5][:-2].replace(' to ', ', ')}]"
+    assert results.interquartile([*scores[:2], [90.0, 70.0]]) == "-"
 
 
 def test_results_fit_into_800_pixels(tmp_path):

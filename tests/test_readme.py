@@ -1,5 +1,6 @@
 """The README's own words, run: a table becomes a dataset, a run, a policy that only needs torch."""
 
+import ast
 import math
 import os
 import re
@@ -109,6 +110,14 @@ def test_the_scores_are_those_of_the_runs(page):
     """The whole table, computed anew from results/runs."""
     cells = pictures.read_cells(str(ROOT / "results"))
     assert f"\n\n{pictures.table(cells)}\n\n" in (ROOT / page).read_text()
+
+
+def test_a_docstring_ends_with_the_score_of_the_runs():
+    cells = pictures.read_cells(str(ROOT / "results"))
+    for algorithm in {method.partition("-")[0] for _, method in cells if "corl" not in method}:
+        text = (ROOT / "algorithms" / f"{algorithm}.py").read_text()
+        last = ast.get_docstring(ast.parse(text)).splitlines()[-1]
+        assert last == pictures.command(cells, algorithm)
 
 
 def test_every_command_names_known_flags():

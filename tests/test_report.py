@@ -194,6 +194,21 @@ def test_each_dataset_has_its_table_with_the_data_first(here):
     assert report.best_episode(env, "another hash") is None
 
 
+def test_every_run_has_its_line(here):
+    """The score that the tables average, not an evaluation; unfinished runs have none."""
+    write_run(here, "hopper-medium-v0", "iql", 1, (4.0, 8.0))
+    clone = {"data": 3.0, "its clone (BC)": 33.25}
+    write_run(here, "hopper-medium-v0", "brac", 2, (1.0,), references=clone)
+    write_run(here, "hopper-medium-v0", "iql", 0, (7.0,))
+    write_run(here, "hopper-medium-v0", "iql", 3, (9.0,), finished=False)
+    main()
+    assert page().split("## Every run\n\n")[1].splitlines()[2:] == [
+        "| hopper-medium-v0 | brac | 2 | 1.0 | its clone (BC) 33.2 |",
+        "| hopper-medium-v0 | iql | 0 | 7.0 |  |",
+        "| hopper-medium-v0 | iql | 1 | 6.0 |  |",
+    ]
+
+
 def test_one_dataset_alone(here):
     write_run(here)
     write_run(here, env="other", method="iql")

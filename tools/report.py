@@ -21,7 +21,8 @@ say nothing about chance, so intervals and probabilities need three on every dat
 
 Without --table, each dataset has a table of its own: the mean and the best of the data's episodes,
 and below them the methods by their mean, with its standard error, the interquartile mean over
-seeds, and its interval. The best episode is known for the bundled datasets.
+seeds, and its interval. The best episode is known for the bundled datasets. The last table has the
+score of each run, and of the other policies that it judged, such as its clone of the data.
 """
 
 import contextlib
@@ -537,6 +538,18 @@ def dataset_tables(table: Table, ours, data: dict, resamples: int) -> list[str]:
     return lines
 
 
+def every_run(table: Table, cells) -> list[str]:
+    """Markdown lines: the score of each finished run, and what its other policies scored."""
+    rows = []
+    for env, method in itertools.product(table.envs, table.runs):
+        for run in sorted(cells.get((env, method), []), key=lambda run: run.seed):
+            others = [f"{k} {x:.1f}" for k, x in run.references.items() if k != "data"]
+            if run.finished and run.score is not None:
+                rows.append([env, method, str(run.seed), number(run.score), ", ".join(others)])
+    header = ["dataset", "method", "seed", "score", "other policies of the run, one evaluation"]
+    return ["## Every run", "", *markdown(header, *rows)] if rows else []
+
+
 def counts(strata) -> str:
     """The number of seeds per dataset: "3", or "1 to 3"."""
     low, high = min(map(len, strata)), max(map(len, strata))
@@ -668,6 +681,8 @@ def page(table, ours, cells, notes, resamples: int) -> str:
         lines.append(f"- [{i}] {where}: {fault['note']}")
     for title, items in lists(table, ours, cells, data, notes).items():
         lines += ["", f"{title}:", "", *(f"- {item}" for item in items)] if items else []
+    if not table.printed:
+        lines += ["", *every_run(table, cells)]
     return "\n".join(lines) + "\n"
 
 
