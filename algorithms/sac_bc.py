@@ -193,8 +193,8 @@ PRESETS = {
     "hopper-medium-expert-demo": dict(  # shortened; faster targets
         steps=25_000, eval_every=1_250, polyak=0.01
     ),
-    "hopper-replay-demo": dict(  # shortened; faster targets
-        steps=30_000, eval_every=1_500, polyak=0.01
+    "hopper-replay-demo": dict(  # shortened; faster targets, less cloning
+        alpha_bc=0.01, steps=30_000, eval_every=1_500, polyak=0.01
     ),
     "pointmaze-medium-demo": dict(  # with AntMaze's reward shift
         reward_shift=-1.0, polyak=0.02, steps=12_000, eval_every=600, eval_episodes=20
