@@ -56,7 +56,7 @@ This file, against the authors' code:
   act: the best of ten samples.
 - --normalize-obs, --dequantize and --q-samples above 1 are additions, and off by default.
 
-    python algorithms/brac.py  # scores 101.1 ± 0.2 on hopper-medium-expert-demo (2 seeds)
+    python algorithms/brac.py  # scores 101.2 ± 0.2 on hopper-medium-expert-demo (3 seeds)
 """
 
 import copy
