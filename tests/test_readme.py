@@ -112,6 +112,14 @@ def test_the_scores_are_those_of_the_runs(page):
     assert f"\n\n{pictures.table(cells)}\n\n" in (ROOT / page).read_text()
 
 
+def test_the_runs_name_no_folder_of_a_machine():
+    """Anyone can type the command that a run's config.json has."""
+    configs = [*(ROOT / "results").rglob("config.json")]
+    assert len(configs) > 100
+    for path in configs:
+        assert not re.search(r'[" =]/\w', path.read_text()), path.parent.name
+
+
 def test_a_docstring_ends_with_the_score_of_the_runs():
     cells = pictures.read_cells(str(ROOT / "results"))
     for algorithm in {method.partition("-")[0] for _, method in cells if "corl" not in method}:
