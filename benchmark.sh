@@ -18,7 +18,7 @@
 # ablations        the ablations of the papers of Fisher-BRC, iTRPO, BRAC+ and ARQ     3
 # fisher_brc_table1 brac_plus_table1 arq_table2 itrpo_table2 itrpo_table3    the paper's
 #
-# The runs of local take 1 to 20 minutes each, about 13 hours of one core in all (AMD EPYC, Zen 4).
+# The runs of local take 1 to 20 minutes each, about 11 hours of one core in all (AMD EPYC, Zen 4).
 # Those of the papers' tables train for a million steps.
 #
 # Variables:

@@ -322,7 +322,7 @@ def test_the_table_of_results_by_hand(tmp_path):
     assert rows[0] == "| the data, mean of its episodes | 21.0 | 21.0 | 21.0 |  |"
     assert rows[2:] == [
         "| TD3+BC | - | 27.5 ± 7.5 (2) | - | - |",
-        "| IQL | 10.0 ± 0.0 (3) | 20.0 ± 0.0 (3) | 60.0 ± 0.0 (3) | 26.0 [26.0, 26.0] |",
+        "| IQL | 10.0 ± 0.0 | 20.0 ± 0.0 | 60.0 ± 0.0 | 26.0 [26.0, 26.0] |",
         "| TD3+BC, CORL's code | - | - | 6.0 (1) | - |",
     ]
 
