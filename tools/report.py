@@ -1,7 +1,7 @@
 """Tables, intervals and learning curves of runs, beside the papers' numbers.
 
     python tools/report.py                                  # every run below runs/
-    python tools/report.py results --out results            # every run below another folder
+    python tools/report.py results runs                     # ours and yours: runs of two folders
     python tools/report.py runs --table fisher_brc_table1   # the runs of one paper's table
 
 Four files are written to --out: the page {table}.md, its numbers {table}.csv, and the learning
