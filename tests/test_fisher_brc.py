@@ -27,8 +27,7 @@ from fisher_brc import (
     target_value,
     train,
 )
-from golden.fisher_brc import KerasAdam
-from golden.tools import Inject
+from golden.tools import Inject, KerasAdam
 from oracles import SGD, assert_same, in_double, rows, stack
 from stand_in import PlainRun
 from torch import nn

@@ -1,14 +1,13 @@
 """BRAC+'s golden numbers; brac_plus.md says how they were computed and how the inputs are drawn."""
 
-import math
 from types import SimpleNamespace
 
 import brac_plus
 import numpy as np
 import torch
 
-from common import Adam, Data, tanh_log_det
-from golden.tools import Inject, draw_network, in_float64, load_network
+from common import Data, tanh_log_det
+from golden.tools import Inject, KerasAdam, draw_network, in_float64, load_network
 
 REFERENCE = "rlutils 3a90a38 (iclr) and bracp 6ac8c2d (acml), the authors' code"
 TOLERANCE = 5e-9
@@ -18,19 +17,6 @@ COMPARED = (
 
 OBS, ACT, BATCH, LATENT, ACTIONS, LATENTS, UPDATES = 11, 3, 32, 6, 5, 5, 10
 NETWORKS = ("encoder", "decoder", "actor", "actor_target", "q", "q_target", "alpha")
-
-
-class KerasAdam(Adam):
-    """Adam with epsilon in Keras's place. Keeps the gradients of its first step."""
-
-    first = None
-
-    def step(self, grads):
-        if self.first is None:
-            self.first = [g.clone() for g in grads]
-        t = int(self.count) + 1
-        self.eps = 1e-7 / math.sqrt(1 - 0.999**t)
-        super().step(grads)
 
 
 def draw_networks(rng, members):

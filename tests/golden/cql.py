@@ -6,8 +6,8 @@ import cql
 import numpy as np
 import torch
 
-from common import Adam, Data
-from golden.tools import Inject, draw_network, in_float64, load_network
+from common import Data
+from golden.tools import Inject, RecordingAdam, draw_network, in_float64, load_network
 
 REFERENCE = "CORL 6afec90, cql.py"
 TOLERANCE = 1e-9
@@ -15,17 +15,6 @@ COMPARED = "losses of 10 updates, first gradients, parameters after 1 and 10 upd
 
 OBS, ACT = 11, 3
 SCALARS = ("log_std_scale", "log_std_shift", "log_temperature", "log_multiplier")
-
-
-class RecordingAdam(Adam):
-    """Adam that keeps the gradients of its first step."""
-
-    first = None
-
-    def step(self, grads):
-        if self.first is None:
-            self.first = [g.clone() for g in grads]
-        super().step(grads)
 
 
 def draw_batch(rng, case):

@@ -9,8 +9,8 @@ import fisher_brc
 import numpy as np
 import torch
 
-from common import Adam, Data, sample_tanh_normal
-from golden.tools import Inject, compare, draw_network, in_float64, layers, load_network
+from common import Data, sample_tanh_normal
+from golden.tools import Inject, KerasAdam, compare, draw_network, in_float64, layers, load_network
 
 REFERENCE = "google-research 35a5be2, folder fisher_brc"
 TOLERANCE = 1e-9
@@ -20,15 +20,6 @@ COMPARED = (
 )
 
 OBS, ACT, BATCH, UPDATES = 11, 3, 64, 10
-
-
-class KerasAdam(Adam):
-    """Keras adds its epsilon to the root before the bias correction."""
-
-    def step(self, grads):
-        t = self.count.item() + 1
-        self.eps = 1e-7 / math.sqrt(1 - 0.999**t)
-        super().step(grads)
 
 
 class Recorder:

@@ -63,5 +63,5 @@ def values(record):
         run = replay(case)
         yield from run.compare(name)
         yield f"{name}, terminals", run.data.terminal.sum(), case["terminals"]
-        rates = torch.tensor(run.rates, dtype=torch.float64)
+        rates = torch.tensor([rate["actor"] for rate in run.rates], dtype=torch.float64)
         yield f"{name}, actor's learning rates", rates, case["learning_rates_actor"]

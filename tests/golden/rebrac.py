@@ -7,7 +7,15 @@ import rebrac
 import torch
 
 from common import Adam
-from golden.tools import Inject, draw_network, in_float64, load_network
+from golden.tools import (
+    Inject,
+    draw_critic,
+    draw_network,
+    first_gradients,
+    in_float64,
+    load_critics,
+    load_network,
+)
 
 REFERENCE = "the authors' ReBRAC 694385b"
 TOLERANCE = 1e-9
@@ -28,23 +36,6 @@ def draw_batch(rng, B):
     next_a = np.tanh(rng.standard_normal((B, ACT)))
     z = rng.standard_normal((B, ACT))
     return [torch.tensor(x) for x in (s, a, r, s2, terminal, next_a, z)]
-
-
-def draw_critic(rng, sizes, critic_ln):
-    """Layers, and then gain and shift of every hidden layer's normalization."""
-    layers, norms = draw_network(rng, sizes), []
-    for width in sizes[1:-1] if critic_ln else ():
-        gain = 1 + rng.uniform(-0.5, 0.5, width)
-        norms.append((gain, rng.uniform(-0.5, 0.5, width)))
-    return layers, norms
-
-
-@torch.no_grad()
-def load_critics(net, drawn):
-    load_network(net, [layers for layers, _ in drawn])
-    for i, pair in enumerate(zip(net.gains, net.shifts)):
-        for p, values in zip(pair, zip(*[norms[i] for _, norms in drawn])):
-            p.copy_(torch.tensor(np.stack(values)[:, None]))
 
 
 def make(case):
@@ -73,16 +64,6 @@ def make(case):
 def transitions(batch):
     *columns, next_a, _ = batch
     return rebrac.Transitions(*columns, next_action=next_a)
-
-
-def first_gradients(nets, opt):
-    """By Adam's first moments after one step: each is 0.1 times a gradient."""
-    names = {id(p): name for name, p in nets.named_parameters()}
-    return {
-        names[id(p)]: moment / (1 - 0.9)
-        for adam in vars(opt).values()
-        for p, moment in zip(adam.params, adam.m)
-    }
 
 
 def values(record):

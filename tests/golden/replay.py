@@ -5,7 +5,7 @@ too."""
 import torch
 from stand_in import PlainRun
 
-from golden.tools import Inject
+from golden.tools import Inject, first_gradients
 
 METRICS = {"actor_loss": "pi_loss"}  # name in a record -> name in our metrics
 
@@ -14,11 +14,13 @@ class Replay(PlainRun):
     """Starts from the networks that `load` copies in, and takes one batch of `data` after another.
 
     Update t draws rows (t - 1) B to t B - 1 of `data`. Its calls of randn_like return those rows of
-    the tables in `noise` (name in the record -> table), in the order of the tables."""
+    the tables in `noise` (name in the record -> table), in the order of the tables, and its calls
+    of rand_like those of `uniform`."""
 
-    def __init__(self, case, data, load, noise=None):
+    def __init__(self, case, data, load, noise=None, uniform=None):
         super().__init__(limit=case["updates"])
-        self.case, self.data, self.load, self.noise = case, data, load, noise or {}
+        self.case, self.data, self.load = case, data, load
+        self.noise, self.uniform = noise or {}, uniform or {}
         self.parameters, self.rates = {}, []
 
     def batch(self, t):
@@ -35,22 +37,19 @@ class Replay(PlainRun):
 
     def loop(self, steps, phase="train"):
         for t in super().loop(steps, phase):
-            noise = [table[self.batch(t)] for table in self.noise.values()]
-            with Inject(randint=[self.batch(t)], randn_like=noise):
+            rows = self.batch(t)
+            noise = [table[rows] for table in self.noise.values()]
+            uniform = [table[rows] for table in self.uniform.values()]
+            with Inject(randint=[rows], randn_like=noise, rand_like=uniform):
                 yield t
 
     def after(self, t, metrics, act=None):
         super().after(t, metrics, act)
-        self.rates.append(self.opt.actor.lr.item())
+        self.rates.append({name: adam.lr.item() for name, adam in vars(self.opt).items()})
         if str(t) in self.case["parameters"]:
             self.parameters[str(t)] = self.copies()
-        if t == 1:  # Adam's first moment is now 0.1 times the gradient
-            names = {id(p): name for name, p in self.nets.named_parameters()}
-            self.gradients = {
-                names[id(p)]: moment / (1 - 0.9)
-                for adam in vars(self.opt).values()
-                for p, moment in zip(adam.params, adam.m)
-            }
+        if t == 1:
+            self.gradients = first_gradients(self.nets, self.opt)
 
     def inputs(self):
         """The drawn inputs, by their names in the record."""
@@ -59,21 +58,27 @@ class Replay(PlainRun):
         names |= {name: name for name in ("terminal", "returns", "advantage")}
         tables = {name: data[field] for name, field in names.items() if field in data}
         found = dict(self.drawn)
-        for name, table in (tables | self.noise).items():
+        for name, table in (tables | self.noise | self.uniform).items():
             for t in range(1, self.case["updates"] + 1):
                 found[f"{name}[{t}]"] = table[self.batch(t)]
         return found
 
     def compare(self, label):
         """(label, ours, recorded) of everything that the case records."""
-        case, inputs = self.case, self.inputs()
-        for name, recorded in case["inputs"].items():
-            yield f"{label}, input {name}", inputs[name], recorded
+        case = self.case
         for name, recorded in case["losses"].items():
             ours = [row[METRICS.get(name, name)] for row in self.rows]
             yield f"{label}, {name}", torch.tensor(ours, dtype=torch.float64), recorded
-        capped = sum(row["capped_weights"] for row in self.rows) * case["batch"]
-        yield f"{label}, number of capped weights", capped, case["capped_weights"]
+        if "capped_weights" in case:
+            capped = sum(row["capped_weights"] for row in self.rows) * case["batch"]
+            yield f"{label}, number of capped weights", capped, case["capped_weights"]
+        yield from self.compare_tensors(label)
+
+    def compare_tensors(self, label):
+        """The same of its inputs, first gradients and parameters."""
+        case, inputs = self.case, self.inputs()
+        for name, recorded in case["inputs"].items():
+            yield f"{label}, input {name}", inputs[name], recorded
         for name, recorded in case["gradients"].items():
             yield f"{label}, gradient of {name}", self.gradients[name], recorded
         for t, parameters in case["parameters"].items():

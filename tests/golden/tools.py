@@ -12,6 +12,8 @@ import numpy as np
 import torch
 from torch.overrides import TorchFunctionMode
 
+from common import Adam
+
 
 def draw_network(rng, sizes, members=None):
     """Layers [(W, b), ...] drawn as the recipe says; with `members`, a list of such lists."""
@@ -35,6 +37,24 @@ def load_network(net, drawn):
             b.copy_(torch.tensor(np.stack([member[i][1] for member in drawn])[:, None]))
         else:
             w.copy_(torch.tensor(drawn[i][0])), b.copy_(torch.tensor(drawn[i][1]))
+
+
+def draw_critic(rng, sizes, layer_norm):
+    """Layers, and then gain and shift of every hidden layer's normalization."""
+    layers, norms = draw_network(rng, sizes), []
+    for width in sizes[1:-1] if layer_norm else ():
+        gain = 1 + rng.uniform(-0.5, 0.5, width)
+        norms.append((gain, rng.uniform(-0.5, 0.5, width)))
+    return layers, norms
+
+
+@torch.no_grad()
+def load_critics(net, drawn):
+    """Copy critics of `draw_critic`, one for each member, into an MLP."""
+    load_network(net, [layers for layers, _ in drawn])
+    for i, pair in enumerate(zip(net.gains, net.shifts)):
+        for p, values in zip(pair, zip(*[norms[i] for _, norms in drawn])):
+            p.copy_(torch.tensor(np.stack(values)[:, None]))
 
 
 def layers(net, letters, tensors=None) -> dict:
@@ -62,6 +82,36 @@ def in_float64():
         yield
     finally:
         torch.set_default_dtype(torch.float32)
+
+
+class RecordingAdam(Adam):
+    """Adam that keeps the gradients of its first step."""
+
+    first = None
+
+    def step(self, grads):
+        if self.first is None:
+            self.first = [g.clone() for g in grads]
+        super().step(grads)
+
+
+class KerasAdam(RecordingAdam):
+    """Adam with its epsilon in Keras's place: added to the root before the bias correction."""
+
+    def step(self, grads):
+        t = self.count.item() + 1
+        self.eps = 1e-7 / math.sqrt(1 - 0.999**t)
+        super().step(grads)
+
+
+def first_gradients(nets, opt) -> dict:
+    """Gradients by parameter, from Adam's first moments after one step: each is 0.1 times one."""
+    names = {id(p): name for name, p in nets.named_parameters()}
+    return {
+        names[id(p)]: moment / (1 - 0.9)
+        for adam in vars(opt).values()
+        for p, moment in zip(adam.params, adam.m)
+    }
 
 
 class Inject(TorchFunctionMode):
