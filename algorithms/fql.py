@@ -33,7 +33,8 @@ The authors' code, against the paper:
   alpha between 0.03 and 10.
 - For door, hammer and relocate, the commands that the authors publish have an alpha ten times as
   large as the paper's table. PRESETS below has the values of the commands.
-- Their repository has no FBRAC.
+- Their repository has no FBRAC. --no-distill equals that of later work by others, agents/fbrac.py
+  of chongyi-zheng/value-flows, whose losses of critics and flow are FQL's.
 
 This file, against the authors' code:
 - The last row of an episode that a time limit ended is kept where the data has its next
