@@ -50,7 +50,7 @@ This file, against the authors' code:
   exact scores and 20 steps, they are 0.32% of the samples of --sampler sde and 0.47% of those of
   ode, which adds no noise on its way; with 15 steps, 0.41% and 0.56%. Of true samples, 0.25% are.
   On the other hand, sde makes a Gaussian 3% too wide, and ode only 1%. The command is:
-  python -m pytest -s tests/test_arq.py -k off_the_support
+  python -m pytest -n 0 -s tests/test_arq.py -k off_the_support
 - Without --filter, actions outside the support do reach Q: the few that the sampler puts there, and
   those that a clone with errors believes in. The authors filter in all domains. Here the presets of
   the paper's domains filter, and the default does not, because likelihoods take days on a CPU.
