@@ -11,9 +11,11 @@ A transition bootstraps through a time limit, never through a terminal; its next
 comes from another episode. Rows whose next observation is unknown (time limit, cut, end of file)
 are dropped, and a note says how many; terminal rows are always kept. Stored next_observations are
 believed: where they differ from the next row, an episode was cut; where they equal it at a time
-limit, they are the next episode's first observation, so unknown. Dict and tuple observations are
-flattened, sorted by key, the same at evaluation. Nothing is normalized or clipped, except actions
-over the bounds by less than 1e-5 of their range (rounding; noted). Nothing is ever unpickled.
+limit, they are the next episode's first observation, so unknown. Two observations differ where a
+number does by more than a millionth of its column's deviation and the rounding of the file's
+floats, so that units change nothing. Dict and tuple observations are flattened, sorted by key, the
+same at evaluation. Nothing is normalized or clipped, except actions over the bounds by less than
+1e-5 of their range (rounding; noted). Nothing is ever unpickled.
 
 File keys: observations (N, S), actions (N, A), rewards (N,), terminals (N,); optional timeouts,
 next_observations, final_observations (E, S: the true last observation of each episode, in order),
@@ -72,6 +74,7 @@ METADATA = {
     "action_low": "a number, or one for each action",
     "action_high": "a number, or one for each action",
 }
+SAME = 1e-6  # of a column's deviation: so near is the next row to stored next_observations
 ROWS = 1 << 16  # rows converted at a time, which bounds memory
 TEXT_SECONDS, TEXT_PATIENCE = 10, 600  # for metadata: of computing, of waiting
 # {path} is the column of data/d4rl_files.csv, {file} its last part.
@@ -142,10 +145,11 @@ def is_ogbench(name: str) -> bool:
     return data in table("ogbench_sets.csv") or data.startswith(("visual-", "powderworld-"))
 
 
-def _link(name, obs, stored, terminal, end, final=None):
+def _link(name, obs, stored, precision, end, final=None):
     """(next_obs (N, S), known (N,)) of flat rows in time order; `end` gains the cuts found.
 
-    stored: next_observations (N, S) or None. final: last observation of every episode, or None.
+    stored: next_observations (N, S) or None. precision: the float type to which the file rounded
+    either of them. final: last observation of every episode, or None.
     """
     end[-1] = True
     if stored is None:
@@ -157,16 +161,26 @@ def _link(name, obs, stored, terminal, end, final=None):
             next_obs[end], known[:] = final, True
         return next_obs, known
     known, cuts = np.ones(len(obs), dtype=bool), 0
-    for i, part in _blocks(obs[1:]):
-        rows = slice(i, i + len(part))
-        # rtol: the two arrays may have been stored in different precisions
-        same = np.isclose(part, stored[rows], rtol=1e-6, atol=1e-6).all(1)
-        cuts += (~same & ~end[rows]).sum()
-        known[rows] = ~(same & end[rows])
-        end[rows] |= ~same
+    with np.errstate(all="ignore"):  # what is not finite is refused later, with its row
+        tolerance = SAME * _deviation(obs)  # (S,)
+        for i, part in _blocks(obs[1:]):
+            rows = slice(i, i + len(part))
+            # Each was rounded by half a unit, and below a power of 2 a unit is half as large.
+            rounding = 2 * np.spacing(np.abs(part).astype(precision))
+            same = (np.abs(part - stored[rows]) <= tolerance + rounding).all(1)
+            cuts += (~same & ~end[rows]).sum()
+            known[rows] = ~(same & end[rows])
+            end[rows] |= ~same
     if cuts:
         print(f"note: {name}: next_observations show {cuts} episode cuts that nothing marks")
     return stored, known
+
+
+def _deviation(x):
+    """Population deviation (S,) of each column of x (N, S), in float64."""
+    mean = x.mean(0, dtype=np.float64)
+    squares = sum(np.square(part - mean).sum(0) for _, part in _blocks(x))
+    return np.sqrt(squares / len(x))
 
 
 def _finish(name, rows: Rows, device) -> Data:
@@ -463,7 +477,10 @@ def _read_columns(name, columns, raw, eval_env, task, d4rl):
         end[:-1] |= np.linalg.norm(obs[1:, :2] - obs[:-1, :2], axis=1) > 1
     end |= terminal & (not ogbench)
     stored, final = (fill(k) if k in columns else None for k in (KEYS[3], "final_observations"))
-    next_obs, known = _link(name, obs, stored, terminal, end, final)
+    kinds = [columns[k].dtype for k in ("observations", KEYS[3]) if k in columns]
+    kinds = [np.dtype(np.float32), *(kind for kind in kinds if kind.kind == "f")]
+    precision = max(kinds, key=lambda kind: np.finfo(kind).eps)
+    next_obs, known = _link(name, obs, stored, precision, end, final)
     return Rows(obs, action, reward, next_obs, terminal, end, known, low, high, task)
 
 

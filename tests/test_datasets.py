@@ -184,6 +184,75 @@ def test_cuts_that_nothing_marks_are_found(tmp_path, flagged, capsys):
 def test_stored_next_copied_from_the_next_episode_is_not_used(tmp_path):
     arrays, _ = flat(ENDS)
     stored = np.roll(arrays["observations"], -1, axis=0)  # what a careless writer stores
+@pytest.mark.parametrize("unit", [1e-9, 1, 1e9])
+@pytest.mark.parametrize("column, size, cut", [
+    (0, 0.9, False), (0, 1.1, True), (1, 2, False), (1, 3, True), (2, 2, False), (2, 3, True),
+])  # fmt: skip
+def test_how_far_the_next_row_may_be(tmp_path, unit, column, size, cut):
+    """Column 0 has mean 0 and takes sizes in millionths of its deviation. In column 1 the mean is
+    large and column 2 is constant: there a size counts the smallest steps of a float32."""
+    obs = np.random.default_rng(0).normal(size=(20, 3)) * [1, 1, 0] + [0, 1e5, 0.1]
+    obs[8, :2] = 0, 1e5
+    obs = np.float32(obs * unit)
+    step = [1e-6 * obs[:, 0].std(dtype=float), *np.spacing(obs[8, 1:])][column]
+    stored = np.roll(obs, -1, axis=0)
+    stored[7, column] += np.float32(size * step)
+    arrays, _ = flat([(20, "cut")])
+    arrays |= {"observations": obs, "next_observations": stored}
+    data, _ = load_dataset(write(tmp_path / "x.npz", without(arrays, "timeouts")))
+    assert data.episode.bincount().tolist() == ([8, 12] if cut else [20])
+
+
+@pytest.mark.parametrize("unit, mean, kinds", [
+    (1e-9, 0, "f4 f4"), (1e9, 0, "f8 f4"), (1, 1e5, "f4 f8"), (1, 0, "f2 f4"), (1, 9, "f4 f2"),
+    (1e-4, 0, "f8 f2"), (1e-4, 0, "f2 f8"),
+])  # fmt: skip
+def test_units_and_precisions_make_and_hide_no_cut(tmp_path, unit, mean, kinds):
+    """Numbers of 1e-4 are below the normal ones of a float16, where its steps are relatively
+    large. The last column is constant."""
+    arrays, true_next = flat(ENDS)
+    pair = {"observations": arrays["observations"], "next_observations": true_next}
+    for (key, x), kind in zip(pair.items(), kinds.split(), strict=True):
+        wide = np.c_[x, np.ones(19)].astype(float) * unit + mean
+        arrays[key] = wide.astype(kind)
+    data, _ = load_dataset(write(tmp_path / "x.npz", without(arrays, "timeouts")))
+    assert data.episode.bincount().tolist() == [4, 5, 1, 6, 3]
+
+
+def test_a_value_that_is_not_finite_is_named_beside_stored_next_ones(tmp_path, recwarn):
+    arrays, true_next = flat(ENDS)
+    arrays |= {"next_observations": true_next}
+    arrays["observations"][7, 1] = np.inf
+    with pytest.raises(InputError, match="observations row 7 is NaN or infinite"):
+        load_dataset(write(tmp_path / "x.npz", arrays))
+    assert not recwarn.list
+
+
+@pytest.mark.parametrize("steps, lengths", [(4, [4]), (5, [5]), (6, [4, 1])])
+def test_a_time_limit_ends_an_episode_after_exactly_its_steps(tmp_path, steps, lengths):
+    """A terminal one step before the limit of 5, on it and one step after it; then 12 steps without
+    an end. The row at a limit and the last row are dropped, a terminal row never is."""
+    arrays, _ = flat([(steps, "terminal"), (12, "cut")])
+    path = write(tmp_path / "x.npz", without(arrays, "timeouts"), {"max_episode_steps": 5})
+    data, _ = load_dataset(path)
+    assert data.episode.bincount().tolist() == [*lengths, 4, 4, 1]
+    assert data.terminal.nonzero().flatten().tolist() == [sum(lengths) - 1]
+    lost = [4] * (steps == 6) + [steps + i for i in (4, 9, 11)]
+    kept = [i for i in range(steps + 12) if i not in lost]
+    np.testing.assert_array_equal(data.obs, arrays["observations"][kept])
+
+
+def test_the_limit_is_the_files_and_then_the_tasks(tmp_path):
+    arrays, _ = flat([(450, "cut")], obs_dim=3, act_dim=1)
+    arrays = without(arrays, "timeouts")
+    found = {}
+    for limit in (None, 300):
+        path = write(tmp_path / "x.npz", arrays, {"max_episode_steps": limit})
+        data, _ = load_dataset(path, eval_env="Pendulum-v1")
+        found[limit] = data.episode.bincount().tolist()
+    assert found == {None: [199, 199, 49], 300: [299, 149]}
+
+
     data, _ = load_dataset(write(tmp_path / "x.hdf5", arrays | {"next_observations": stored}))
     ends = [8, 15]  # the last row wraps to row 0, which is not the row after it: believed
     rows = [i for i in range(19) if i not in ends]
@@ -210,6 +279,53 @@ def test_digest_tells_content_apart(tmp_path):
 def test_float64_compressed_chunks(tmp_path):
     arrays, true_next = flat([(700, "terminal"), (900, "timeout"), (400, "cut")], seed=3)
     with h5py.File(tmp_path / "x.hdf5", "w") as f:
+def still(action=1.0, low=-1.0, high=1.0, **more):
+    """A file of two episodes of three steps, in which one array can change alone: nothing moves,
+    actions lie at a bound, and a reward of 1e9 hides small ones in the float32 of a sum. An array
+    that is None is left out."""
+    arrays = {
+        "observations": np.ones((6, 2), np.float32),
+        "actions": np.full((6, 2), action, np.float32),
+        "rewards": np.float32([1e9, 1, 0, 0, 1, 1e9]),
+        "terminals": np.zeros(6, bool),
+        "timeouts": np.arange(6) % 3 == 2,
+        "final_observations": np.ones((2, 2), np.float32),
+    }
+    arrays = {key: x for key, x in (arrays | more).items() if x is not None}
+    return arrays, {"action_low": [-1, low], "action_high": [1, high]}
+
+
+def changed(key, place, value, **more):
+    """Two files of `still`, one number apart."""
+    one, two = still(**more), still(**more)
+    two[0][key][place] = value
+    return one, two
+
+
+CHANGED = {
+    "obs": changed("observations", (0, 1), 2),
+    "action": changed("actions", (5, 1), 0.5),
+    "reward": changed("rewards", 4, 2),
+    "next_obs": changed("final_observations", (1, 0), 2),
+    "terminal": changed("terminals", 5, True),
+    "episode": (still(), still(timeouts=np.array([0, 0, 0, 1, 0, 1], bool))),
+    # Without it the last row of an episode is dropped, but it counts in the return.
+    "episode_return": changed("rewards", 5, 2, final_observations=None),
+    "action_low": (still(action=1), still(action=1, low=-2)),
+    "action_high": (still(action=-1), still(action=-1, high=2)),
+}
+
+
+@pytest.mark.parametrize("field", CHANGED)
+def test_digest_depends_on_every_array(tmp_path, field):
+    one, two = (load_dataset(write(tmp_path / "x.npz", *file))[0] for file in CHANGED[field])
+    arrays = {key: x for key, x in vars(one).items() if isinstance(x, torch.Tensor)}
+    arrays = {key: x for key, x in arrays.items() if not key.startswith("obs_")}
+    assert CHANGED.keys() == arrays.keys()
+    assert [key for key, x in arrays.items() if not torch.equal(x, getattr(two, key))] == [field]
+    assert one.digest != two.digest
+
+
         for key, x in (arrays | {"next_observations": true_next}).items():
             wide = x.astype(np.float64) if x.dtype == np.float32 else x
             f.create_dataset(key, data=wide, compression="gzip", chunks=(37, *x.shape[1:]))
