@@ -531,7 +531,8 @@ def download(name, target, urls, variable, sha256="") -> Path:
                         digest.update(block)
                     size, due = out.tell(), source.headers.get("Content-Length") or out.tell()
                 require(size == int(due), f"{size} of {due} bytes arrived")
-                require(sha256 in ("", digest.hexdigest()), f"sha256 {digest.hexdigest()}")
+                found = digest.hexdigest()
+                require(sha256 in ("", found), f"its sha256 is {found}, not {sha256}")
                 _try_open(partial, target.suffix)  # not an error page, nor a file cut short
                 os.replace(partial, target)
                 return target

@@ -1,6 +1,7 @@
 """harness/datasets.py against independent oracles, on tiny files that the tests write."""
 
 import contextlib
+import csv
 import fcntl
 import functools
 import hashlib
@@ -9,6 +10,8 @@ import itertools
 import json
 import multiprocessing
 import os
+import re
+import shutil
 import socket
 import sys
 import tempfile
@@ -181,9 +184,6 @@ def test_cuts_that_nothing_marks_are_found(tmp_path, flagged, capsys):
     assert "2 episode cuts" in capsys.readouterr().out
 
 
-def test_stored_next_copied_from_the_next_episode_is_not_used(tmp_path):
-    arrays, _ = flat(ENDS)
-    stored = np.roll(arrays["observations"], -1, axis=0)  # what a careless writer stores
 @pytest.mark.parametrize("unit", [1e-9, 1, 1e9])
 @pytest.mark.parametrize("column, size, cut", [
     (0, 0.9, False), (0, 1.1, True), (1, 2, False), (1, 3, True), (2, 2, False), (2, 3, True),
@@ -253,6 +253,9 @@ def test_the_limit_is_the_files_and_then_the_tasks(tmp_path):
     assert found == {None: [199, 199, 49], 300: [299, 149]}
 
 
+def test_stored_next_copied_from_the_next_episode_is_not_used(tmp_path):
+    arrays, _ = flat(ENDS)
+    stored = np.roll(arrays["observations"], -1, axis=0)  # what a careless writer stores
     data, _ = load_dataset(write(tmp_path / "x.hdf5", arrays | {"next_observations": stored}))
     ends = [8, 15]  # the last row wraps to row 0, which is not the row after it: believed
     rows = [i for i in range(19) if i not in ends]
@@ -276,9 +279,6 @@ def test_digest_tells_content_apart(tmp_path):
     assert one.digest == same.digest != other.digest and len(one.digest) == 16
 
 
-def test_float64_compressed_chunks(tmp_path):
-    arrays, true_next = flat([(700, "terminal"), (900, "timeout"), (400, "cut")], seed=3)
-    with h5py.File(tmp_path / "x.hdf5", "w") as f:
 def still(action=1.0, low=-1.0, high=1.0, **more):
     """A file of two episodes of three steps, in which one array can change alone: nothing moves,
     actions lie at a bound, and a reward of 1e9 hides small ones in the float32 of a sum. An array
@@ -326,6 +326,9 @@ def test_digest_depends_on_every_array(tmp_path, field):
     assert one.digest != two.digest
 
 
+def test_float64_compressed_chunks(tmp_path):
+    arrays, true_next = flat([(700, "terminal"), (900, "timeout"), (400, "cut")], seed=3)
+    with h5py.File(tmp_path / "x.hdf5", "w") as f:
         for key, x in (arrays | {"next_observations": true_next}).items():
             wide = x.astype(np.float64) if x.dtype == np.float32 else x
             f.create_dataset(key, data=wide, compression="gzip", chunks=(37, *x.shape[1:]))
@@ -432,20 +435,45 @@ def test_tables_are_consistent():
         assert bool(row["env_id"]) != ("without evaluation" in row["note"])
 
 
+def test_sums_of_d4rls_files_are_well_formed():
+    files = tasks.table("d4rl_files.csv").values()
+    known = [row for row in files if row["sha256"]]
+    assert all(re.fullmatch("[0-9a-f]{64}", row["sha256"]) for row in known)
+    assert len({row["sha256"] for row in known}) == len(known) > len(files) / 2
+    assert all((int(row["bytes"] or 0) > 0) == bool(row["sha256"]) for row in files)
+
+
 # ------------------------------------------------------------------ D4RL
 
 
-def d4rl_file(tmp_path, name, obs_dim=11, act_dim=3, ends=ENDS, **extra):
-    """A mirror's folder with one file under its official path."""
-    path = tmp_path / "mirror" / tasks.table("d4rl_files.csv")[name]["path"]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    arrays, true_next = flat(ends, obs_dim, act_dim)
-    write(path, arrays | {k: f(arrays, true_next) for k, f in extra.items()})
-    return path
+@pytest.fixture
+def d4rl_file(tmp_path, monkeypatch):
+    """Factory of a mirror's file under its official path. The table knows its size and sum, unless
+    `known` is False."""
+
+    def make(name, obs_dim=11, act_dim=3, known=True, **extra):
+        row = tasks.table("d4rl_files.csv")[name]
+        path = tmp_path / "mirror" / row["path"]
+        path.parent.mkdir(parents=True)
+        arrays, true_next = flat(ENDS, obs_dim, act_dim)
+        write(path, arrays | {k: f(arrays, true_next) for k, f in extra.items()})
+        content = path.read_bytes()
+        row |= {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest() * known}
+        shutil.copytree(tasks.DATA_DIR, tables := tmp_path / "tables", ignore=bundled)
+        with open(tables / "d4rl_files.csv", "w", newline="") as file:
+            writer = csv.DictWriter(file, row)
+            writer.writeheader()
+            writer.writerow(row)
+        monkeypatch.setattr(tasks, "DATA_DIR", tables)
+        monkeypatch.setenv("D4RL_MIRRORS", f"file://{tmp_path}/mirror")
+        return path
+
+    bundled = shutil.ignore_patterns("*.npz", "paper_tables")
+    return make
 
 
-def test_d4rl_name_is_downloaded_once_and_cached(tmp_path, monkeypatch):
-    path = d4rl_file(tmp_path, "hopper-medium-v2", next_observations=lambda a, n: n)
+def test_d4rl_name_is_downloaded_once_and_cached(tmp_path, monkeypatch, d4rl_file):
+    path = d4rl_file("hopper-medium-v2", next_observations=lambda a, n: n)
     monkeypatch.setenv("D4RL_MIRRORS", f"file://{tmp_path}/missing file://{tmp_path}/mirror")
     data, task = load_dataset("hopper-medium-v2")
     assert (task.id, task.ref_max, len(data.obs)) == ("Hopper-v4", 3234.3, 19)
@@ -477,20 +505,18 @@ class Cut(http.server.SimpleHTTPRequestHandler):
 
 
 @pytest.mark.parametrize("broken", ["short", "page", "sha256"])
-def test_a_bad_download_is_refused_and_leaves_nothing(tmp_path, monkeypatch, broken):
-    path = d4rl_file(tmp_path, "hopper-medium-v2")
+def test_a_bad_download_is_refused_and_leaves_nothing(tmp_path, monkeypatch, d4rl_file, broken):
+    path = d4rl_file("hopper-medium-v2", known=broken != "page")
     server = http.server.ThreadingHTTPServer(
         ("127.0.0.1", 0), functools.partial(Cut, directory=str(tmp_path / "mirror")))  # fmt: skip
     server.limit = 2000 if broken == "short" else None
     threading.Thread(target=server.serve_forever, daemon=True).start()
     if broken == "page":
         path.write_bytes(b"<html>moved</html>" * 100)
+    elif broken == "sha256":  # another file of the same size, which can be read as well
+        path.write_bytes(path.read_bytes().replace(b"rewards", b"rewardz"))
     monkeypatch.setenv("D4RL_MIRRORS", f"http://127.0.0.1:{server.server_port}")
     with pytest.raises(InputError) as error:
-        if broken == "sha256":
-            target = tmp_path / "d4rl" / "hopper_medium-v2.hdf5"
-            url = f"http://127.0.0.1:{server.server_port}/gym_mujoco_v2/hopper_medium-v2.hdf5"
-            datasets.download("hopper-medium-v2", target, [url], "D4RL_MIRRORS", "0" * 64)
         load_dataset("hopper-medium-v2", eval_env="none")
     server.shutdown()
     message = str(error.value)
@@ -501,9 +527,8 @@ def test_a_bad_download_is_refused_and_leaves_nothing(tmp_path, monkeypatch, bro
     assert not list((tmp_path / "d4rl").iterdir())
 
 
-def test_processes_that_start_together_download_once(tmp_path, monkeypatch):
-    d4rl_file(tmp_path, "hopper-medium-v2")
-    monkeypatch.setenv("D4RL_MIRRORS", f"file://{tmp_path}/mirror")
+def test_processes_that_start_together_download_once(tmp_path, d4rl_file):
+    d4rl_file("hopper-medium-v2")
 
     def work(number):
         with open(tmp_path / f"said{number}", "w") as out, contextlib.redirect_stdout(out):
@@ -520,26 +545,23 @@ def test_processes_that_start_together_download_once(tmp_path, monkeypatch):
     assert sum("downloading" in s for s in said) == 1
 
 
-def test_kitchen_trains_without_evaluation(tmp_path, monkeypatch, capsys):
-    d4rl_file(tmp_path, "kitchen-mixed-v0", obs_dim=60, act_dim=9)
-    monkeypatch.setenv("D4RL_MIRRORS", f"file://{tmp_path}/mirror")
+def test_kitchen_trains_without_evaluation(d4rl_file, capsys):
+    d4rl_file("kitchen-mixed-v0", obs_dim=60, act_dim=9)
     assert load_dataset("kitchen-mixed-v0")[1] is None
     assert "without evaluation" in capsys.readouterr().out
 
 
-def test_d4rl_ant_has_111_numbers(tmp_path, monkeypatch):
-    d4rl_file(tmp_path, "ant-medium-v2", obs_dim=111, act_dim=8)
-    monkeypatch.setenv("D4RL_MIRRORS", f"file://{tmp_path}/mirror")
+def test_d4rl_ant_has_111_numbers(d4rl_file):
+    d4rl_file("ant-medium-v2", obs_dim=111, act_dim=8)
     _, task = load_dataset("ant-medium-v2")
     obs, _ = task.make().reset(seed=0)
     assert obs.shape == (111,) and not obs[27:].any() and obs[:27].any()
 
 
-def test_d4rl_antmaze_task(tmp_path, monkeypatch):
+def test_d4rl_antmaze_task(d4rl_file):
     """29 numbers, position first, in D4RL's coordinates: start near 0, goal beyond its cell."""
     pytest.importorskip("gymnasium_robotics")
-    d4rl_file(tmp_path, "antmaze-medium-play-v2", obs_dim=29, act_dim=8)
-    monkeypatch.setenv("D4RL_MIRRORS", f"file://{tmp_path}/mirror")
+    d4rl_file("antmaze-medium-play-v2", obs_dim=29, act_dim=8)
     _, task = load_dataset("antmaze-medium-play-v2")
     assert task.success and task.id == "AntMaze_Medium-v4"
     env = task.make()
