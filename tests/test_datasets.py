@@ -140,7 +140,9 @@ def test_flat_files_match_the_plain_loop(tmp_path, suffix, timeouts):
 @pytest.mark.parametrize("suffix", [".npz", ".hdf5"])
 def test_more_rows_than_a_block(tmp_path, suffix):
     """Blocks are converted one after the other; rows that are dropped move the later ones."""
-    arrays, _ = flat([(40_000, "terminal"), (20, "timeout"), (40_000, "timeout"), (9, "cut")])
+    lengths = [40_000, 20, 40_000, 9]
+    kinds = ["terminal", "timeout", "timeout", "cut"]
+    arrays, true_next = flat(list(zip(lengths, kinds, strict=True)))
     arrays["actions"] *= 1 + 1e-7
     data, _ = load_dataset(write(tmp_path / f"x{suffix}", arrays))
     want = plain_loop(arrays)
@@ -150,6 +152,9 @@ def test_more_rows_than_a_block(tmp_path, suffix):
     np.testing.assert_array_equal(data.reward, arrays["rewards"][here])
     np.testing.assert_array_equal(data.next_obs, arrays["observations"][next_])
     assert data.action.abs().max() <= 1
+    unmarked = without(arrays, "timeouts") | {"next_observations": true_next}
+    data, _ = load_dataset(write(tmp_path / f"x{suffix}", unmarked))
+    assert data.episode.bincount().tolist() == lengths
     arrays["observations"][70_000, 1] = np.nan
     with pytest.raises(InputError, match="observations row 70000 is NaN"):
         load_dataset(write(tmp_path / f"x{suffix}", arrays))
@@ -184,11 +189,11 @@ def test_cuts_that_nothing_marks_are_found(tmp_path, flagged, capsys):
     assert "2 episode cuts" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("unit", [1e-9, 1, 1e9])
+@pytest.mark.parametrize("unit, kind", [(1e-9, "f4"), (1, "f8"), (1e9, "f4")])
 @pytest.mark.parametrize("column, size, cut", [
     (0, 0.9, False), (0, 1.1, True), (1, 2, False), (1, 3, True), (2, 2, False), (2, 3, True),
 ])  # fmt: skip
-def test_how_far_the_next_row_may_be(tmp_path, unit, column, size, cut):
+def test_how_far_the_next_row_may_be(tmp_path, unit, kind, column, size, cut):
     """Column 0 has mean 0 and takes sizes in millionths of its deviation. In column 1 the mean is
     large and column 2 is constant: there a size counts the smallest steps of a float32."""
     obs = np.random.default_rng(0).normal(size=(20, 3)) * [1, 1, 0] + [0, 1e5, 0.1]
@@ -198,7 +203,7 @@ def test_how_far_the_next_row_may_be(tmp_path, unit, column, size, cut):
     stored = np.roll(obs, -1, axis=0)
     stored[7, column] += np.float32(size * step)
     arrays, _ = flat([(20, "cut")])
-    arrays |= {"observations": obs, "next_observations": stored}
+    arrays |= {"observations": obs.astype(kind), "next_observations": stored.astype(kind)}
     data, _ = load_dataset(write(tmp_path / "x.npz", without(arrays, "timeouts")))
     assert data.episode.bincount().tolist() == ([8, 12] if cut else [20])
 
@@ -260,6 +265,7 @@ def test_stored_next_copied_from_the_next_episode_is_not_used(tmp_path):
     ends = [8, 15]  # the last row wraps to row 0, which is not the row after it: believed
     rows = [i for i in range(19) if i not in ends]
     np.testing.assert_array_equal(data.obs, arrays["observations"][rows])
+    assert data.episode.bincount().tolist() == [4, 4, 1, 5, 3]
 
 
 def test_an_episode_that_loses_all_rows_leaves_no_gap(tmp_path):
@@ -558,6 +564,21 @@ def test_d4rl_ant_has_111_numbers(d4rl_file):
     assert obs.shape == (111,) and not obs[27:].any() and obs[:27].any()
 
 
+@pytest.mark.parametrize("jump, lengths", [
+    ((1, 0), [9]), ((0, -1.001), [4, 4]), ((0.75, 0.75), [4, 4]),
+])  # fmt: skip
+def test_an_ant_that_jumps_has_begun_anew(tmp_path, jump, lengths):
+    """More than 1 m between two rows of a maze's file is a cut, 1 m is not."""
+    arrays, _ = flat([(10, "cut")], obs_dim=29, act_dim=8)
+    arrays["observations"][:5, :2] = 0
+    arrays["observations"][5:, :2] = jump
+    (tmp_path / "d4rl").mkdir()
+    row = tasks.table("d4rl_files.csv")["antmaze-umaze-v0"]
+    write(tmp_path / "d4rl" / row["path"].split("/")[-1], arrays)
+    data, _ = load_dataset("antmaze-umaze-v0", eval_env="none")
+    assert data.episode.bincount().tolist() == lengths
+
+
 def test_d4rl_antmaze_task(d4rl_file):
     """29 numbers, position first, in D4RL's coordinates: start near 0, goal beyond its cell."""
     pytest.importorskip("gymnasium_robotics")
@@ -580,6 +601,14 @@ def test_d4rl_antmaze_task(d4rl_file):
     obs, reward, terminated, *_ = env.step(np.zeros(8, np.float32))
     np.testing.assert_allclose(obs[:2], maze.data.qpos[:2] - origin, atol=1e-5)
     assert reward == 1 and terminated
+    here, inside, outside = np.zeros(2), np.nextafter(0.5, 0), np.nextafter(0.5, 1)
+    for gap, reached in {0.4: 1, inside: 1, 0.5: 1, outside: 0, 0.6: 0}.items():
+        assert maze.compute_terminated(here, np.array([0, gap]), {}) == bool(reached), gap
+        assert maze.compute_reward(here, np.array([gap, 0]), {}) == reached, gap
+    goals = np.array([maze.generate_target_goal() for _ in range(500)]) - origin
+    assert 20 <= goals.min() < 20.1 and 21.4 < goals.max() <= 21.5  # the sum of two offsets
+    assert np.abs(goals.mean(0) - 20.75).max() < 0.05
+    assert np.abs(goals.var(0) - (1**2 + 0.5**2) / 12).max() < 0.02
     # walls, in D4RL's coordinates: row 1 of the map is 1r011001
     walls = [g for g in range(maze.model.ngeom) if maze.model.geom(g).name.startswith("block")]
     centers = {tuple(np.round(maze.model.geom_pos[g, :2] - origin).astype(int)) for g in walls}

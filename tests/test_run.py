@@ -14,6 +14,7 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Annotated, ClassVar
 
 import gymnasium
@@ -37,7 +38,19 @@ from short_runs import (
 )
 from torch import nn
 
-from common import BatchSize, Count, InputError, NonNegative, Positive, Range, RunArgs, Seed, Share
+from common import (
+    Adam,
+    BatchSize,
+    Count,
+    InputError,
+    NonNegative,
+    Positive,
+    Range,
+    RunArgs,
+    Seed,
+    Share,
+    sample,
+)
 from harness import main, parse
 from harness.folder import load_tensors
 from harness.run import Run, averaged, evaluate, number_type, number_types, seed_everything
@@ -402,38 +415,98 @@ def test_evaluate_needs_no_gradient():
     assert evaluate(net, [FakeEnv(1, True)], 1, torch.device("cpu")).tolist() == [1]
 
 
-def test_summary_is_the_mean_of_the_last_ten(here):
-    values = iter(range(1, 100))
+class Paying(gymnasium.Env):
+    """Episodes of three steps. The k-th of all returns (40 - k)^3, which is the sum of its rewards
+    and neither the first nor the last."""
 
-    def scripted(run):
-        run.evaluate = lambda act: np.full(2, float(next(values)))
+    observation_space = gymnasium.spaces.Box(-1, 1, (3,), np.float32)
+    action_space = gymnasium.spaces.Box(-2, 2, (1,), np.float32)
+    seeds: ClassVar = []  # of all episodes
 
-    final, _ = start("bc", prepare=scripted, eval_env=None, eval_every=1, steps=12)
-    summary = json.loads((folder("bc") / "summary.json").read_text())
-    assert final == summary["score"] == np.mean(range(3, 13)) == 7.5
-    assert (summary["last"], summary["best"], summary["evaluations"]) == (12, 12, 12)
-    assert summary["averaged"] == 10
-    table = rows(folder("bc") / "eval.csv")
-    assert [float(row["score"]) for row in table] == list(range(1, 13))
+    def reset(self, *, seed=None, options=None):
+        self.rewards = [7.0, (40.0 - len(self.seeds)) ** 3 - 12, 5.0]
+        self.seeds.append(seed)
+        return np.zeros(3, np.float32), {}
+
+    def step(self, action):
+        reward = self.rewards.pop(0)
+        return np.zeros(3, np.float32), reward, not self.rewards, False, {}
+
+
+gymnasium.register("Paying-v0", Paying)
+
+
+@pytest.mark.parametrize(("log", "last"), [("log.npz", 10), ("log-singletask-v0.npz", 3)])
+def test_scores_are_means_of_as_many_as_they_say(here, monkeypatch, capsys, log, last):
+    """Of an evaluation's episodes, and of the last evaluations: returns are so skewed that no
+    median, and no other number of them, gives the same. The name of the dataset decides how many
+    evaluations count, as in tools/report.py."""
+    monkeypatch.setattr(Paying, "seeds", [])
+    write_log(log)
+    values = dict(eval_env="Paying-v0", eval_every=1, eval_episodes=3, steps=12)
+    final, run = start("bc", env=log, **values)
+    returns = (40.0 - np.arange(36).reshape(12, 3)) ** 3
+    table = rows(run.folder.path / "eval.csv")
     assert [int(row["step"]) for row in table] == list(range(1, 13))
-    assert {"return", "episode_0", "episode_1"} <= table[0].keys()
-
-
-def test_on_ogbench_the_summary_is_the_mean_of_the_last_three(here, capsys):
-    """The name of the dataset decides, as in tools/report.py."""
-    assert [averaged(x) for x in ("hopper-medium-v2", "scene-play-singletask-v0")] == [10, 3]
-    write_log("log-singletask-v0.npz")
-    values = iter(range(1, 100))
-
-    def scripted(run):
-        run.evaluate = lambda act: np.full(2, float(next(values)))
-
-    env = dict(env="log-singletask-v0.npz", eval_env=None)
-    final, run = start("bc", prepare=scripted, eval_every=1, steps=12, **env)
+    episodes = [[float(x) for key, x in row.items() if "episode_" in key] for row in table]
+    assert episodes == returns.tolist()
+    means = returns.mean(1)
+    for key in ("return", "score"):
+        np.testing.assert_allclose([float(row[key]) for row in table], means)
     summary = json.loads((run.folder.path / "summary.json").read_text())
-    assert final == summary["score"] == np.mean([10, 11, 12]) == 11
-    assert (summary["averaged"], summary["evaluations"]) == (3, 12)
-    assert "bc return 11.0 | " in capsys.readouterr().out.splitlines()[-1]
+    assert final == summary["score"] == pytest.approx(means[-last:].mean())
+    assert (summary["averaged"], summary["evaluations"]) == (last, 12) and averaged(log) == last
+    assert (summary["last"], summary["best"]) == pytest.approx((means[-1], means[0]))
+    assert f"bc return {final:.1f} | " in capsys.readouterr().out.splitlines()[-1]
+
+
+def test_fewer_evaluations_than_a_score_averages(here, monkeypatch):
+    monkeypatch.setattr(Paying, "seeds", [])
+    final, _ = start("bc", eval_env="Paying-v0", eval_every=10, eval_episodes=1)
+    assert final == np.mean([40**3, 39**3])
+
+
+def test_evaluations_of_a_run_share_their_starts_and_runs_of_other_seeds_do_not(here, monkeypatch):
+    starts = {}
+    for seed in (3, 4):
+        monkeypatch.setattr(Paying, "seeds", [])
+        start("bc", eval_env="Paying-v0", eval_every=5, eval_episodes=3, seed=seed)
+        starts[seed] = Paying.seeds[:3]
+        assert Paying.seeds == 4 * starts[seed]
+    assert len({*starts[3], *starts[4]}) == 6
+
+
+def drawn(seed, name, first_steps):
+    """What the two phases of a run draw in their first two steps, and the weights it begins with:
+    (phase, step, what) -> numbers. `first_steps` is the length of the first phase."""
+    import fisher_brc
+
+    draws = {}
+
+    def train(run, data, args):
+        nets = nn.Linear(3, 4)
+        draws["start", 0, "weights"] = nets.weight.flatten().tolist()
+        run.start(nets, SimpleNamespace(adam=Adam(nets.parameters(), 1e-3)))
+        for phase, steps in {"behavior": first_steps, "train": 2}.items():
+            for t in run.loop(steps, phase):
+                new = {"batch": sample(data, 8, ["reward"])[0], "noise": torch.randn(8)}
+                new |= {"numpy's noise": np.random.rand(8)}
+                if t <= 2:
+                    draws.update({(phase, t, key): x.tolist() for key, x in new.items()})
+                run.after(t, {"loss": torch.zeros(())})
+
+    words = flags(ROOT / "algorithms" / "fisher_brc.py", seed=seed, name=name, eval_env="none")
+    main(fisher_brc.Args, {}, train, words)
+    return draws
+
+
+def test_batches_and_noise_are_those_of_the_seed_and_the_phase(here):
+    """They repeat when the same seed and phase come again, after an earlier phase of another length
+    too, and no two of them are alike."""
+    one, again, other = drawn(3, "one", 2), drawn(3, "again", 5), drawn(4, "other", 2)
+    assert one == again
+    different = [tuple(x) for x in (*one.values(), *other.values())]
+    assert len(set(different)) == len(different) == 2 * (1 + 2 * 2 * 3)
 
 
 def test_evaluation_leaves_the_random_stream_alone(here):
