@@ -1,6 +1,9 @@
 """What every file of algorithms/ must satisfy, whatever it computes."""
 
+import copy
 import dataclasses
+import functools
+import hashlib
 import importlib
 import json
 import os
@@ -10,14 +13,17 @@ import shutil
 import signal
 import subprocess
 import sys
+import typing
 from pathlib import Path
 
+import conftest
 import numpy as np
 import pytest
 import torch
 from short_runs import (
     ROOT,
     SCRIPTS,
+    SHORT,
     assert_same_run,
     at,
     checkpoint,
@@ -27,15 +33,17 @@ from short_runs import (
     rows,
     run_main,
     same,
+    short,
     start,
     stop_by,
     tracked,
 )
 from stand_in import PlainRun
+from torch import nn
 
-from common import RunArgs
+from common import MLP, Data, InputError, RunArgs
 from harness import load_dataset, parse
-from harness.run import preset_of
+from harness.run import number_type, preset_of
 
 NAMES = [path.stem for path in SCRIPTS]
 FILES = {path.stem: path for path in SCRIPTS}
@@ -109,27 +117,6 @@ def test_phases_are_those_of_the_loop_in_order(name, here, whole):
     for phase, field in declared.items():
         if field and phase in ran:
             assert run.count(phase) == getattr(run.args, field), phase
-
-
-@algorithm
-def test_policy_is_within_the_bounds_and_looks_at_one_row_at_a_time(name, here):
-    """policy(nets, obs, args): raw observations in, actions in the task's bounds out."""
-    args, _ = parse(module(name).Args, module(name).PRESETS, flags(FILES[name]))
-    data, _ = load_dataset("log.npz", "cpu", "none")
-    torch.manual_seed(0)
-    nets = module(name).Nets(data, args)
-
-    def act(obs, seed=1):
-        torch.manual_seed(seed)
-        return module(name).policy(nets, obs, args)
-
-    with torch.no_grad():
-        obs = 100 * torch.randn(50, 3)
-        a = act(obs)
-        assert a.shape == (50, 1) and a.abs().max() <= 2
-        assert torch.equal(a, act(obs))
-        if torch.equal(a, act(obs, seed=2)):  # it acts without noise
-            torch.testing.assert_close(a[7:8], act(obs[7:8]), atol=1e-5, rtol=1e-5)
 
 
 SHIFTED = [name for name in NAMES if "    reward_shift: " in FILES[name].read_text()]
@@ -243,19 +230,30 @@ def test_help_names_every_flag(name, capsys):
 
 
 @algorithm
-def test_a_typed_flag_wins_over_the_preset_also_at_its_default(name):
+def test_every_row_of_presets_is_in_force_and_a_typed_flag_wins(name):
+    """A typed flag wins also at its default. Rows of equal values are parsed once."""
     Args, presets = module(name).Args, module(name).PRESETS
-    default = Args()
-    for env in sorted({"log.npz", default.env, "antmaze-umaze-v2", "D4RL/pen/human-v2"}):
+    default, parsed = Args(), set()
+    rows = {pattern.replace("*", "x").replace("?", "-"): row for pattern, row in presets.items()}
+    for env, row in rows.items():
+        found = preset_of(presets, env)
+        assert row.items() <= found.items(), f"{env}: a later row hides this one"
+        if repr(found) in parsed:
+            continue
+        parsed.add(repr(found))
         args, preset = parse(Args, presets, ["--env", env])
-        assert preset.items() <= preset_of(presets, env).items()
-        for key, value in preset_of(presets, env).items():
-            assert getattr(args, key) == value
-            if isinstance(value, int | float) and not isinstance(value, bool):
-                if getattr(default, key) is not None:
-                    flag = f"--{key.replace('_', '-')}={getattr(default, key)}"
-                    typed, _ = parse(Args, presets, ["--env", env, flag])
-                    assert getattr(typed, key) == getattr(default, key), key
+        assert row.items() <= preset.items() and preset.items() <= vars(args).items(), env
+        words = []
+        for key in found:
+            value, flag = getattr(default, key), key.replace("_", "-")
+            if isinstance(value, bool):
+                words.append(f"--{flag}" if value else f"--no-{flag}")
+            elif value is not None:
+                words.append(f"--{flag}={value}")
+        typed, _ = parse(Args, presets, ["--env", env, *words])
+        for key in found:
+            if getattr(default, key) is not None:
+                assert getattr(typed, key) == getattr(default, key), key
 
 
 @algorithm
@@ -290,6 +288,298 @@ def test_resolving_twice_is_resolving_once(name):
         once = dict(vars(args))
         args.resolve()
         assert vars(args) == once
+
+
+# ---- the wiring between a right loss and a right score ---------------------------------------
+
+# Flags that change no number of training. The run uses them: which data, which seed, which machine,
+# what it writes and when, and how long and where it evaluates.
+OF_THE_RUN = {field.name for field in dataclasses.fields(RunArgs)} | {"env", "seed", "eval_every"}
+FEW = dict(hidden=32, width=32, members=1, samples=2, n_actions=2, n=3, k=2, sample_steps=6)
+CLONING = {  # flags with which Q or entropy does not outweigh cloning in the bandit below
+    "brac": dict(alpha=10.0),
+    "brac_plus": dict(eps=0.0, h0=-10.0, lr=1e-3, actor_lr=1e-3),
+    "cql": dict(warm_start=1000, actor_lr=1e-2),
+    "fisher_brc": dict(bc_lr=1e-2),
+    "itrpo": dict(kl_coef=10.0, bc_lr=1e-2),
+    "rebrac": dict(actor_bc=1000.0, actor_lr=3e-4),
+    "sac_bc": dict(alpha_bc=10.0),
+    "td3_bc": dict(alpha=0.1),
+}
+NOISY = {"fql", "fql distill", "brac eval_samples"}  # files, or their variants, that act with noise
+OWN_RATES = {  # optimizers whose rate no flag sets, because the paper or the code has one number
+    "arq": {"actor"},
+    "brac_plus": {"behavior", "init"},
+}
+LOW, HIGH = torch.tensor([-1.0, 2.0]), torch.tensor([3.0, 12.0])  # the bandit's bounds
+BEST = torch.tensor([[0.8, -0.8], [-0.8, 0.8]])  # its best action in either state, in [-1, 1]
+
+
+class Wired(PlainRun):
+    """A run that keeps, for each phase, how far every parameter moved and which of them belong to
+    an optimizer that took a step."""
+
+    def start(self, nets, opt, **largest):
+        super().start(nets, opt, **largest)
+        self.rates = {key: adam.lr.item() for key, adam in vars(opt).items()}
+        self.moved, self.trained = {}, {}
+        grads = lambda net: {p.requires_grad for p in net.parameters()}
+        self.copy_of = {  # {name of a target's tensor: name of the tensor that it follows}
+            f"{a}.{key}": f"{b}.{key}"
+            for a, target in nets.named_children()
+            for b, online in nets.named_children()
+            if (grads(target), grads(online)) == ({False}, {True})
+            if same(target.state_dict(), online.state_dict())
+            for key, _ in target.named_parameters()
+        }
+
+    def loop(self, steps, phase="train"):
+        before = {key: p.detach().clone() for key, p in self.nets.named_parameters()}
+        counts = {key: adam.count.item() for key, adam in vars(self.opt).items()}
+        yield from super().loop(steps, phase)
+        distances = {
+            key: (p.detach() - before[key]).norm() for key, p in self.nets.named_parameters()
+        }
+        stepped = [adam for key, adam in vars(self.opt).items() if adam.count != counts[key]]
+        had = {id(p) for adam in stepped for p in adam.params}
+        self.moved[phase] = distances
+        self.trained[phase] = {key for key, p in self.nets.named_parameters() if id(p) in had}
+
+
+def trained(name, data, **values):
+    """The run of a file's own `train` on `data`, without the harness, and its arguments."""
+    args, run = module(name).Args(**values), Wired()
+    torch.manual_seed(0)
+    module(name).train(run, data, args)
+    return run, args
+
+
+def few(Args) -> dict:
+    """Small values of those flags on which the time of a step depends."""
+    names = {field.name for field in dataclasses.fields(Args)}
+    return {key: value for key, value in FEW.items() if key in names}
+
+
+def acted(act, obs, seed=1):
+    torch.manual_seed(seed)
+    with torch.no_grad():
+        return act(obs)
+
+
+def other_values(field, value) -> list:
+    """Values of a flag to put in place of `value`."""
+    kinds = [field.type, *typing.get_args(field.type)]
+    words = [x for kind in kinds for x in typing.get_args(kind) if isinstance(x, str)]
+    if field.type is bool:
+        return [not value]
+    if words:
+        return [word for word in words if word != value]
+    kind, allowed = number_type(field.type)
+    numbers = (1, 2, 3, 6) if kind is int else (-1000.0, 0.01 * (value or 1), 0.5, 1000.0)
+    inside = [x for x in numbers if not allowed or allowed.low <= x <= allowed.high]
+    return [x for x in inside if x != value]
+
+
+# ---- the policy that acts is the policy that was trained
+
+
+def bandit():
+    """Two states whose numbers have mean 5 and deviation 10, and actions around the best one."""
+    draw = torch.Generator().manual_seed(0)
+    state = torch.arange(256) % 2
+    obs = 5 + 10 * (1 - 2.0 * state).unsqueeze(1).expand(-1, 3)
+    action = BEST[state] + 0.1 * (2 * torch.rand(256, 2, generator=draw) - 1)
+    reward = 1 - 3 * (action - BEST[state]).square().sum(1)
+    ends = torch.ones(256)
+    return Data(obs, action, reward, obs.clone(), ends, action_low=LOW, action_high=HIGH)
+
+
+def clone_of_the_bandit(name, **more):
+    Args = module(name).Args
+    values = dict(batch_size=32, normalize_obs=True)
+    for field in dataclasses.fields(Args):
+        if field.name.endswith("lr"):
+            values[field.name] = 3e-3
+        if field.name.endswith("steps") and (field.default or 0) >= 1000:
+            values[field.name] = 150
+    return trained(name, bandit(), **values | few(Args) | CLONING.get(name, {}) | more)
+
+
+class Reads:
+    """Arguments that remember which of them were read."""
+
+    def __init__(self, args):
+        self.args, self.names = args, {}
+
+    def __getattr__(self, name):
+        return self.names.setdefault(name, getattr(self.args, name))
+
+
+def assert_scaled(nets, act, obs):
+    """Raw observations in, actions in the task's bounds out: the same as between the networks'
+    inputs and actions in [-1, 1], where scaling does nothing."""
+    a, scaling = acted(act, obs), nets.scaling
+    inputs = scaling.obs(obs)
+    saved = copy.deepcopy(scaling.state_dict())
+    for key, buffer in scaling.named_buffers():
+        buffer.fill_(1.0 if key in ("obs_std", "action_half_range") else 0.0)
+    inner = acted(act, inputs)
+    scaling.load_state_dict(saved)
+    assert torch.equal(a, (LOW + HIGH) / 2 + (HIGH - LOW) / 2 * inner), "scaling is not applied"
+
+
+def assert_acts_as_trained(name, variant, run, args):
+    states = torch.tensor([[15.0] * 3, [-5.0] * 3])
+    far = 5 + 100 * torch.randn(50, 3, generator=torch.Generator().manual_seed(0))
+    act = run.act
+    a = acted(act, states.repeat(100, 1)).view(100, 2, 2).mean(0)
+    error = ((a - (LOW + HIGH) / 2) / ((HIGH - LOW) / 2) - BEST).abs().mean()
+    assert error < 0.1, f"{a}: the policy squashes its actions in another way than the loss"
+    a = acted(act, far)
+    assert a.shape == (50, 2) and (a >= LOW - 1e-4).all() and (a <= HIGH + 1e-4).all()
+    assert torch.equal(a, acted(lambda obs: module(name).policy(run.nets, obs, args), far))
+    for one in (act, *run.references.values()):
+        assert_scaled(run.nets, one, states.repeat(8, 1))
+    noisy = f"{name} {variant}".strip() in NOISY
+    assert torch.equal(a, acted(act, far, seed=2)) != noisy
+    if not noisy:
+        torch.testing.assert_close(a[7:8], acted(act, far[7:8]), atol=1e-4, rtol=1e-4)
+    actor = {id(p) for p in getattr(run.nets, "actor", nn.Module()).parameters()}
+    saved = copy.deepcopy(run.nets.state_dict())
+    for key, p in run.nets.named_parameters():
+        p.data.mul_(1.0 if key in run.trained["train"] else -3.0)
+    assert torch.equal(a, acted(act, far)), "the policy uses what the last phase does not train"
+    if actor:
+        for p in run.nets.parameters():
+            p.data.mul_(-3.0 if id(p) in actor else 1.0)
+        assert not torch.allclose(a, acted(act, far)), "the actor does not act"
+    run.nets.load_state_dict(saved)
+
+
+@algorithm
+def test_the_policy_that_acts_is_the_one_that_was_trained(name):
+    """Where every method clones, policy(raw observations) gives the data's actions, 0.8 of the
+    bounds, where tanh, clipping, a wrong scale and other networks give others; with every value
+    of every flag that `policy` reads."""
+    run, args = clone_of_the_bandit(name)
+    assert_acts_as_trained(name, "", run, args)
+    reads, fields = Reads(args), {field.name: field for field in dataclasses.fields(args)}
+    module(name).policy(run.nets, torch.zeros(2, 3), reads)
+    for flag, value in reads.names.items():
+        others = other_values(fields[flag], value)
+        for other in others if isinstance(value, str | bool) else others[-1:]:
+            variant, args = clone_of_the_bandit(name, **{flag: other})
+            assert_acts_as_trained(name, flag, variant, args)
+
+
+# ---- flags and parameters
+
+
+def small_log():
+    """Three episodes; the last action of each is exactly at a bound."""
+    draw = torch.Generator().manual_seed(0)
+    obs = torch.randn(61, 3, generator=draw)
+    action = torch.rand(60, 2, generator=draw) * 1.8 - 0.9
+    action[::4] = 1.0
+    row = torch.arange(60)
+    reward, terminal = torch.randn(60, generator=draw), (row % 40 == 19).float()
+    return Data(obs[:-1], action, reward, obs[1:], terminal, episode=row // 20)
+
+
+@functools.cache
+def tried(name, *changes):
+    """(digest of all numbers, the run) of a few steps with some flags changed; (None, None) where
+    the flags cannot work together."""
+    Args = module(name).Args
+    values = {k: 4 if v == 10 and k not in SHORT else v for k, v in short(Args).items()}
+    values |= few(Args) | dict(steps=8)
+    values.pop("until", None)
+    try:
+        run, args = trained(name, small_log(), **values | dict(changes))
+    except InputError:
+        return None, None
+    numbers = [v for rows in run.phases.values() for row in rows for v in row.values()]
+    for act in (run.act, *run.references.values()):
+        if act:
+            numbers += acted(act, torch.arange(12.0).view(4, 3)).flatten().tolist()
+    numbers += [p.double().sum().item() for p in run.nets.parameters()]
+    return hashlib.sha256(repr(numbers).encode()).hexdigest(), run
+
+
+@algorithm
+def test_every_flag_changes_a_number(name):
+    """By itself, or together with one other flag; those of the run change nothing that is trained.
+    And every trainable tensor is trained under one of these settings."""
+    Args = module(name).Args
+    fields = [field for field in dataclasses.fields(Args) if field.name not in OF_THE_RUN]
+    base = short(Args) | few(Args)
+    changes = [
+        (field.name, other)
+        for field in fields
+        for other in other_values(field, base.get(field.name, field.default))
+    ]
+    names = [field.name for field in fields]
+
+    def matters(flag):
+        """The flags that are declared near this one are the first to be changed with it."""
+        own = [change for change in changes if change[0] == flag]
+        near = lambda change: abs(names.index(change[0]) - names.index(flag))
+        others = [(change,) for change in sorted(changes, key=near) if change[0] != flag]
+        for around in ((), *others):
+            before = tried(name, *around)[0]
+            if before and any(tried(name, *around, x)[0] not in (None, before) for x in own):
+                return True
+        return False
+
+    dead = [field.name for field in fields if not matters(field.name)]
+    assert not dead, f"{dead}: no number of a short run depends on these"
+    _, run = tried(name)
+    of_the_run = dict(eval_every=3, eval_episodes=7, log_every=3, save_every=2, name="x", out="y")
+    _, other = tried(name, *of_the_run.items())
+    for p, q in zip(run.nets.parameters(), other.nets.parameters()):
+        assert torch.equal(p, q) or not p.requires_grad, "a flag of the run changes training"
+    words = [change for change in changes if isinstance(change[1], str | bool)]
+    runs = [run, *(tried(name, change)[1] for change in words)]
+    ever = {key for run in runs if run for keys in run.trained.values() for key in keys}
+    idle = {key for key, p in run.nets.named_parameters() if p.requires_grad} - ever
+    assert not idle, f"{idle}: no optimizer has these"
+
+
+@algorithm
+def test_each_phase_moves_what_it_trains_and_nothing_else(name):
+    """What an optimizer has that took a step, and the targets of that, which move less far."""
+    _, run = tried(name)
+    for phase, moved in run.moved.items():
+        for key, p in run.nets.named_parameters():
+            distance, what = moved[key], f"{key} in phase {phase}"
+            if p.requires_grad:
+                assert (distance > 0) == (key in run.trained[phase]), what
+                continue
+            source = run.copy_of[key]  # a tensor without gradients is a copy of one that has them
+            assert (distance > 0) == (source in run.trained[phase]), what
+            assert distance <= moved[source] * (1 + 1e-6), what
+
+
+@algorithm
+def test_rates_and_widths_are_found_where_they_belong(name):
+    """Every *lr flag in an optimizer, which has no other rate; 7 in the shapes or as the number of
+    hidden layers, where a whole number changes the shapes."""
+    Args = module(name).Args
+    flags = {f.name: f for f in dataclasses.fields(Args) if f.name not in OF_THE_RUN}
+    rates = {flag: 1e-3 * (1.5 + i) for i, flag in enumerate(x for x in flags if x.endswith("lr"))}
+    _, run = tried(name, *rates.items())
+    found = {key: rate for key, rate in run.rates.items() if key not in OWN_RATES.get(name, ())}
+    assert {round(x, 9) for x in found.values()} == {round(x, 9) for x in rates.values()}
+    shapes = {key: p.shape for key, p in module(name).Nets(small_log(), Args()).named_parameters()}
+    for flag, field in flags.items():
+        if number_type(field.type)[0] is not int:
+            continue
+        nets = module(name).Nets(small_log(), Args(**{flag: 7}))
+        new = {key: p.shape for key, p in nets.named_parameters()}
+        if new != shapes:
+            sizes = {n for key in new for n in new[key] if new[key] != shapes.get(key)}
+            layers = {len(x.weights) for x in nets.children() if isinstance(x, MLP)}
+            assert 8 in layers or any(n % 7 == 0 for n in sizes), flag
 
 
 # ---- a file on its own -----------------------------------------------------------------------
@@ -383,8 +673,9 @@ def test_a_file_runs_as_its_user_starts_it(name, here):
     assert_same_run(name, "one", "two")
 
 
-def test_a_users_own_file_is_not_tested(tmp_path):
-    """Files that git does not track are left out; without git, all files count."""
+def test_a_users_own_file_is_not_tested(tmp_path, monkeypatch):
+    """Files that git does not track are left out, but for those that -k names; without git, all
+    files count."""
     (tmp_path / "algorithms").mkdir()
     for name in ("mine", "ours"):
         (tmp_path / "algorithms" / f"{name}.py").touch()
@@ -392,4 +683,6 @@ def test_a_users_own_file_is_not_tested(tmp_path):
     for line in ("init -q", "add algorithms/ours.py"):
         subprocess.run(["git", "-C", str(tmp_path), *line.split()], check=True)
     assert [path.stem for path in tracked("algorithms", tmp_path)] == ["ours"]
+    monkeypatch.setattr(conftest, "named", {"mine", "and", "policy"})
+    assert [path.stem for path in tracked("algorithms", tmp_path)] == ["mine", "ours"]
     assert {"bc", "td3_bc", "fisher_brc"} <= set(NAMES)
