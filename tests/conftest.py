@@ -4,6 +4,7 @@ process for each core.
 `python -m pytest --soak` runs the long variants too."""
 
 import os
+import re
 import sys
 from pathlib import Path
 
@@ -21,7 +22,11 @@ def pytest_addoption(parser):
     parser.addoption("--soak", action="store_true", help="run the long variants too")
 
 
+named = set()  # the words after -k
+
+
 def pytest_configure(config):
+    named.update(re.findall(r"\w+", config.option.keyword))
     config.addinivalue_line("markers", "soak: a long variant, run with --soak")
 
 

@@ -15,6 +15,7 @@ import sys
 import time
 from pathlib import Path
 
+import conftest
 import numpy as np
 import torch
 
@@ -29,13 +30,15 @@ SMALL = dict(width=16, n=3, k=2, sample_steps=3, until="train")  # what takes lo
 
 
 def tracked(folder: str, root: Path | None = None) -> list[Path]:
-    """The Python files of a folder; those that git does not track are a user's own."""
+    """The Python files of a folder; those that git does not track are a user's own, and only the
+    ones that -k names count."""
     root = root or Path(__file__).resolve().parents[1]
     found = sorted((root / folder).glob("*.py"))
     line = ["git", "-C", str(root), "ls-files", folder]
     with contextlib.suppress(OSError):  # no git
-        known = subprocess.run(line, capture_output=True, text=True).stdout.split()
-        found = [path for path in found if not known or f"{folder}/{path.name}" in known]
+        listed = subprocess.run(line, capture_output=True, text=True).stdout.split()
+        known = {Path(x).stem for x in listed}
+        found = [path for path in found if not known or path.stem in known | conftest.named]
     return found
 
 

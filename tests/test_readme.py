@@ -97,6 +97,27 @@ assert abs(loss.item() - {by_hand}) < 1e-6
     assert len([*(tmp_path / "runs").glob("*__crr__0/summary.json")]) == 1
 
 
+def test_contributings_check_tests_a_new_file(tmp_path, request):
+    """Step 3 to the letter, for a copy of awac.py that git does not know; the tests themselves run
+    with --soak."""
+    page = (ROOT / "CONTRIBUTING.md").read_text()
+    diff = re.search(r"```diff\n(.*?)```", page, re.S)[1]
+    step = re.search(r"^3\. `python (-m pytest .*) -k NAME`", page, re.M)[1].split()
+    clone = tmp_path / "clone"
+    out = ("data", "results", "runs", ".git", "__pycache__", ".venv")
+    shutil.copytree(ROOT, clone, ignore=shutil.ignore_patterns(*out))
+    (clone / "data").symlink_to(ROOT / "data")
+    for line in ("init -q", "add ."):
+        subprocess.run(["git", *line.split()], check=True, cwd=clone)
+    shutil.copy(clone / "algorithms" / "awac.py", clone / "algorithms" / "crr.py")
+    patch = ["git", "apply", "--unidiff-zero", "-"]
+    subprocess.run(patch, input=diff.encode(), check=True, cwd=clone)
+    soak = request.config.getoption("--soak")
+    brief = () if soak else ("-n", "0", "--collect-only")
+    said = call(*step, "-k", "crr", *brief, cwd=clone)
+    assert int(re.search(r"(\d+)(/\d+ tests collected| passed)", said)[1]) > 20, said
+
+
 def test_every_file_of_the_readme_exists():
     for path in re.findall(r"\]\(([\w/.]+)\)", README):
         assert (ROOT / path).exists(), path
