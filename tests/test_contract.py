@@ -346,7 +346,7 @@ class Wired(PlainRun):
         self.trained[phase] = {key for key, p in self.nets.named_parameters() if id(p) in had}
 
 
-def trained(name, data, **values):
+def trained(name, data, /, **values):
     """The run of a file's own `train` on `data`, without the harness, and its arguments."""
     args, run = module(name).Args(**values), Wired()
     torch.manual_seed(0)
@@ -521,9 +521,13 @@ def test_every_flag_changes_a_number(name):
     names = [field.name for field in fields]
 
     def matters(flag):
-        """The flags that are declared near this one are the first to be changed with it."""
+        """Switches, and flags that are declared near this one, are the first to change with it."""
         own = [change for change in changes if change[0] == flag]
-        near = lambda change: abs(names.index(change[0]) - names.index(flag))
+
+        def near(change):
+            distance = abs(names.index(change[0]) - names.index(flag))
+            return not isinstance(change[1], str | bool), distance
+
         others = [(change,) for change in sorted(changes, key=near) if change[0] != flag]
         for around in ((), *others):
             before = tried(name, *around)[0]
