@@ -1,14 +1,26 @@
 """The helpers that every algorithm file uses: the flags of a run, the data on the device, networks,
 Adam, densities, and CUDA graphs.
 
-This file needs PyTorch and the standard library only, and it imports nothing of the project: an
-algorithm file and this one, copied into an empty folder, train on plain tensors. Nothing here
-belongs to a paper: there are no losses, no targets, no schedules and no hyperparameters.
+This file needs PyTorch and the standard library only (and tyro, to read a command line), and it
+imports nothing of the project: an algorithm file and this one, copied into an empty folder, train
+on plain tensors. Nothing here belongs to a paper: there are no losses, no targets, no schedules and
+no hyperparameters.
 """
 
+import contextlib
+import ctypes
+import dataclasses
+import difflib
+import hashlib
 import math
+import re
+import shutil
 import sys
+import textwrap
+import typing
+import zipfile
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from typing import Annotated, ClassVar, Literal
 
 import torch
@@ -26,16 +38,26 @@ class InputError(SystemExit):
         super().__init__(" ".join(message.split()))
 
 
+@contextlib.contextmanager
+def in_one_line(what, fix: str):
+    """Turn an error of a file or folder into an InputError that names `what` and the `fix`."""
+    try:
+        yield
+    except (OSError, EOFError, LookupError, ValueError, zipfile.BadZipFile) as error:
+        cause = getattr(error, "strerror", None) or error
+        raise InputError(f"{what!s:.90}: {cause!s:.160}; {fix}") from None
+
+
 @dataclass(frozen=True)
 class Range:
-    """The values that a flag may take, `low` and `high` included; `text` says so in a message."""
+    """The values that a flag may take, `low` and `high` included; `text` describes them."""
 
     low: float
     high: float
     text: str
 
 
-# The smallest normal number: subnormal ones count as 0 where the harness says so.
+# ABOVE_0 is the smallest normal number: subnormal ones count as 0 (see prepare_device).
 ABOVE_0, BELOW_1, LARGEST = sys.float_info.min, math.nextafter(1, 0), sys.float_info.max
 
 Number = Annotated[float, Range(-LARGEST, LARGEST, "a finite number")]
@@ -52,18 +74,61 @@ Episodes = Annotated[int, Range(1, 10**4, "a whole number from 1 to 10,000")]
 Seed = Annotated[int, Range(0, 2**31 - 1, "a whole number from 0 to 2147483647")]
 
 
+FILES = r"\.(npz|hdf5|h5)$"  # the names of files, to which no preset applies
+# Flags of other libraries and of earlier versions of this one, and their names here.
+RENAMED = {"dataset": "env", "max_timesteps": "steps", "eval_freq": "eval_every"}
+RENAMED |= {"n_episodes": "eval_episodes", "checkpoints_path": "out"}
+
+
+class Flags:
+    """Methods of the flags of every command, which are a dataclass: RunArgs for a run, and the
+    Args of each tool."""
+
+    phases: ClassVar[dict[str, str | None]] = {}
+
+    def resolve(self) -> None:
+        """Fill in the fields that are None and depend on others. Calling it twice changes nothing.
+        Raises InputError for values that cannot work together."""
+
+    def check(self) -> None:
+        """Raises InputError for a number out of its field's range."""
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            for x in value if isinstance(value, tuple) else (value,):
+                if x is not None and not is_allowed(x, field.type):
+                    raise out_of_range(field, x)
+
+    @classmethod
+    def check_words(cls, typed: dict[str, str]) -> None:
+        """Raises InputError for a flag of `typed`, {name: the word after it}, that does not exist
+        or does not allow the number which follows it."""
+        fields = {field.name: field for field in dataclasses.fields(cls)}
+        known = {*fields, *(f"no_{name}" for name in fields), "help"}
+        for name in typed.keys() - known:
+            near = [RENAMED[name]] if name in RENAMED else difflib.get_close_matches(name, fields)
+            hint = " or ".join(f"--{x}" for x in near) or "--help"
+            raise InputError(f"there is no --{name:.40}: use {hint}".replace("_", "-"))
+        for name in typed.keys() & fields.keys():
+            may_be_none = type(None) in typing.get_args(fields[name].type)
+            if not is_allowed(typed[name], fields[name].type):
+                if not (may_be_none and typed[name] == "None"):
+                    raise out_of_range(fields[name], typed[name])
+
+
 @dataclass
-class RunArgs:
+class RunArgs(Flags):
     """The flags that no paper sets; the `Args` of every algorithm file inherits them."""
 
     phases: ClassVar[dict[str, str | None]] = {"train": "steps"}
     """the phases of training, in order, each with the name of the field that holds its number of
     steps; None stands for one pass over the data"""
+    clone_flags: ClassVar[tuple[str, ...]] = ()
+    """the flags that train a clone, and so are refused beside --clone"""
 
     device: str = "auto"
     """cpu, cuda, or auto: cuda where there is one"""
-    precision: Literal["auto", "highest", "high", "medium"] = "auto"
-    """how fp32 products are computed; auto takes a faster way only where it is about as exact"""
+    precision: Literal["highest", "high", "medium"] = "highest"
+    """fp32 matrix products: highest is full fp32; high may round to TF32, medium to bf16"""
     compile: bool = False
     """compile the whole update, which takes half a minute and makes training faster"""
     eval_episodes: Episodes = 10
@@ -77,7 +142,7 @@ class RunArgs:
     out: str = "runs"
     """folder that holds the folders of all runs"""
     name: str = ""
-    """suffix of the run's folder; it tells variants of one algorithm apart"""
+    """part of the folder's name that tells variants of one algorithm apart"""
     resume: bool = False
     """continue the run from the last checkpoint in its folder"""
     overwrite: bool = False
@@ -85,9 +150,131 @@ class RunArgs:
     track: bool = False
     """mirror the logs to Weights & Biases"""
 
-    def resolve(self) -> None:
-        """Fill in the fields that are None and depend on others. Calling it twice changes nothing.
-        Raises InputError for values that cannot work together."""
+
+def number_type(annotation) -> tuple:
+    """The kind (int, float or None) and the Range, or None, of the numbers that a field's
+    annotation allows."""
+    if annotation in (int, float):
+        return annotation, None
+    notes = getattr(annotation, "__metadata__", ())
+    kinds = [number_type(x) for x in typing.get_args(annotation) if x not in notes]
+    kind, allowed = next((pair for pair in kinds if pair[0]), (None, None))
+    return kind, next((note for note in notes if isinstance(note, Range)), allowed)
+
+
+def is_allowed(x, annotation) -> bool:
+    """Whether the annotation of a field allows `x`, a number or the word for one. A field that
+    takes no number allows everything."""
+    kind, allowed = number_type(annotation)
+    try:
+        value = float(x) if kind else 0.0
+    except ValueError:
+        return False
+    whole = kind is not int or value.is_integer()  # infinity is not
+    return whole and (not allowed or allowed.low <= value <= allowed.high)  # NaN is in no range
+
+
+def out_of_range(field, x) -> InputError:
+    """The error that names the numbers which a flag takes."""
+    kind, allowed = number_type(field.type)
+    text = "a whole number" if kind is int else "a number"
+    text = allowed.text if allowed else text
+    if typing.get_origin(field.type) is tuple:
+        text = f"{text} for each of its values"
+    return InputError(f"--{field.name.replace('_', '-')} is {x!s:.40}: use {text}")
+
+
+def parse(Args, presets: dict, argv: list[str]):
+    """Words of a command line -> (args, preset in force). `presets` is {pattern of --env: {field:
+    value}}. Its rows change defaults, so a typed flag wins; of two rows, the later wins. No row
+    applies to the path of a file, and rows with "singletask" apply to OGBench's tasks alone, as
+    those without it (such as antmaze-*, for D4RL) do to all others. Where --steps is typed, an
+    earlier phase whose own flag is not typed is at most as long. Raises InputError."""
+    import tyro
+
+    words = [part for x in argv for part in (x.split("=", 1) if x[:2] == "--" else [x])]
+    pairs = [(x, after) for x, after in zip(words, [*words[1:], ""]) if x[:2] == "--"]
+    typed = {x[2:].replace("-", "_"): after for x, after in pairs}
+    Args.check_words(typed)
+    preset = preset_of(presets, typed.get("env", getattr(Args, "env", "")))
+    default, fields = Args(**preset), Args.__dataclass_fields__
+    if {"-h", "--help"} & {*argv}:
+        default.resolve()  # shows what None stands for
+    own_first = sorted(fields, key=RunArgs.__dataclass_fields__.__contains__)
+    Args.__dataclass_fields__ = {name: fields[name] for name in own_first}  # the order of --help
+    registry = tyro.constructors.ConstructorRegistry()
+    registry.primitive_rule(whole_number)
+    with registry:
+        text = wrapped(sys.modules[Args.__module__].__doc__ or "")
+        args = tyro.cli(Args, args=argv, default=default, description=text)
+    if "steps" in typed:
+        for name in {*Args.phases.values()} - {"steps", None, *typed}:
+            setattr(args, name, min(getattr(args, name), args.steps))
+    args.check()
+    args.resolve()
+    return args, {name: value for name, value in preset.items() if getattr(args, name) == value}
+
+
+def preset_of(presets: dict, env: str) -> dict:
+    """The fields that the rows of `presets` set for a name of --env."""
+    preset = {}
+    for pattern, fields in presets.items():
+        alike = ("singletask" in env) == ("singletask" in pattern)
+        if alike and fnmatchcase(env, pattern) and not re.search(FILES, env, re.I):
+            preset |= fields
+    return preset
+
+
+def whole_number(info):
+    """For tyro: 1e5 is a whole number, too."""
+    if info.type is not int:
+        return None
+    from tyro.constructors import PrimitiveConstructorSpec
+
+    def read(words):
+        value = float(words[0])
+        return int(value) if value.is_integer() else value  # a fraction: `check` refuses it
+
+    return PrimitiveConstructorSpec(1, "INT", read, lambda x: type(x) is int, lambda x: [str(x)])
+
+
+def wrapped(text: str) -> str:
+    """A docstring for --help: paragraphs and items of lists as wide as the terminal, equations as
+    they are. Every line begins with a space, because tyro joins those that do not."""
+    width, out = shutil.get_terminal_size().columns - 2, []
+    for block in text.strip().split("\n\n"):
+        equations = block.startswith("    ")
+        for item in [block] if equations else re.split(r"\n(?=- )", block):
+            if not equations:
+                hanging = "  " if item.startswith("- ") else ""
+                item = textwrap.fill(" ".join(item.split()), width, subsequent_indent=hanging)
+            out.append(textwrap.indent(item, " "))
+        out.append("")
+    return "\n".join(out)
+
+
+def prepare_device(name: str, precision: str) -> torch.device:
+    """Resolve "auto" to cuda where there is one, else cpu, and set how fp32 products are computed.
+    For speed, subnormal numbers count as 0, and the allocator keeps freed memory. Raises InputError
+    for a device that cannot be used."""
+    # Adam's moments of unused units decay into subnormals, with which a CPU is ten times as slow.
+    # This comes before the first parallel product, because threads inherit it when they start.
+    torch.set_flush_denormal(True)
+    torch.set_float32_matmul_precision(precision)
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        line = (str(error).splitlines() or ["not usable"])[0]
+        raise InputError(f"--device {name}: {line}; use cpu, cuda or auto") from None
+    if sys.platform == "linux":  # glibc: reuse freed megabyte buffers, without new page faults
+        libc = ctypes.CDLL(None)
+        if hasattr(libc, "mallopt"):
+            libc.mallopt(-1, 1 << 30)  # M_TRIM_THRESHOLD
+            libc.mallopt(-3, 1 << 25)  # M_MMAP_THRESHOLD
+    return device
 
 
 # ---- data on the device ----------------------------------------------------------------------
@@ -131,6 +318,43 @@ class Data:
             self.obs_std = torch.ones_like(self.obs[0])
 
 
+def transitions(arrays: dict, meta: dict, name: str, device) -> Data:
+    """Checked numpy arrays in the README's format -> Data. A row whose next observation is not
+    known (NaN, or not stored) is dropped, unless the MDP ended there; no other row is."""
+    columns = {key: torch.as_tensor(x) for key, x in arrays.items()}
+    obs, action, reward = (columns[key].float() for key in ("observations", "actions", "rewards"))
+    terminal = columns["terminals"].bool()
+    end = columns.get("ends", terminal | columns.get("timeouts", terminal).bool())
+    end[-1] = True
+    next_obs = columns.get("next_observations")
+    if next_obs is None:
+        next_obs = obs.roll(-1, 0)
+        next_obs[end] = columns.get("final_observations", torch.tensor(math.nan)).float()
+    known = ~next_obs.isnan().any(1)
+    next_obs[~known] = obs[~known]  # at a terminal it is weighted 0, but must be finite
+    low, high = (
+        torch.as_tensor(meta.get(key, bound), dtype=torch.float32).expand(action.shape[1])
+        for key, bound in (("action_low", -1.0), ("action_high", 1.0))
+    )
+    action = action.clamp(low, high)
+    if (low != -1).any() or (high != 1).any():
+        action = (action - low) / (high - low) * 2 - 1
+    episode = end.long().cumsum(0) - end.long()
+    returns = torch.zeros(int(episode[-1]) + 1, dtype=torch.float64)
+    returns.index_add_(0, episode, reward.double())
+    rows = [obs, action, reward, next_obs, terminal.float(), episode]
+    keep = known | terminal
+    if not keep.all():
+        rows = [x[keep] for x in rows]
+    left, episode = rows.pop().unique_consecutive(return_inverse=True)
+    rows += [episode, returns[left].float(), low, high]
+    digest = hashlib.sha256()
+    for x in rows:
+        digest.update(x.contiguous().numpy())
+    tensors = [x.contiguous().to(device) for x in rows]
+    return Data(*tensors, name=name, digest=digest.hexdigest()[:16])
+
+
 def sample(data, batch_size: int, fields=("obs", "action", "reward", "next_obs", "terminal")):
     """A batch of B rows, drawn uniformly with replacement on the data's device: s (B, S), a (B, A),
     r (B,), s2 (B, S), terminal (B,), or only the `fields` that are named."""
@@ -146,14 +370,6 @@ def normalize_obs(data, eps: float) -> None:
     data.obs_std = data.obs.std(0, correction=0) + eps
     for x in (data.obs, data.next_obs):
         x.sub_(data.obs_mean).div_(data.obs_std)
-
-
-def next_action(data) -> tuple[Tensor, Tensor]:
-    """For every row, the action of the next row of the same episode, (N, A), and whether there is
-    such a row, (N,) bool. Where there is none, the action is 0."""
-    known = F.pad(data.episode[1:] == data.episode[:-1], (0, 1))
-    action = data.action.roll(-1, 0).masked_fill(~known.unsqueeze(1), 0.0)
-    return action, known
 
 
 def largest_value(data, gamma: float, bonus: float = 0.0) -> float:
@@ -193,6 +409,13 @@ class Scaling(nn.Module):
 # ---- networks and updates --------------------------------------------------------------------
 
 
+ACTIVATIONS = {
+    "relu": torch.relu_,
+    "gelu": lambda x: F.gelu(x, approximate="tanh"),  # the default of JAX's libraries
+    "silu": F.silu,
+}
+
+
 class MLP(nn.Module):
     """Fully connected layers of the widths `sizes`; inputs are concatenated on the last axis.
     (B, in) -> (B, out). Between two layers stands `activation` ("relu", "gelu" or "silu") and then,
@@ -221,11 +444,11 @@ class MLP(nn.Module):
         for width in sizes[1:-1] if layer_norm else ():
             self.gains.append(nn.Parameter(torch.ones(*lead, *row, width)))
             self.shifts.append(nn.Parameter(torch.zeros(*lead, *row, width)))
-        self.activation = {"relu": torch.relu_, "gelu": gelu, "silu": F.silu}[activation]
+        self.activation = ACTIVATIONS[activation]
         self._apply(lambda x: x)  # sets self.layers and self.norms
 
     def _apply(self, fn, recurse=True):
-        """.to() calls this, and may replace parameters, so the lists of layers are made anew. They
+        """.to() calls this, and may replace parameters, so the lists of layers are made again. They
         are plain lists because walking a ParameterList in every forward pass is slow."""
         super()._apply(fn, recurse)
         self.layers = list(zip(self.weights, self.biases))
@@ -269,11 +492,6 @@ class MLP(nn.Module):
         return grad
 
 
-def gelu(x):
-    """GELU in its tanh form, the default of JAX's libraries."""
-    return F.gelu(x, approximate="tanh")
-
-
 class ScalarMLP(MLP):
     """An MLP with one output and no last axis: (B, in) -> (B,), with members (E, B)."""
 
@@ -290,6 +508,17 @@ def orthogonal_(net: MLP, hidden_gain: float, last_gain: float) -> MLP:
     for i, w in enumerate(net.weights):
         for member in w.view(-1, *w.shape[-2:]):
             nn.init.orthogonal_(member, last_gain if i == len(net.weights) - 1 else hidden_gain)
+    for b in net.biases:
+        b.zero_()
+    return net
+
+
+@torch.no_grad()
+def glorot_(net: MLP) -> MLP:
+    """Glorot-uniform weights, each member on its own, and zero biases; returns the network."""
+    for w in net.weights:
+        for member in w.view(-1, *w.shape[-2:]):
+            nn.init.xavier_uniform_(member)
     for b in net.biases:
         b.zero_()
     return net

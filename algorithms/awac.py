@@ -1,9 +1,7 @@
 """Advantage-weighted actor-critic, AWAC (Nair, Gupta, Dalal & Levine, 2020; arXiv:2006.09359).
 
 Idea: learn the Q of the trained policy off-policy, and clone the data's actions, each weighted by
-the exponential of how much better it is than an action of the policy. The numbers are those of
-Section 2.2 of S. Park's lecture notes "Offline RL", whose lambda is `temperature` here; pi_beta is
-the policy that made the data.
+the exponential of how much better it is than an action of the policy.
 
     pi*(a|s) = exp(Q(s,a) / temperature) pi_beta(a|s) / Z(s)                (11)
     L_pi = -E[ min(exp(A / temperature), max_weight) log pi(a|s) ]          (16)
@@ -11,33 +9,24 @@ the policy that made the data.
     L_Q  = E[ sum_i (Q_i(s,a) - y)^2 ]                                      (AWAC critics)
     A    = min_i Q_i(s,a) - min_i Q_i(s, a_pi), a_pi ~ pi(s)                (AWAC advantage)
 
+The numbers (11) and (16) are those of S. Park's notes "Offline RL", Section 2.2
+(https://rail.eecs.berkeley.edu/deeprlcourse/static/sections/section-9.pdf). In the paper, L_Q and
+L_pi are the two updates of Algorithm 1, without a bound on the weights. The lambda of both is
+`temperature` here. pi_beta is the policy that made the data, and Z(s) makes pi* a density.
+
 One iteration steps the critics, the actor and the targets, in this order; A is computed by the
 critics after their step. The policy pi is a Gaussian that tanh does not squash, and its sampled
 actions are clipped to the bounds. It acts by its mean. The actor's loss is that of awr.py, but the
 advantages are not standardized, so the temperature is in units of reward.
 
-The authors' code, against the paper:
-- The code divides the weights by their mean over the batch: they are a softmax over the batch,
-  times the batch size. The paper's are exp(A / lambda) alone.
-
-This file, against the authors' code:
-- The update has the form of CORL, a library of offline RL. The weights are bounded and not divided
-  by their mean, and A is computed by the critics after their step; the authors compute it before.
-- Training is offline from the first step to the last. The authors' code then continues online.
-- A temperature of 1 is the default of the authors' code; its MuJoCo example uses 2. The bound of 20
-  on the weights is AWR's. CORL sets --max-weight 100, and --temperature 0.333 for locomotion or 0.1
-  for all other data.
-- The actor and the critics have two layers of 256 units. The authors' actor has four, and in CORL
-  all networks have three.
-- The actor's mean goes through tanh; in CORL it does not.
-- The log-deviation is between -5 and 2. The authors' is between -6 and 0, and CORL's between -20
-  and 2. In all three it is the same in every state.
-- Batches have 256 rows and Adam has no weight decay, as in CORL. The authors' batches have 1,024
-  rows, and their actor has a weight decay of 1e-4.
-- Observations are normalized, as in CORL.
-- The last row of an episode that a time limit ended is kept where the data has its next
-  observation; CORL's loader drops it.
-- The paper has no AntMaze. The reward shift of -1 there is CORL's.
+What changes scores (more in DEPARTURES, at the foot of the file):
+- The weights are bounded, as in CORL, a library of offline RL. The authors' code divides them by
+  their mean over the batch instead, and the paper does neither.
+- The temperature is 1, the default of the authors' code, and the bound of 20 is AWR's. CORL has
+  --max-weight 100, and --temperature 0.333 for locomotion or 0.1 for all other data.
+- Training is offline from the first step to the last; the authors then continue online.
+- All networks have two layers of 256 units. The authors' actor has four, and CORL's networks have
+  three.
 
     python algorithms/awac.py  # scores 80.7 ± 2.1 on hopper-medium-expert-demo (3 seeds)
 """
@@ -158,6 +147,11 @@ def update(nets, opt, data, args):
     }
 
 
+def q(nets, s, a):
+    """Q_i(s, a) of every critic, (2, B); s (B, S) are scaled states, a (B, A) lie in [-1, 1]."""
+    return nets.q(s, a)
+
+
 def policy(nets, obs, args):
     """Raw observations (B, S) to deterministic actions (B, A) in the task's bounds."""
     mean, _ = nets.pi(nets.scaling.obs(obs))
@@ -181,6 +175,31 @@ def train(run, data, args):
         run.after(t, metrics, lambda obs: policy(nets, obs, args))
 
 
+DEPARTURES = """
+The authors' code, against the paper:
+- The code divides the weights by their mean over the batch: they are a softmax over the batch,
+  times the batch size. The paper's are exp(A / lambda) alone.
+
+This file, against the authors' code:
+- The update has the form of CORL, a library of offline RL. The weights are bounded and not divided
+  by their mean, and A is computed by the critics after their step; the authors compute it before.
+- Training is offline from the first step to the last. The authors' code then continues online.
+- A temperature of 1 is the default of the authors' code; its MuJoCo example uses 2. The bound of 20
+  on the weights is AWR's. CORL sets --max-weight 100, and --temperature 0.333 for locomotion or 0.1
+  for all other data.
+- The actor and the critics have two layers of 256 units. The authors' actor has four, and in CORL
+  all networks have three.
+- The actor's mean goes through tanh; in CORL it does not.
+- The log-deviation is between -5 and 2. The authors' is between -6 and 0, and CORL's between -20
+  and 2. In all three it is the same in every state.
+- Batches have 256 rows and Adam has no weight decay, as in CORL. The authors' batches have 1,024
+  rows, and their actor has a weight decay of 1e-4.
+- Observations are normalized, as in CORL.
+- The last row of an episode that a time limit ended is kept where the data has its next
+  observation; CORL's loader drops it.
+- The paper has no AntMaze. The reward shift of -1 there is CORL's.
+"""
+
 PRESETS = {
     # shortened; sharper weights and faster targets on the replay buffer, where rows differ most
     "hopper-replay-demo": dict(temperature=0.3, polyak=0.02, steps=30_000, eval_every=1_500),
@@ -193,6 +212,6 @@ PRESETS = {
 }
 
 if __name__ == "__main__":
-    from harness import main
+    from run import main
 
     main(Args, PRESETS, train)

@@ -2,8 +2,6 @@
 
 Idea: clone the data's actions, each weighted by the exponential of its advantage. This fits the
 actor to the best policy within a certain KL divergence from pi_beta, the policy that made the data.
-The equations' numbers are those of Section 2.2 of S. Park's lecture notes "Offline RL", whose
-lambda is `temperature` here; Z(s) makes pi* a density.
 
     pi*(a|s) = exp(Q(s,a) / temperature) pi_beta(a|s) / Z(s)                (11)
     L_pi = -E[ min(exp(A / temperature), max_weight) log pi(a|s) ]          (16)
@@ -13,31 +11,28 @@ The advantage A = G - V(s) stands for Q(s,a) - V(s); it comes from the data's ow
     G_t = r_t + gamma ((1 - td_lambda) V(s_t+1) + td_lambda G_t+1)          (TD(lambda) return)
     L_V = E[ (V(s) - G)^2 ] / 2                                             (baseline)
 
+The numbers (11) and (16) are those of S. Park's notes "Offline RL", Section 2.2, whose lambda is
+`temperature` here (https://rail.eecs.berkeley.edu/deeprlcourse/static/sections/section-9.pdf). In
+the paper, L_V and L_pi are the two regressions of Algorithm 1, the temperature is called beta, and
+A is R - V. Z(s) makes pi* a density.
+
 At a terminal row, V(s_t+1) and G_t+1 count as 0; at the last row of an episode that was cut off,
-G_t+1 is V(s_t+1). G and A are tables with one number for each row. They are made anew from V every
-`returns_every` steps, and A is then shifted and scaled to mean 0 and deviation 1 over the dataset.
+G_t+1 is V(s_t+1). G and A are tables with one number for each row. Every `returns_every` steps they
+are computed again from the current V, and A is then shifted and scaled to mean 0 and deviation 1
+over the dataset.
 
 AWR never values an action outside the data, and one temperature fits rewards of any scale, because
 A is scaled. It is one step of policy improvement: where good paths must be stitched together from
 several episodes, awac.py and iql.py can do more.
 
-The authors' code, against the paper:
-- A is standardized and the temperature is 1; the paper has raw advantages and 0.05. The bound of 20
-  on the weights is in both.
-
-This file, against the authors' code:
-- The code trains online: it collects 2,048 steps, trains V for 200 steps and then, on new tables,
-  the actor for 1,000. Here the dataset is fixed, V and the actor step together, and the tables are
-  made every 2,000 steps. The first tables are those of an untrained V.
-- Networks have two layers of 256 units, PyTorch's default weights and Adam. The authors' have
-  layers of 128 and 64 units, Xavier's weights and SGD with momentum.
-- The actor's mean goes through tanh; the authors add a penalty where it leaves the bounds.
-- The deviation is learned and the same in every state; the authors fix it, at 0.4 in most tasks.
-- V is learned in units of reward; the authors learn it in units of 1 / (1 - gamma).
-- Observations are normalized by the statistics of the dataset; the authors' are running statistics.
-- The last row of an episode that a time limit ended is kept only where the data has its next
-  observation. In the authors' code it always has one, because they collect the episodes themselves.
-- Neither the paper nor its code has AntMaze. The reward shift of -1 there is IQL's.
+What changes scores (more in DEPARTURES, at the foot of the file):
+- A is standardized and the temperature is 1, as in the authors' code; the paper has raw advantages
+  and 0.05.
+- The dataset is fixed, V and the actor step together, and the tables are computed every 2,000
+  steps. The authors train online, alternating between new data, V and the actor.
+- Networks have two layers of 256 units and are trained by Adam. The authors' have layers of 128 and
+  64 units and are trained by SGD with momentum.
+- The actor's deviation is learned; the authors fix it.
 
     python algorithms/awr.py  # scores 90.4 ± 5.4 on hopper-medium-expert-demo (3 seeds)
 """
@@ -78,7 +73,7 @@ class Args(RunArgs):
     td_lambda: Share = 0.95
     """lambda of the TD(lambda) returns: 0 is r + gamma V(s'), 1 is the Monte-Carlo return"""
     returns_every: Count = 2_000
-    """gradient steps after which the tables of returns and advantages are made anew"""
+    """gradient steps between two computations of the tables of returns and advantages"""
     gamma: ShareBelow1 = 0.99
     """discount"""
     lr: Positive = 3e-4
@@ -199,7 +194,7 @@ def train(run, data, args):
     run.start(nets, opt)
     zeros = torch.zeros_like(data.reward)
     data = Tables(**vars(data), returns=zeros, advantage=zeros.clone())
-    tabulate(nets, data, args)  # v_target is in the checkpoint, so a resumed run makes them again
+    tabulate(nets, data, args)  # v_target is in the checkpoint: a resumed run repeats this
     step = graphed(update, nets, opt, data, args, compile=args.compile)
     for t in run.loop(args.steps):
         metrics = step()
@@ -208,6 +203,26 @@ def train(run, data, args):
             tabulate(nets, data, args)
         run.after(t, metrics, lambda obs: policy(nets, obs, args))
 
+
+DEPARTURES = """
+The authors' code, against the paper:
+- A is standardized and the temperature is 1; the paper has raw advantages and 0.05. The bound of 20
+  on the weights is in both.
+
+This file, against the authors' code:
+- The code trains online: it collects 2,048 steps, trains V for 200 steps and then, on new tables,
+  the actor for 1,000. Here the dataset is fixed, V and the actor step together, and the tables are
+  computed every 2,000 steps. The first tables are those of an untrained V.
+- Networks have two layers of 256 units, PyTorch's default weights and Adam. The authors' have
+  layers of 128 and 64 units, Xavier's weights and SGD with momentum.
+- The actor's mean goes through tanh; the authors add a penalty where it leaves the bounds.
+- The deviation is learned and the same in every state; the authors fix it, at 0.4 in most tasks.
+- V is learned in units of reward; the authors learn it in units of 1 / (1 - gamma).
+- Observations are normalized by the statistics of the dataset; the authors' are running statistics.
+- The last row of an episode that a time limit ended is kept only where the data has its next
+  observation. In the authors' code it always has one, because they collect the episodes themselves.
+- Neither the paper nor its code has AntMaze. The reward shift of -1 there is IQL's.
+"""
 
 PRESETS = {
     "hopper-replay-demo": dict(  # shortened, with sharper weights
@@ -222,6 +237,6 @@ PRESETS = {
 }
 
 if __name__ == "__main__":
-    from harness import main
+    from run import main
 
     main(Args, PRESETS, train)

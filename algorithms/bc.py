@@ -1,4 +1,4 @@
-"""Behavior cloning, BC, and best-X% BC: the column that every table needs.
+"""Behavior cloning, BC, and best-X% BC: the baseline of every comparison.
 
 Idea: regress the data's actions on its observations. With --top, only the episodes of highest
 return are imitated.
@@ -14,19 +14,11 @@ next states or terminals.
 With --top 0.1 this is 10% BC: episodes are ranked by their undiscounted return, and the best tenth
 of them, but at least one episode, is kept whole.
 
-The authors' code, against the paper:
-- There is no paper, so the reference is the BC of CORL, a library of offline RL.
-
-This file, against the authors' code:
-- Episodes end where the data says that they end. CORL first drops the last row of every episode
-  that a time limit ended, and then counts 1,000 rows for such an episode. So its episodes begin one
-  row later for every such episode before them, and the unfinished episode at the end of the data
-  is lost.
-- CORL's BC has no --gaussian. It is the policy of IQL, here without IQL's weights.
-- In AntMaze, --top does not keep whole recordings, and neither does CORL's ranking. A recording
-  goes on after the goal is reached, and every row at the goal is a terminal row, which ends an
-  episode. So each further row at the goal is an episode of one row. Its return of 1 is the best
-  there is, and the ranking cannot tell it from the path that led to the goal.
+What changes scores (more in DEPARTURES, at the foot of the file):
+- There is no paper; the reference is the BC of CORL, a library of offline RL.
+- With --top, the episodes that are ranked are the data's own. Those of CORL begin and end some rows
+  later, because CORL drops rows before it counts them.
+- In AntMaze, --top does not keep whole recordings, because every row at the goal ends an episode.
 
     python algorithms/bc.py  # scores 42.3 ± 3.2 on hopper-medium-expert-demo (3 seeds)
 """
@@ -132,6 +124,22 @@ def train(run, data, args):
         run.after(t, metrics, lambda obs: policy(nets, obs, args))
 
 
+DEPARTURES = """
+The authors' code, against the paper:
+- There is no paper, so the reference is the BC of CORL, a library of offline RL.
+
+This file, against the authors' code:
+- Episodes end where the data marks their end. CORL first drops the last row of every episode that a
+  time limit ended, and then counts 1,000 rows for such an episode. So its episodes begin one row
+  later for every such episode before them, and the unfinished episode at the end of the data is
+  lost.
+- CORL's BC has no --gaussian. It is the policy of IQL, here without IQL's weights.
+- In AntMaze, --top does not keep whole recordings, and neither does CORL's ranking. A recording
+  goes on after the goal is reached, and every row at the goal is a terminal row, which ends an
+  episode. So each further row at the goal is an episode of one row. Its return of 1 is the best
+  there is, and the ranking cannot tell it from the path that led to the goal.
+"""
+
 PRESETS = {
     "hopper-medium-expert-demo": dict(steps=20_000, eval_every=1_000),  # shortened
     "hopper-replay-demo": dict(steps=20_000, eval_every=1_000),  # shortened
@@ -141,6 +149,6 @@ PRESETS = {
 }
 
 if __name__ == "__main__":
-    from harness import main
+    from run import main
 
     main(Args, PRESETS, train)

@@ -4,7 +4,7 @@ Idea: first clone the behavior policy, which made the data; then penalize the po
 diverges from the clone b. The penalty is in the policy's loss alone (BRAC-p), or in the target of Q
 too (BRAC-v), so that Q also counts what later divergence costs.
 
-    L_b  = E[ -log b(a|s) + weight log b(a~|s) ],  a~ ~ b(s)                 (clone)
+    L_b  = E[ -log b(a|s) + bc_weight log b(a~|s) ],  a~ ~ b(s)              (clone)
     y    = r + gamma (1 - terminal) (min_i Q'_i(s',a') - alpha D(s')),       (BRAC-v's target)
            a' ~ pi(s')
     L_Q  = sum_i E[ (Q_i(s,a) - y)^2 ]                                       (critics)
@@ -13,48 +13,18 @@ too (BRAC-v), so that Q also counts what later divergence costs.
     D    = mean k(u,u') + mean k(v,v') - 2 mean k(u,v),                      (mmd)
            u, u' ~ pi(s),  v, v' ~ b(s),  k(u,v) = exp(-|u - v|_1 / sigma)
 
-Q' are the target critics. --no-value-penalty takes alpha D out of y; that is BRAC-p. The `weight`
-of the clone's entropy is learned: it grows while the entropy is below -A, for A action dimensions,
-and it is never below 0. In the first `warm_start` steps the policy's loss is alpha D alone, and the
-critics learn as in all other steps.
+Q' are the target critics. --no-value-penalty takes alpha D out of y; that is BRAC-p. The
+weight of the clone's entropy, `bc_weight`, is learned: it grows while this entropy is below -A, for
+A action dimensions, and it is never below 0. In the first `warm_start` steps the policy's loss is
+alpha D alone, and the critics learn as in all other steps. With kl, the best policy is
+b exp(Q / alpha), normalized, so alpha is in units of reward. mmd is never above 2, so it needs a
+larger alpha.
 
-With kl the best policy is b exp(Q / alpha), normalized, so alpha is in units of reward. mmd is
-never above 2, so it needs a larger alpha. With --tune-alpha, alpha is the dual variable of the
-constraint E[D] <= target_divergence: it grows while D is above the target.
-
-Defaults are those of the script behind D4RL's BRAC scores, except for the value penalty, which that
-script leaves out. The alphas behind those scores are not public. The example in the authors' code
-has an alpha of 0.1 and a learning rate of 3e-4 for the policy, and it clones for 300,000 steps.
-
-The authors' code, against the paper:
-- Where log b is evaluated, actions are clipped to 1e-3 inside their bounds.
-- The log-deviations of clone and policy lie in [-5, 0].
-- The targets move before the critics' step, not after it.
-
-This file, against the authors' code:
-- Adam's epsilon of 1e-7 is added after the bias correction of the second moment's root. Keras adds
-  it before, which here would be an epsilon of 1e-7 / sqrt(1 - 0.999^t) in update t: 32 times as
-  much in update 1 and 1.3 times in update 1,000; later, the two forms hardly differ. After 20
-  updates the critics' weights differ by about 6e-4 of their size with kl, and by 3e-3 with mmd,
-  whose gradients are smaller.
-- The action a' at which Q is taken is the first of the samples of D; the authors draw one more
-  action for it. The expectation is the same.
-- The clone's step and that of its `weight` use the same samples, and so do the policy's step and
-  that of alpha. The authors draw new samples for `weight` and alpha, after the network's step. Here
-  a `weight` or an alpha that has left its bounds is put back at once. The authors' keeps its value,
-  is clipped where a loss uses it, and gets no gradient that would move it further out.
-- Only a tuned alpha is kept at 500 or less; the authors clip a fixed one, too.
-- The policy imitates the clone for `warm_start` steps; the authors' does so for one step more.
-- Targets start as copies of the critics; the authors start them at random.
-- Terminal rows are kept, and no row joins the end of an episode to the start of the next. D4RL's
-  script drops terminal rows and has rows that join episodes at a time limit.
-- Three options of the authors' code, all off by default, are left out: a mixture of the least and
-  the largest critic in place of the minimum, a trained weight of the policy's entropy, and weight
-  decay. So are the Wasserstein distance, divergences in their dual form, and the square root of
-  mmd.
-- The policy acts by its mode, the tanh of its mean. --eval-samples 10 is the authors' second way to
-  act: the best of ten samples.
-- --normalize-obs, --dequantize and --q-samples above 1 are additions, and off by default.
+What changes scores (more in DEPARTURES, at the foot of the file):
+- Defaults are those of the script behind D4RL's BRAC scores, except for the value penalty, which
+  that script leaves out, and --alpha-lr. The alphas behind those scores are not public.
+- Terminal rows are kept, and no row joins two episodes. D4RL's script drops terminal rows and has
+  rows that join episodes.
 
     python algorithms/brac.py  # scores 101.2 ± 0.2 on hopper-medium-expert-demo (3 seeds)
 """
@@ -73,13 +43,14 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from common import BatchSize, Count, CountOrZero, NonNegative, Positive, PositiveShare, Seed, Share
 from common import MLP, Adam, InputError, RunArgs, ScalarMLP, Scaling, ShareBelow1, dequantize
-from common import graphed, largest_value, minimize, normal_log_prob, normalize_obs, polyak, sample
-from common import share_at_bounds, tanh_log_det
+from common import glorot_, graphed, largest_value, minimize, normal_log_prob, normalize_obs
+from common import polyak, sample, share_at_bounds, tanh_log_det
 
 
 @dataclass
 class Args(RunArgs):
     phases = {"behavior": "bc_steps", "train": "steps"}
+    clone_flags = ("bc_steps", "bc_lr")
 
     env: str = "hopper-medium-expert-demo"
     """dataset: bundled, D4RL or OGBench name, Minari id, or path of an .hdf5 or .npz file"""
@@ -127,6 +98,8 @@ class Args(RunArgs):
     """gradient steps of the clone, before those of actor and critics"""
     bc_lr: Positive = 5e-4
     """Adam's learning rate of the clone and of the weight of its entropy"""
+    clone: str | None = None
+    """checkpoint.pt of a run on the same data: its clone is read, not trained"""
     dequantize: Share = 0.0
     """actions exactly at a bound are spread over a band of this width inside it: 0 is no spread"""
     normalize_obs: bool = False
@@ -140,9 +113,6 @@ class Args(RunArgs):
                 f"--q-samples {self.q_samples} is above --samples {self.samples}: Q is averaged "
                 "over the samples of D, so raise --samples or lower --q-samples"
             )
-
-
-MAX_X = math.atanh(1 - 1e-3)  # log b is evaluated at |a| <= 1 - 1e-3 (authors' code)
 
 
 class Nets(nn.Module):
@@ -160,14 +130,7 @@ class Nets(nn.Module):
         self.bc_weight = nn.Parameter(torch.ones(()))
 
 
-@torch.no_grad()
-def glorot_(net):
-    """Keras' initial values: Glorot-uniform weights, each member on its own, and zero biases."""
-    for w, b in zip(net.weights, net.biases):
-        for member in w.view(-1, *w.shape[-2:]):
-            nn.init.xavier_uniform_(member)
-        b.zero_()
-    return net
+MAX_X = math.atanh(1 - 1e-3)  # log b is evaluated at |a| <= 1 - 1e-3 (authors' code)
 
 
 def gaussian(net, s):
@@ -213,7 +176,7 @@ def mmd(a, b, args):
     return kernel(a, a, args) + kernel(b, b, args) - 2 * kernel(a, b, args)
 
 
-def divergence(x, pi, behavior, args):
+def sampled_divergence(x, pi, behavior, args):
     """D (B,) of pi from b, estimated by samples x (N, B, A) of pi."""
     if args.divergence == "kl":
         return log_ratio(x, pi, behavior).mean(0)
@@ -245,7 +208,7 @@ def critic_loss(nets, s, a, r, s2, terminal, args):
         x2 = draw(pi, args.samples)
         value = policy_value(nets.q_target, s2, x2, args)
         if args.value_penalty:
-            value = value - nets.alpha * divergence(x2, pi, behavior, args)
+            value = value - nets.alpha * sampled_divergence(x2, pi, behavior, args)
         if args.entropy_weight:
             value = value - args.entropy_weight * log_prob(x2, pi).mean(0)
         y = r + args.gamma * (1 - terminal) * value  # (B,)
@@ -258,7 +221,7 @@ def actor_loss(nets, s, pi, behavior, args, imitate=False):
     """L_pi; b is fixed, but the gradient runs through its density at the samples. Also returns D
     and the samples."""
     x = draw(pi, args.samples)
-    d = divergence(x, pi, behavior, args)
+    d = sampled_divergence(x, pi, behavior, args)
     loss = nets.alpha.detach() * d
     if args.entropy_weight:
         loss = loss + args.entropy_weight * log_prob(x, pi).mean(0)
@@ -268,7 +231,8 @@ def actor_loss(nets, s, pi, behavior, args, imitate=False):
 
 
 def multiplier_loss(multiplier, excess):
-    """Dual of the constraint `excess <= 0`: the multiplier grows while `excess` is above 0."""
+    """Dual of the constraint `excess <= 0`: the multiplier grows while `excess` is above 0. With
+    --tune-alpha, alpha is the multiplier of E[D] <= target_divergence."""
     return -multiplier * excess
 
 
@@ -280,8 +244,8 @@ def update_behavior(nets, opt, data, args):
     minimize(opt.bc_weight, multiplier_loss(nets.bc_weight, -a.shape[1] - entropy))
     with torch.no_grad():
         nets.bc_weight.clamp_(min=0)
-    weight = nets.bc_weight.detach().clone()
-    return {"nll": nll, "entropy": entropy, "weight": weight}
+    bc_weight = nets.bc_weight.detach().clone()
+    return {"nll": nll, "entropy": entropy, "bc_weight": bc_weight}
 
 
 def update(nets, opt, data, args, imitate):
@@ -323,6 +287,11 @@ def behavior_policy(nets, obs, args):
     return nets.scaling.action(mean.tanh())
 
 
+def q(nets, s, a):
+    """Q_i(s, a) of every critic, (2, B); s (B, S) are scaled states, a (B, A) lie in [-1, 1]."""
+    return nets.q(s, a)
+
+
 def policy(nets, obs, args):
     """Raw observations (B, S) to the policy's mode (B, A), or to its best sample under Q_1, in the
     task's bounds."""
@@ -338,16 +307,14 @@ def policy(nets, obs, args):
 
 
 def train_behavior(run, nets, opt, data, args):
-    """Phase one: clone the behavior policy, or read the clone that an earlier run has saved."""
-    saturated = share_at_bounds(data, args.dequantize)
-    settings = args.bc_steps, args.bc_lr, args.batch_size, args.dequantize, args.normalize_obs
-    cached = run.cached("clone", nets.behavior, *settings)
+    """Phase one: clone the behavior policy, or read the clone of --clone."""
+    at_bounds = share_at_bounds(data, args.dequantize)
+    if args.clone:
+        run.read_clone(nets.behavior)
     step = graphed(update_behavior, nets, opt, data, args, compile=args.compile)
-    for t in run.loop(0 if cached else args.bc_steps, phase="behavior"):
+    for t in run.loop(0 if args.clone else args.bc_steps, phase="behavior"):
         metrics = step()
-        run.after(t, metrics | {"saturated_actions": saturated})
-        if t == args.bc_steps:
-            run.share("clone", nets.behavior)
+        run.after(t, metrics | {"data_at_bounds": at_bounds})
     run.reference("its clone (BC)", lambda obs: behavior_policy(nets, obs, args))
 
 
@@ -375,6 +342,44 @@ def train(run, data, args):
         run.after(t, metrics, lambda obs: policy(nets, obs, args))
 
 
+DEPARTURES = """
+The authors' code, against the paper:
+- Where log b is evaluated, actions are clipped to 1e-3 inside their bounds.
+- The log-deviations of clone and policy lie in [-5, 0].
+- The targets move before the critics' step, not after it.
+
+This file, against the authors' code:
+- Defaults are those of the script behind D4RL's BRAC scores (rail-berkeley/d4rl_evaluations), with
+  two exceptions. The script leaves the value penalty out, and its learning rate of alpha is 1e-5;
+  --alpha-lr 1e-3 is that of the example in the authors' code, and it counts with --tune-alpha
+  alone. The alphas behind D4RL's scores are not public; the script's default is 1. The authors'
+  example has an alpha of 0.1 and a learning rate of 3e-4 for the policy, and it clones for 300,000
+  steps.
+- Adam's epsilon of 1e-7 is added after the bias correction of the second moment's root. Keras adds
+  it before, which here would be an epsilon of 1e-7 / sqrt(1 - 0.999^t) in update t: 32 times as
+  much in update 1 and 1.3 times in update 1,000; later, the two forms hardly differ. After 20
+  updates the critics' weights differ by about 6e-4 of their size with kl, and by 3e-3 with mmd,
+  whose gradients are smaller.
+- The action a' at which Q is taken is the first of the samples of D; the authors draw one more
+  action for it. The expectation is the same.
+- The clone's step and that of `bc_weight` use the same samples, and so do the policy's step and
+  that of alpha. The authors draw new samples for `bc_weight` and alpha, after the network's step.
+  Here a `bc_weight` or an alpha that has left its bounds is put back at once. The authors' keeps
+  its value, is clipped where a loss uses it, and gets no gradient that would move it further out.
+- Only a tuned alpha is kept at 500 or less; the authors clip a fixed one, too.
+- The policy imitates the clone for `warm_start` steps; the authors' does so for one step more.
+- Targets start as copies of the critics; the authors start them at random.
+- Terminal rows are kept, and no row joins the end of an episode to the start of the next. D4RL's
+  script drops terminal rows and has rows that join episodes at a time limit.
+- Three options of the authors' code, all off by default, are left out: a mixture of the least and
+  the largest critic in place of the minimum, a trained weight of the policy's entropy, and weight
+  decay. So are the Wasserstein distance, divergences in their dual form, and the square root of
+  mmd.
+- The policy acts by its mode, the tanh of its mean. --eval-samples 10 is the authors' second way to
+  act: the best of ten samples.
+- --normalize-obs, --dequantize and --q-samples above 1 are additions, and off by default.
+"""
+
 # For a CPU: few updates, faster targets, normalized observations, and the policy's learning rate of
 # the authors' example.
 SHORT = dict(bc_steps=8_000, steps=10_000, warm_start=2_000, actor_lr=3e-4, polyak=0.02)
@@ -389,6 +394,6 @@ PRESETS = {
 }
 
 if __name__ == "__main__":
-    from harness import main
+    from run import main
 
     main(Args, PRESETS, train)

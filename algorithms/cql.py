@@ -22,43 +22,16 @@ If Q is a table, L_Q with (2) is least at Q = y - weight/2 (U / pi_beta - 1), wh
 policy that made the data. The paper halves the squared error and this file does not, so `weight` is
 twice the paper's alpha.
 
-The authors' code, against the paper:
-- The N actions of pi(s') in (4), whose Q is taken at s, are an addition of the code. The paper
-  draws from the uniform distribution and from pi(s) alone.
-- The terms of (4) are added and not averaged: nothing subtracts log(3 N). This changes no gradient
-  of L_Q, but the gap in (30) must be larger by this much: if Q is constant and pi is uniform, D is
-  log(3 N) + A log 2.
-- On locomotion the weight is fixed. The paper learns the multiplier there, with a gap of 10.
-- L_T is linear in the logarithm of the temperature. SAC's paper, sac_bc.py and fisher_brc.py have
-  the temperature itself in its place. Both raise the temperature while the entropy is below -A and
-  lower it above. Their gradients with respect to the logarithm differ by the factor `temperature`,
-  most of which Adam divides out again.
-
-This file, against the authors' code:
-- Settings and details are those of CORL, a later library that builds on young-geng's code of CQL.
-  The bullets below say what CORL does, except where they say that this file differs from CORL.
-- Observations are normalized, except in AntMaze and in point mazes with sparse rewards; the authors
-  take all observations as they are.
-- The log-deviation of the actor is scaled and shifted by two learned numbers and lies in [-20, 2];
-  the authors' lies in [-5, 2].
-- Hidden layers of the critics start orthogonal, with a gain of sqrt(2); the last layers of all
-  networks start near 0.
-- The actor's loss uses the temperature before its step; the authors use it after its step.
-- The multiplier m starts at e; the authors start it at 1. The authors subtract a threshold from
-  weight D, so --gap is their threshold divided by the weight.
-- --max-backup takes max_a min_i Q'_i(s',a) over N actions. The authors take min_i max_a Q'_i(s',a).
-- --diff-floor is not in the authors' code. D is a mean over states; the floor applies to the
-  difference in every state, before the mean.
-- The rows of PRESETS for AntMaze are CORL's. The authors' own are --gap 1 --diff-floor None
-  --reward-scale 4 --reward-shift -2 --warm-start 40000. CORL gives its first critic five hidden
-  layers there and its second one three; here both have three.
-- CORL also scales the rewards of hopper-medium-v2 until returns span 1,000; this file does not.
-- The likelihood in --warm-start is that of the data's actions, as in the authors' code; CORL takes
-  that of the actor's own actions. The authors' scripts begin with 40,000 such steps, CORL's and
-  ours with none.
-- No source has settings for kitchen or for point mazes with sparse rewards. Kitchen's are Adroit's
-  here, and the point mazes' are AntMaze's.
-- --dequantize is an addition, and off by default.
+What changes scores (more in DEPARTURES, at the foot of the file):
+- Settings and details are those of CORL, a library of offline RL, except where the list reports a
+  difference from CORL.
+- The N actions of pi(s') in (4) are an addition of the authors' code.
+- On locomotion the weight is fixed, as in the authors' code; the paper learns the multiplier there.
+- Observations are normalized, except in mazes with sparse rewards. The authors use them as they
+  are.
+- The actor's log-deviation lies in [-20, 2], and all networks have last layers that start near 0;
+  the authors' log-deviation lies in [-5, 2].
+- AntMaze has CORL's settings; the authors' own are in the list.
 
     python algorithms/cql.py  # scores 92.1 ± 3.0 on hopper-medium-expert-demo (3 seeds)
 """
@@ -290,6 +263,11 @@ def update(nets, opt, data, args, warm):
     return metrics
 
 
+def q(nets, s, a):
+    """Q_i(s, a) of every critic, (2, B); s (B, S) are scaled states, a (B, A) lie in [-1, 1]."""
+    return nets.q(s, a)
+
+
 def policy(nets, obs, args):
     """Raw observations (B, S) to deterministic actions (B, A) in the task's bounds."""
     mean, _ = nets.pi(nets.scaling.obs(obs))
@@ -318,6 +296,49 @@ def train(run, data, args):
         metrics = step(warm)
         run.after(t, metrics, lambda obs: policy(nets, obs, args))
 
+
+DEPARTURES = """
+The authors' code, against the paper:
+- The N actions of pi(s') in (4), whose Q is taken at s, are an addition of the code. The paper
+  draws from the uniform distribution and from pi(s) alone.
+- The terms of (4) are added and not averaged: nothing subtracts log(3 N). This changes no gradient
+  of L_Q, but the gap in (30) must be larger by this much: if Q is constant and pi is uniform, D is
+  log(3 N) + A log 2.
+- On locomotion the weight is fixed. The paper learns the multiplier there, with a gap of 10.
+- L_T is linear in the logarithm of the temperature, the parameter that Adam moves, so its gradient
+  with respect to this parameter is H + A, where H is the entropy of pi. SAC's paper has the
+  temperature itself in place of its logarithm, and so do sac_bc.py and fisher_brc.py. The losses of
+  the entropy weights of the clones in fisher_brc.py and itrpo.py have this second form, too. Its
+  gradient is temperature (H + A). Both forms raise the temperature while the entropy is below -A
+  and lower it above. Adam divides a constant factor out, so the two differ only while the
+  temperature changes.
+
+This file, against the authors' code:
+- Settings and details are those of CORL, a later library that builds on young-geng's code of CQL.
+  The bullets below describe what CORL does, except where they mention a difference from CORL.
+- Observations are normalized, except in AntMaze and in point mazes with sparse rewards; the authors
+  take all observations as they are.
+- The log-deviation of the actor is scaled and shifted by two learned numbers and lies in [-20, 2];
+  the authors' lies in [-5, 2].
+- Hidden layers of the critics start orthogonal, with a gain of sqrt(2); the last layers of all
+  networks start near 0.
+- The actor's loss uses the temperature before its step; the authors use it after its step.
+- The multiplier m starts at e; the authors start it at 1. The authors subtract a threshold from
+  weight D, so --gap is their threshold divided by the weight.
+- --max-backup takes max_a min_i Q'_i(s',a) over N actions. The authors take min_i max_a Q'_i(s',a).
+- --diff-floor is not in the authors' code. D is a mean over states; the floor applies to the
+  difference in every state, before the mean.
+- The rows of PRESETS for AntMaze are CORL's. The authors' own are --gap 1 --diff-floor None
+  --reward-scale 4 --reward-shift -2 --warm-start 40000. CORL gives its first critic five hidden
+  layers there and its second one three; here both have three.
+- CORL also scales the rewards of hopper-medium-v2 until returns span 1,000; this file does not.
+- The likelihood in --warm-start is that of the data's actions, as in the authors' code; CORL takes
+  that of the actor's own actions. The authors' scripts begin with 40,000 such steps, CORL's and
+  ours with none.
+- No source has settings for kitchen or for point mazes with sparse rewards. Kitchen's are Adroit's
+  here, and the point mazes' are AntMaze's.
+- --dequantize is an addition, and off by default.
+"""
 
 # For a CPU: few updates, fewer rows in each, a faster actor and faster targets.
 SHORT = dict(steps=10_000, batch_size=128, n_actions=3, actor_lr=3e-4, polyak=0.02, eval_every=500)
@@ -351,6 +372,6 @@ PRESETS = {
 }
 
 if __name__ == "__main__":
-    from harness import main
+    from run import main
 
     main(Args, PRESETS, train)

@@ -3,48 +3,26 @@
 Idea: write the critic as an offset plus the log-density of the behavior policy, and keep the
 offset flat in the action, so that outside the data the density alone decides.
 
-    L_mu     = E[ -log mu(a|s) - weight H(mu(.|s)) ]                         (appendix A)
+    L_mu     = E[ -log mu(a|s) - bc_weight H(mu(.|s)) ]                      (appendix A)
     Q_i(s,a) = O_i(s,a) + log mu(a|s)                                        (5)
     y        = r + bonus + gamma (1 - terminal) min_j Q'_j(s',a'), a' ~ pi(s')
     J(Q)     = sum_i E[ (y - Q_i(s,a))^2 ]                                   (2)
     L_O      = J(O + log mu) + lambda E_{a~pi} sum_i |grad_a O_i(s,a)|^2     (7)
     L_pi     = E_{a~pi}[ temperature log pi(a|s) - min_i Q_i(s,a) ]          (Algorithm 1, line 3)
-    L_T      = temperature (H(pi(.|s)) + A), the same for `weight` and mu    (SAC)
+    L_T      = temperature (H(pi(.|s)) + A), and likewise for `bc_weight` and mu (SAC)
 
-The clone mu is trained first, and then it is frozen. Q'_j is Q_j with a target network in place of
-O_j. Both entropies H have the target -A, for A action dimensions. Entropy enters the actor's loss
-alone: neither y nor Eq. 6, the gradient of Q, has it. The penalty is the Fisher divergence of
-exp(Q) from mu (Eq. 11), with actions of pi in place of actions of exp(Q), normalized.
+The clone mu of the behavior policy is trained first, and then it is frozen. Q'_j is Q_j with a
+target network in place of O_j. Both entropies H have the target -A, for A action dimensions.
+Entropy enters the actor's loss alone: neither y nor the gradient of Q (Eq. 6) has it. Normalized,
+exp(Q) is a density of actions. The penalty is the Fisher divergence of this density from mu
+(Eq. 11), except that its actions are drawn from pi.
 
-The bonus of 5 is the paper's, which takes it from CQL. Its derivation in appendix A loses a factor
-of 2; without this slip it would end at 2.5. Adam moves the logarithm of the temperature, for which
-the gradient of L_T is temperature (H + A). cql.py has the loss of CQL's authors, whose gradient is
-H + A. Both are 0 at H = -A, and Adam divides a constant factor out, so the two differ only while
-the temperature changes.
-
-The authors' code, against the paper:
-- mu is a mixture of five tanh-Gaussians for each action dimension on its own. The paper's words
-  read as one mixture over all dimensions.
-- The clone has two hidden layers; the actor and the critics have three. The paper calls all of them
-  three-layer networks.
-
-This file, against the authors' code:
-- Adam's epsilon of 1e-7 is added after the bias correction of the second moment's root. Keras adds
-  it before, which here would be an epsilon of 1e-7 / sqrt(1 - 0.999^t) in update t: 32 times as
-  much in update 1 and 1.3 times in update 1,000. After 20 updates the actor's weights differ by
-  two or three thousandths.
-- Rows are drawn with replacement. The authors go through the data in shuffled epochs.
+What changes scores (more in DEPARTURES, at the foot of the file):
+- As in the authors' code, mu is a separate mixture for each action dimension.
+- The bonus is the paper's 5; without a slip, the paper's derivation would end at 2.5. AntMaze has
+  no bonus here.
 - The last row of an episode that a time limit ended is kept where the data has its next
   observation; D4RL's loader drops it.
-- The clone's phase and the actor's have random seeds of their own. So the actor's phase gives the
-  same numbers whether the clone was trained in this run or read from an earlier one.
-- log mu of the policy's actions is computed from their values before the tanh. The authors invert
-  the tanh.
-- Every evaluation starts from the same ten states. The authors' always starts from new ones.
-- AntMaze is neither in the paper nor in the code. It has no bonus here, because a bonus would
-  reward the policy for every step in which it has not reached the goal.
-- --normalize-obs and --dequantize are additions, and off by default. The second is for data with
-  many actions exactly at a bound, where log mu grows without limit.
 
     python algorithms/fisher_brc.py  # scores 100.1 ± 0.6 on hopper-medium-expert-demo (3 seeds)
 """
@@ -70,6 +48,7 @@ from common import graphed, largest_value, minimize, normalize_obs, polyak, samp
 @dataclass
 class Args(RunArgs):
     phases = {"behavior": "bc_steps", "train": "steps"}
+    clone_flags = ("bc_steps", "bc_lr")
     env: str = "hopper-medium-expert-demo"
     """dataset: bundled, D4RL or OGBench name, Minari id, or path of an .hdf5 or .npz file"""
     seed: Seed = 0
@@ -102,6 +81,8 @@ class Args(RunArgs):
     """gradient steps of the clone, before those of actor and critics"""
     bc_lr: Positive = 1e-3
     """Adam's learning rate of the clone; divided by 10 after 80% of its steps, again after 90%"""
+    clone: str | None = None
+    """checkpoint.pt of a run on the same data: its clone is read, not trained"""
     normalize_obs: bool = False
     """shift and scale observations to mean 0 and deviation 1 over the data"""
 
@@ -113,6 +94,7 @@ class Nets(nn.Module):
         super().__init__()
         obs_dim, act_dim = data.obs.shape[1], data.action.shape[1]
         self.scaling, self.components = Scaling(data), args.components
+        self.adds_log_mu = args.offset
         self.behavior = MLP(obs_dim, 256, 256, 3 * act_dim * args.components)  # mu
         self.actor = MLP(obs_dim, 256, 256, 256, 2 * act_dim)
         self.offset = ScalarMLP(obs_dim + act_dim, 256, 256, 256, members=2)
@@ -135,8 +117,8 @@ class Nets(nn.Module):
 
 
 def pre_tanh(a, args):
-    """x = atanh(a) of the data's actions, which are dequantized if asked. At a bound x is infinite;
-    log_mu clips it."""
+    """x = atanh(a) of the data's actions, which --dequantize moves off their bounds. At a bound x
+    is infinite; log_mu clips it."""
     a = dequantize(a, args.dequantize)
     return torch.atanh(a.clamp(-1, 1))  # rounding may have left the bounds
 
@@ -174,8 +156,8 @@ def behavior_loss(nets, s, a, args):
     mixture = nets.mu(s)
     x = torch.stack([pre_tanh(a, args), sample_mu(mixture)])  # (2, B, A)
     nll, entropy = -log_mu(mixture, x).mean(1)
-    weight = nets.log_bc_weight.exp().detach()
-    loss = nll - weight * entropy
+    bc_weight = nets.log_bc_weight.exp().detach()
+    loss = nll - bc_weight * entropy
     return loss, nll.detach(), entropy.detach()
 
 
@@ -201,7 +183,8 @@ def actor_loss(nets, s, a_pi, log_prob, log_mu_pi):
 
 
 def temperature_loss(log_temperature, entropy, act_dim):
-    """L_T: the temperature grows while the mean entropy is below its target -A."""
+    """L_T: the temperature grows while the mean entropy is below its target -A. The DEPARTURES of
+    cql.py compare this form with that of CQL's authors."""
     return log_temperature.exp() * (entropy + act_dim)
 
 
@@ -211,8 +194,8 @@ def update_behavior(nets, opt, data, args):
     loss, nll, entropy = behavior_loss(nets, s, a, args)
     minimize(opt.behavior, loss)
     minimize(opt.bc_weight, temperature_loss(nets.log_bc_weight, entropy, a.shape[1]))
-    weight = nets.log_bc_weight.detach().exp()
-    return {"nll": nll, "entropy": entropy, "weight": weight}
+    bc_weight = nets.log_bc_weight.detach().exp()
+    return {"nll": nll, "entropy": entropy, "bc_weight": bc_weight}
 
 
 def update(nets, opt, data, args):
@@ -268,6 +251,16 @@ def behavior_policy(nets, obs, args):
     return nets.scaling.action(mean.tanh())
 
 
+def q(nets, s, a):
+    """Q_i(s, a) of every critic (Eq. 5), (2, B); s (B, S) are scaled states, a (B, A) lie in
+    [-1, 1]. With --no-offset, Q_i is O_i alone."""
+    o = nets.offset(s, a)
+    if not nets.adds_log_mu:
+        return o
+    x = torch.atanh(a.clamp(-1, 1))
+    return o + log_mu(nets.mu(s), x)
+
+
 def policy(nets, obs, args):
     """Raw observations (B, S) to deterministic actions (B, A) in the task's bounds."""
     mean, _ = nets.pi(nets.scaling.obs(obs))
@@ -275,21 +268,18 @@ def policy(nets, obs, args):
 
 
 def train_behavior(run, nets, opt, data, args):
-    """Phase one: clone the behavior policy, or read the clone that an earlier run has saved."""
-    saturated = share_at_bounds(data, args.dequantize)
-    settings = args.bc_steps, args.bc_lr, args.batch_size, args.components
-    settings += args.dequantize, args.normalize_obs
-    cached = run.cached("clone", nets.behavior, *settings)
+    """Phase one: clone the behavior policy, or read the clone of --clone."""
+    at_bounds = share_at_bounds(data, args.dequantize)
+    if args.clone:
+        run.read_clone(nets.behavior)
     step = graphed(update_behavior, nets, opt, data, args, compile=args.compile)
-    for t in run.loop(0 if cached else args.bc_steps, phase="behavior"):
+    for t in run.loop(0 if args.clone else args.bc_steps, phase="behavior"):
         decays = (t > 0.8 * args.bc_steps) + (t > 0.9 * args.bc_steps)
         lr = args.bc_lr * 0.1**decays
         opt.behavior.lr.fill_(lr)
         opt.bc_weight.lr.fill_(lr)
         metrics = step()
-        run.after(t, metrics | {"saturated_actions": saturated})
-        if t == args.bc_steps:
-            run.share("clone", nets.behavior)
+        run.after(t, metrics | {"data_at_bounds": at_bounds})
     run.reference("its clone (BC)", lambda obs: behavior_policy(nets, obs, args))
 
 
@@ -316,6 +306,35 @@ def train(run, data, args):
         run.after(t, metrics, lambda obs: policy(nets, obs, args))
 
 
+DEPARTURES = """
+The authors' code, against the paper:
+- mu is a mixture of five tanh-Gaussians for each action dimension on its own. The paper's words
+  read as one mixture over all dimensions.
+- The clone has two hidden layers; the actor and the critics have three. The paper calls all of them
+  three-layer networks.
+- The code adds the bonus of 5 that the paper states and takes from CQL. Its derivation in appendix
+  A loses a factor of 2; without this slip it would end at 2.5.
+
+This file, against the authors' code:
+- Adam's epsilon of 1e-7 is added after the bias correction of the second moment's root. Keras adds
+  it before, which here would be an epsilon of 1e-7 / sqrt(1 - 0.999^t) in update t: 32 times as
+  much in update 1 and 1.3 times in update 1,000. After 20 updates the actor's weights differ by
+  two or three thousandths.
+- Rows are drawn with replacement. The authors go through the data in shuffled epochs.
+- The last row of an episode that a time limit ended is kept where the data has its next
+  observation; D4RL's loader drops it.
+- The clone's phase and the actor's have random seeds of their own. So the actor's phase gives the
+  same numbers whether the clone was trained in this run or read from an earlier one.
+- log mu of the policy's actions is computed from their values before the tanh. The authors invert
+  the tanh.
+- Every evaluation starts from the same ten states. The authors' evaluations always start from new
+  ones.
+- AntMaze is neither in the paper nor in the code. It has no bonus here, because a bonus would
+  reward the policy for every step in which it has not reached the goal.
+- --normalize-obs and --dequantize are additions, off by default. The second is for data with many
+  actions exactly at a bound, where log mu grows without limit.
+"""
+
 # The rows of the bundled datasets shorten both phases. Targets follow four times as fast, because
 # training is a hundredth of the paper's, and fast targets need the stronger penalty.
 SHORT = dict(bc_steps=10_000, steps=10_000, eval_every=500, polyak=0.02, lam=1.0)
@@ -330,6 +349,6 @@ PRESETS = {
 }
 
 if __name__ == "__main__":
-    from harness import main
+    from run import main
 
     main(Args, PRESETS, train)

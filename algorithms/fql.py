@@ -17,39 +17,27 @@ Euler steps, is --flow-steps. All losses of a step are computed with the weights
 step, and Q' follows the critics from before the step, too. The policy acts by clip(w(s, z)) with
 fresh noise z at every step, also in evaluations.
 
-With alpha = 0, w follows Q alone; with alpha -> infinity, it imitates the flow. In L_w, the first
-term has the scale of actions and the second the scale of Q. A published alpha is therefore right
-only with the rewards, the discount and the reward shift for which it was chosen. With
-normalize_q_loss, Q in L_w is divided by the mean of |Q|, so that this scale does not matter.
+With alpha = 0, w follows Q alone; with a large alpha, it imitates the flow. In L_w, the first term
+has the scale of actions and the second the scale of Q. A published alpha is therefore right only
+with the rewards, the discount and the reward shift for which it was chosen. With
+--normalize-q-loss, Q in L_w is divided by the mean of |Q|, so that this scale does not matter.
 
 Without w (--no-distill), the flow itself acts, and Q's gradient runs through its M steps. This is
 the paper's FBRAC.
 
-The authors' code, against the paper:
-- The squared norms of the losses are means over action dimensions; the paper's are sums. So the
-  code's alpha is that of the paper's equation times the number of action dimensions. All published
-  values, and those below, are meant for the code.
-- Dividing Q by the mean of |Q| is not in the paper. The authors advise it for new data, with an
-  alpha between 0.03 and 10.
-- For door, hammer and relocate, the commands that the authors publish have an alpha ten times as
-  large as the paper's table. PRESETS below has the values of the commands.
-- Their repository has no FBRAC. --no-distill equals that of later work by others, agents/fbrac.py
-  of chongyi-zheng/value-flows, whose losses of critics and flow are FQL's.
-
-This file, against the authors' code:
-- The last row of an episode that a time limit ended is kept where the data has its next
-  observation; the authors' D4RL loader drops it.
-- The data's actions are used as they are; the authors clip them to 1 - 1e-5 in size.
-- Each of the three networks has its own Adam, all with one learning rate; the authors have one Adam
-  for all. The arithmetic is the same.
-- There is no evaluation before the first step, and no training online.
-- The presets of locomotion follow the authors' advice for new data, because no alpha is published.
+What changes scores (more in DEPARTURES, at the foot of the file):
+- The squared norms are means over action dimensions, as in the authors' code; the paper's are sums.
+  So alpha is that of the paper's equation times the number of action dimensions. All published
+  values are meant for the code.
+- For door, hammer and relocate, the presets have the alpha of the commands that the authors
+  publish, which is ten times as large as that of the paper's table.
+- No alpha is published for locomotion. The presets there and on the bundled data follow the
+  authors' advice for new data, which is --normalize-q-loss with an alpha between 0.03 and 10.
 
     python algorithms/fql.py  # scores 55.5 ± 3.5 on hopper-medium-expert-demo (3 seeds)
 """
 
 import copy
-import math
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -62,7 +50,7 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from common import BatchSize, Count, NonNegative, Number, Positive, PositiveShare, Seed, ShareBelow1
 from common import MLP, Adam, RunArgs, ScalarMLP, Scaling
-from common import graphed, largest_value, minimize, normalize_obs, polyak, sample
+from common import glorot_, graphed, largest_value, minimize, normalize_obs, polyak, sample
 
 
 @dataclass
@@ -120,21 +108,11 @@ class Nets(nn.Module):
             layer_norm=True,
             norm_eps=1e-6,
         )
-        xavier_(self.velocity)
-        xavier_(self.q)
+        glorot_(self.velocity)
+        glorot_(self.q)
         self.q_target = copy.deepcopy(self.q).requires_grad_(False)
         if args.distill:
-            self.actor = xavier_(MLP(obs_dim + act_dim, *hidden, act_dim, activation="gelu"))
-
-
-@torch.no_grad()
-def xavier_(net):
-    """Xavier-uniform weights, each member on its own, and zero biases; returns the network."""
-    for w, b in zip(net.weights, net.biases):
-        bound = math.sqrt(6 / (w.shape[-2] + w.shape[-1]))
-        w.uniform_(-bound, bound)
-        b.zero_()
-    return net
+            self.actor = glorot_(MLP(obs_dim + act_dim, *hidden, act_dim, activation="gelu"))
 
 
 def flow(nets, s, z, args):
@@ -211,6 +189,11 @@ def update(nets, opt, data, args):
     return metrics
 
 
+def q(nets, s, a):
+    """The value (2, B) of every critic at scaled states s (B, S), actions a (B, A) in [-1, 1]."""
+    return nets.q(s, a)
+
+
 def policy_with_noise(nets, obs, noise, args):
     """Raw observations (B, S) and standard normal noise (B, A) to actions (B, A) in the task's
     bounds."""
@@ -242,6 +225,28 @@ def train(run, data, args):
     for t in run.loop(args.steps):
         run.after(t, step(), lambda obs: policy(nets, obs, args))
 
+
+DEPARTURES = """
+The authors' code, against the paper:
+- The squared norms of the losses are means over action dimensions; the paper's are sums. So the
+  code's alpha is that of the paper's equation times the number of action dimensions. All published
+  values, and those below, are meant for the code.
+- Dividing Q by the mean of |Q| is not in the paper. The authors advise it for new data, with an
+  alpha between 0.03 and 10.
+- For door, hammer and relocate, the commands that the authors publish have an alpha ten times as
+  large as the paper's table. PRESETS below has the values of the commands.
+- Their repository has no FBRAC. --no-distill equals that of later work by others, agents/fbrac.py
+  of chongyi-zheng/value-flows, whose losses of critics and flow are FQL's.
+
+This file, against the authors' code:
+- The last row of an episode that a time limit ended is kept where the data has its next
+  observation; the authors' D4RL loader drops it.
+- The data's actions are used as they are; the authors clip them to 1 - 1e-5 in size.
+- Each of the three networks has its own Adam, all with one learning rate; the authors have one Adam
+  for all. The arithmetic is the same.
+- There is no evaluation before the first step, and no training online.
+- The presets of locomotion follow the authors' advice for new data, because no alpha is published.
+"""
 
 # For a CPU: few updates of narrow networks, faster targets, normalized observations, and an alpha
 # within the authors' advice for new data.
@@ -296,6 +301,6 @@ PRESETS = {
 }
 
 if __name__ == "__main__":
-    from harness import main
+    from run import main
 
     main(Args, PRESETS, train)

@@ -20,28 +20,13 @@ maximize Q and to stay close to the data:
     L_pi = -E[Q] / mean |Q| - alpha_bc E[ log N(a; pi(s), 1) ],
            Q = min_i Q_i(s, pi(s)), the divisor detached                     (DDPG+BC actor)
 
-The authors' code, against the paper:
-- The weight exp(beta u) is at most 100.
-- The paper divides locomotion's rewards by the gap between the best and the worst episode's return.
-  The code also multiplies them by 1,000.
-
-This file, against the authors' code:
-- The last row of an episode that a time limit ended is kept where the data has its next
-  observation; the authors' loader drops it.
-- The gap between the best and the worst return is taken over whole episodes, with every row of the
-  data. The authors add up only the rows that their loader leaves, so their returns lack the row at
-  a time limit and the last row of the file.
-- Actions at a bound stay there. The authors move them inward by 1e-5, which is not needed here: the
-  density of a Gaussian that tanh does not squash is finite at the bounds.
-- The authors have no settings for Adroit's v1 data, so there they are those of CORL, a library of
-  offline RL: a larger tau and beta, normalized observations, and no dropout (CORL's configuration
-  names a dropout, but its Gaussian actor ignores it). The update is the authors' on all data. CORL
-  steps V, Q, the targets and then the actor, takes u and V(s') from V before its step, averages
-  over the critics, lets the log-deviation fall to -20, and starts from PyTorch's default weights.
-- The paper has no point mazes. Their rewards are sparse like AntMaze's, so they use the settings of
-  AntMaze.
-- The paper has no DDPG+BC. The loss and alpha_bc are those of OGBench, a benchmark of offline RL.
-  OGBench's actor has no tanh at its end, and its learning rate does not fall.
+What changes scores (more in DEPARTURES, at the foot of the file):
+- The weight exp(beta u) in (7) is at most 100, as in the authors' code.
+- In locomotion, rewards are divided by the gap between the best and the worst return, and
+  multiplied by 1,000, as in the authors' code. Here returns are those of whole episodes.
+- On Adroit's v1 data, the settings are those of CORL, a library of offline RL; in point mazes, they
+  are those of AntMaze.
+- DDPG+BC is not in the paper. Its loss and its alpha_bc are those of OGBench, a benchmark.
 
     python algorithms/iql.py  # scores 77.7 ± 11.4 on hopper-medium-expert-demo (3 seeds)
 """
@@ -212,6 +197,11 @@ def update(nets, opt, data, args):
     return metrics | actor_metrics
 
 
+def q(nets, s, a):
+    """The value (2, B) of every critic at scaled states s (B, S), actions a (B, A) in [-1, 1]."""
+    return nets.q(s, a)
+
+
 def policy(nets, obs, args):
     """Raw observations (B, S) to deterministic actions (B, A) in the task's bounds."""
     return nets.scaling.action(nets.pi(nets.scaling.obs(obs)))
@@ -237,6 +227,31 @@ def train(run, data, args):
         metrics = step()
         run.after(t, metrics, lambda obs: policy(nets, obs, args))
 
+
+DEPARTURES = """
+The authors' code, against the paper:
+- The weight exp(beta u) is at most 100.
+- The paper divides locomotion's rewards by the gap between the best and the worst episode's return.
+  The code also multiplies them by 1,000.
+
+This file, against the authors' code:
+- The last row of an episode that a time limit ended is kept where the data has its next
+  observation; the authors' loader drops it.
+- The gap between the best and the worst return is taken over whole episodes, with every row of the
+  data. The authors add up only the rows that their loader leaves, so their returns lack the row at
+  a time limit and the last row of the file.
+- Actions at a bound stay there. The authors move them inward by 1e-5, which is not needed here: the
+  density of a Gaussian that tanh does not squash is finite at the bounds.
+- The authors have no settings for Adroit's v1 data, so there they are those of CORL, a library of
+  offline RL: a larger tau and beta, normalized observations, and no dropout (CORL's configuration
+  names a dropout, but its Gaussian actor ignores it). The update is the authors' on all data. CORL
+  steps V, Q, the targets and then the actor, takes u and V(s') from V before its step, averages
+  over the critics, lets the log-deviation fall to -20, and starts from PyTorch's default weights.
+- The paper has no point mazes. Their rewards are sparse like AntMaze's, so they use the settings of
+  AntMaze.
+- The paper has no DDPG+BC. The loss and alpha_bc are those of OGBench, a benchmark of offline RL.
+  OGBench's actor has no tanh at its end, and its learning rate does not fall.
+"""
 
 PRESETS = {
     "halfcheetah-*": dict(normalize_reward=True),
@@ -278,6 +293,6 @@ PRESETS = {
 }
 
 if __name__ == "__main__":
-    from harness import main
+    from run import main
 
     main(Args, PRESETS, train)

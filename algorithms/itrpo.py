@@ -4,64 +4,30 @@ Idea: BRAC keeps the learned policy pi close to a clone pi_b of the behavior pol
 log-ratio of the two to BRAC's reward. This has the effect that every new policy also stays close to
 the last one, although no loss has a second KL term.
 
-    L_b  = E[ -log pi_b(a|s) - weight H(pi_b(.|s)) ]                                   (clone)
-    L_w  = weight (H(pi_b(.|s)) + A)
+    L_b  = E[ -log pi_b(a|s) - bc_weight H(pi_b(.|s)) ]                                (clone)
+    L_w  = bc_weight (H(pi_b(.|s)) + A)
     rho(s,a) = log pi(a|s) - log pi_b(a|s)
     y    = r + bonus + tau alpha clip(rho(s,a))
              + gamma (1 - terminal) min_i E_{a'~pi}[ Q'_i(s',a') - alpha rho(s',a') ]  (5)
-    L_Q  = sum_i E[ (Q_i(s,a) - y)^2 ] + penalty E_{a~pi} sum_i |grad_a Q_i(s,a)|^2
+    L_Q  = sum_i E[ (Q_i(s,a) - y)^2 ] + lam E_{a~pi} sum_i |grad_a Q_i(s,a)|^2
     L_pi = -E[ min_i E_{a~pi}[ Q_i(s,a) - alpha rho(s,a) ] ]                           (5)
 
 H is the entropy, A the number of action dimensions, and Q'_i are the target critics. The flags of
 alpha and tau are --kl-coef and --shape-coef. The term tau alpha clip(rho) of y is called the
-shaping; the clip is to [ratio_min, ratio_max].
-
-First the clone pi_b is trained by L_b. Its entropy weight is trained by L_w, so that the entropy
-does not fall below -A. Then pi_b is frozen. Adam moves the logarithm of the weight: L_w is linear
-in the weight itself, so its gradient is weight (H + A). In cql.py, the loss of the temperature is
-linear in the logarithm, and its gradient is H + A. Both are zero at H = -A.
+shaping; the clip is to [ratio_min, ratio_max]. First the clone pi_b is trained by L_b, and
+bc_weight by L_w, so that the entropy does not fall below -A. Then pi_b is frozen.
 
 Theorem 1: the policies are the same as if Q - tau alpha rho were iterated with two penalties,
 tau alpha KL(pi || last pi) and (1 - tau) alpha KL(pi || pi_b). In the limit they are those of BRAC
 (tau = 0) with the coefficient alpha (1 - tau), so a sweep of tau is also a sweep of this
-coefficient. To tell the two effects apart, --control runs the method without shaping at that
-coefficient. In train.csv, rho_data, shaping and kl_behavior are the curves of the paper's figure 2;
-kl_step is KL(pi || the policy at the row before).
+coefficient. --control runs BRAC at the same coefficient, to tell the two effects apart.
 
-The paper's body gives no values for these coefficients, and its appendix could not be found. The
-reference is therefore the trainer "IKL" in offorRL, an earlier repository of the first author. It
-computes Eq. 5 term by term, but does not name iTRPO. Where a flag from --kl-coef to --ratio-max is
-not given, and the preset of the dataset has none, --setting chooses its value:
-- paper: Eq. 5 alone, with alpha = 0.9 and tau = 0.03 of that code. An action at a bound can have
-  rho = -1e5, which this setting does not clip: use it for data without such actions.
-- code: Eq. 5 with all that this code adds to it. This is the clip rho >= -1, and a bonus of 5 and a
-  gradient penalty of 0.1, both from Fisher-BRC.
-- trust: as code, but with tau = 0.9, so that the shaping matters. With tau = 0.03 and the clip, it
-  lowers a value by at most 2.7.
-
-The authors' code, against the paper:
-- It exchanges the names of the coefficients: its tau is alpha here, its alpha is tau here.
-- With the lower clip of rho, Theorem 1 no longer holds. On ten random tabular problems with
-  alpha = 0.5, the clip changes an action's probability in the limit by up to 0.003 with tau = 0.03,
-  and by up to 0.17 with tau = 0.9. Without it, the two iterations of the theorem agree to 1e-13.
-- The bonus, the gradient penalty and the minimum over two critics are not in the paper's body.
-- It adds 1.2e-7 to every component of the critics' action gradient before squaring it.
-
-This file, against the authors' code:
-- That 1.2e-7 is left out. It changes the penalty by a few millionths.
-- Initial values are those of nn.Linear, except for the last layers, whose weights and biases lie
-  within 1e-3 (policies) and 3e-3 (critics). In the author's code, the weights of the first layer
-  lie within 1/16 whatever the number of inputs, and biases are 0, except those of the log-std.
-- Targets start as copies of the critics. The author's start at random values of their own.
-- rho at sampled actions tanh(x) is computed from x, because the tanh's Jacobians of pi and pi_b
-  cancel. For pi_b's density, the author clips the action to +-0.999999 and inverts the tanh.
-- In each step, the clone is updated before its entropy weight. The author updates the weight first.
-- An evaluation is ten whole episodes every 5,000 updates. The author's is 10,000 steps of the task
-  every 1,000 updates, without the episode that the last step breaks off.
-- The last row of an episode that a time limit ended is kept where the data has its next
-  observation; D4RL's loader drops it.
-- The AntMaze reward r - 1 is the author's; the bonus of 0 and the 100 episodes there are not.
-- --normalize-obs and --dequantize are ours, and off by default.
+What changes scores (more in DEPARTURES, at the foot of the file):
+- The paper's body gives no coefficients. The default, --setting code, is that of the trainer "IKL"
+  in offorRL, the first author's earlier repository: it adds to (5) the clip rho >= -1, a bonus of 5
+  and a gradient penalty of 0.1. --setting paper is (5) alone.
+- With the code's tau = 0.03 and its clip, the shaping lowers a value by at most 2.7. --setting
+  trust has tau = 0.9, so that the shaping matters.
 
     python algorithms/itrpo.py  # scores 100.6 ± 0.6 on hopper-medium-expert-demo (3 seeds)
 """
@@ -87,6 +53,7 @@ from common import graphed, largest_value, minimize, normalize_obs, polyak, samp
 @dataclass
 class Args(RunArgs):
     phases = {"behavior": "bc_steps", "train": "steps"}
+    clone_flags = ("bc_steps", "bc_lr")
     env: str = "hopper-medium-expert-demo"
     """dataset: bundled, D4RL or OGBench name, Minari id, or path of an .hdf5 or .npz file"""
     seed: Seed = 0
@@ -105,7 +72,7 @@ class Args(RunArgs):
     """tau (Eq. 5), share of alpha that keeps pi near the last pi: 0 is BRAC, 1 ignores pi_b"""
     bonus: Number | None = None
     """added to every reward: above 0 it pays for survival where episodes can end early"""
-    penalty: NonNegative | None = None
+    lam: NonNegative | None = None
     """weight of the critics' squared action gradient in their loss: 0 is none, as in the paper"""
     ratio_min: float | None = None
     """lower clip of rho(s,a) in tau alpha clip(rho), the shaping of rewards: -inf is no clip"""
@@ -131,6 +98,8 @@ class Args(RunArgs):
     """gradient steps of the clone pi_b, before those of actor and critics"""
     bc_lr: Positive = 1e-3
     """Adam's learning rate of the clone; divided by 10 after 80% of its steps, again after 90%"""
+    clone: str | None = None
+    """checkpoint.pt of a run on the same data: its clone is read, not trained"""
     normalize_obs: bool = False
     """shift and scale observations to mean 0 and deviation 1 over the data"""
 
@@ -187,10 +156,11 @@ def log_ratio(x, pi, behavior):
     return (normal_log_prob(x, *pi) - normal_log_prob(x, *behavior)).sum(-1)
 
 
-def gaussian_kl(p, q):
-    """KL(p || q) (B,) of two tanh-Gaussians: that of the Gaussians, because tanh is one to one."""
-    log_ratio_std = p[1] - q[1]
-    distance = (p[0] - q[0]) * torch.exp(-q[1])
+def gaussian_kl(pi, other):
+    """KL(pi || other) (B,) of two tanh-Gaussians, which is that of the Gaussians, because tanh is
+    one to one."""
+    log_ratio_std = pi[1] - other[1]
+    distance = (pi[0] - other[0]) * torch.exp(-other[1])
     squares = torch.exp(2 * log_ratio_std) + distance**2 - 1
     return (0.5 * squares - log_ratio_std).sum(-1)
 
@@ -203,15 +173,15 @@ def behavior_loss(nets, s, a, args):
     nll = -log_prob.sum(-1).mean()
     _, sample_log_prob, _ = sample_tanh_normal(*behavior)
     entropy = -sample_log_prob.mean()
-    weight = nets.log_bc_weight.exp().detach()
-    loss = nll - weight * entropy
+    bc_weight = nets.log_bc_weight.exp().detach()
+    loss = nll - bc_weight * entropy
     return loss, nll.detach(), entropy.detach()
 
 
-def temperature_loss(log_temperature, entropy, act_dim):
-    """L_w: the temperature, here the weight of the clone's entropy, grows while the mean entropy is
-    below its target -A."""
-    return log_temperature.exp() * (entropy + act_dim)
+def bc_weight_loss(log_bc_weight, entropy, act_dim):
+    """L_w: the weight of the clone's entropy grows while the mean entropy is below its target -A.
+    The DEPARTURES of cql.py compare this form with another."""
+    return log_bc_weight.exp() * (entropy + act_dim)
 
 
 def evaluate(q, s, pi, behavior, args):
@@ -265,7 +235,7 @@ def gradient_penalty(nets, s, a):
 
 
 def actor_loss(nets, s, pi, behavior, args):
-    """L_pi (Eq. 5, first line), at actions drawn anew."""
+    """L_pi (Eq. 5, first line), at new samples of pi."""
     q, rho = evaluate(nets.q, s, pi, behavior, args)
     return -value(q, rho, args).mean()
 
@@ -275,27 +245,28 @@ def update_behavior(nets, opt, data, args):
     s, a = sample(data, args.batch_size, ("obs", "action"))
     loss, nll, entropy = behavior_loss(nets, s, a, args)
     minimize(opt.behavior, loss)
-    minimize(opt.bc_weight, temperature_loss(nets.log_bc_weight, entropy, a.shape[1]))
-    weight = nets.log_bc_weight.detach().exp()
-    return {"nll": nll, "entropy": entropy, "weight": weight}
+    minimize(opt.bc_weight, bc_weight_loss(nets.log_bc_weight, entropy, a.shape[1]))
+    bc_weight = nets.log_bc_weight.detach().exp()
+    return {"nll": nll, "entropy": entropy, "bc_weight": bc_weight}
 
 
 def update(nets, opt, data, args):
-    """One step of critics, actor and targets."""
+    """One step of critics, actor and targets. Of the metrics, rho_data, shaping and kl_behavior are
+    the curves of the paper's figure 2; kl_step is KL(pi || the policy at the row before)."""
     s, a, r, s2, terminal = sample(data, args.batch_size)
     pi = gaussian(nets.actor, s)  # the actor before its step, for rho, the penalty and L_pi
     with torch.no_grad():
         behavior = gaussian(nets.behavior, s)
         last = gaussian(nets.last_actor, s)
-        if args.penalty:
+        if args.lam:
             a_penalty = draw(pi, 1).squeeze(0).tanh()
         rho = log_ratio(pre_tanh(a, args), pi, behavior)  # (B,)
-        clipped = (rho < args.ratio_min) | (rho > args.ratio_max)
+        clipped_ratios = (rho < args.ratio_min) | (rho > args.ratio_max)
     td_loss, q_data, target = critic_loss(nets, s, a, r, s2, terminal, rho, args)
     q_loss, metrics = td_loss, {}
-    if args.penalty:
+    if args.lam:
         penalty = gradient_penalty(nets, s, a_penalty)
-        q_loss = td_loss + args.penalty * penalty
+        q_loss = td_loss + args.lam * penalty
         metrics["penalty"] = penalty.detach()
     minimize(opt.q, q_loss)
     pi_loss = actor_loss(nets, s, pi, behavior, args)
@@ -309,11 +280,16 @@ def update(nets, opt, data, args):
         "target": target,
         "rho_data": rho.mean(),
         "shaping": shaping(rho, args).mean(),
-        "clipped": clipped.float().mean(),
+        "clipped_ratios": clipped_ratios.float().mean(),
         "kl_behavior": gaussian_kl(pi, behavior).detach().mean(),
         "kl_step": gaussian_kl(pi, last).detach().mean(),  # since the last row of train.csv
         "std": pi[1].detach().exp().mean(),
     }
+
+
+def q(nets, s, a):
+    """Q_i(s, a) of every critic, (2, B); s (B, S) are scaled states, a (B, A) lie in [-1, 1]."""
+    return nets.q(s, a)
 
 
 def policy(nets, obs, args):
@@ -323,21 +299,18 @@ def policy(nets, obs, args):
 
 
 def train_behavior(run, nets, opt, data, args):
-    """Phase one: clone the behavior policy, or read the clone of an earlier run."""
-    saturated = share_at_bounds(data, args.dequantize)
-    settings = args.bc_steps, args.bc_lr, args.batch_size, args.clip
-    settings += args.dequantize, args.normalize_obs
-    cached = run.cached("clone", nets.behavior, *settings)
+    """Phase one: clone the behavior policy, or read the clone of --clone."""
+    at_bounds = share_at_bounds(data, args.dequantize)
+    if args.clone:
+        run.read_clone(nets.behavior)
     step = graphed(update_behavior, nets, opt, data, args, compile=args.compile)
-    for t in run.loop(0 if cached else args.bc_steps, phase="behavior"):
+    for t in run.loop(0 if args.clone else args.bc_steps, phase="behavior"):
         decays = (t > 0.8 * args.bc_steps) + (t > 0.9 * args.bc_steps)
         lr = args.bc_lr * 0.1**decays
         opt.behavior.lr.fill_(lr)
         opt.bc_weight.lr.fill_(lr)
         metrics = step()
-        run.after(t, metrics | {"saturated_actions": saturated})
-        if t == args.bc_steps:
-            run.share("clone", nets.behavior)
+        run.after(t, metrics | {"data_at_bounds": at_bounds})
     clone = SimpleNamespace(actor=nets.behavior, scaling=nets.scaling)
     run.reference("its clone (BC)", lambda obs: policy(clone, obs, args))
 
@@ -366,10 +339,46 @@ def train(run, data, args):
             nets.last_actor.load_state_dict(nets.actor.state_dict())
 
 
+DEPARTURES = """
+The authors' code, against the paper:
+- The paper's body gives no values for the coefficients, and its appendix could not be found. The
+  reference is therefore the trainer "IKL" in offorRL, an earlier repository of the first author. It
+  computes Eq. 5 term by term, but does not name iTRPO.
+- It exchanges the names of the coefficients: its tau is alpha here, its alpha is tau here.
+- With the lower clip of rho, Theorem 1 no longer holds. On ten random tabular problems with
+  alpha = 0.5, the clip changes an action's probability in the limit by up to 0.003 with tau = 0.03,
+  and by up to 0.17 with tau = 0.9. Without it, the two iterations of the theorem agree to 1e-13.
+- The bonus, the gradient penalty and the minimum over two critics are not in the paper's body. The
+  bonus of 5 and the penalty of 0.1 are Fisher-BRC's.
+- It adds 1.2e-7 to every component of the critics' action gradient before squaring it.
+
+This file, against the authors' code:
+- That 1.2e-7 is left out. It changes the penalty by a few millionths.
+- Initial values are those of nn.Linear, except for the last layers, whose weights and biases lie
+  within 1e-3 (policies) and 3e-3 (critics). In the author's code, the weights of the first layer
+  lie within 1/16 whatever the number of inputs, and biases are 0, except those of the log-std.
+- Targets start as copies of the critics. The author's start at random values of their own.
+- rho at sampled actions tanh(x) is computed from x, because the tanh's Jacobians of pi and pi_b
+  cancel. For pi_b's density, the author clips the action to +-0.999999 and inverts the tanh.
+- In each step, the clone is updated before its entropy weight. The author updates the weight first.
+- An evaluation is ten whole episodes every 5,000 updates. The author's is 10,000 steps of the task
+  every 1,000 updates, without the episode that the last step breaks off.
+- The last row of an episode that a time limit ended is kept where the data has its next
+  observation; D4RL's loader drops it.
+- The AntMaze reward r - 1 is the author's; the bonus of 0 and the 100 episodes there are not.
+- --normalize-obs and --dequantize are additions, and off by default.
+"""
+
+# What --setting fills in, where a flag from --kl-coef to --ratio-max is not given and the preset of
+# the dataset has none:
+# - paper: Eq. 5 alone, with alpha = 0.9 and tau = 0.03 of the author's code. An action at a bound
+#   can have rho = -1e5, which this setting does not clip: use it for data without such actions.
+# - code: Eq. 5 with all that this code adds to it.
+# - trust: as code, but with tau = 0.9, so that the shaping matters.
 BODY = dict(
-    kl_coef=0.9, shape_coef=0.03, bonus=0.0, penalty=0.0, ratio_min=-math.inf, ratio_max=math.inf
+    kl_coef=0.9, shape_coef=0.03, bonus=0.0, lam=0.0, ratio_min=-math.inf, ratio_max=math.inf
 )
-CODE = BODY | dict(bonus=5.0, penalty=0.1, ratio_min=-1.0)
+CODE = BODY | dict(bonus=5.0, lam=0.1, ratio_min=-1.0)
 SETTINGS = {"paper": BODY, "code": CODE, "trust": CODE | dict(shape_coef=0.9)}
 
 # For a CPU: few updates, fewer samples in each, faster targets, and normalized observations.
@@ -386,6 +395,6 @@ PRESETS = {
 }
 
 if __name__ == "__main__":
-    from harness import main
+    from run import main
 
     main(Args, PRESETS, train)

@@ -8,40 +8,30 @@ sparse.
     y    = r + gamma (1 - terminal) (min_i Q'_i(s', a') - critic_bc |a' - a'_data|^2),  (target)
            a' = clip(pi'(s') + clip(noise, -c, c), -1, 1)
     L_Q  = E[ sum_i (Q_i(s,a) - y)^2 ]                                      (critics)
-    L_pi = E[ actor_bc |pi(s) - a|^2 - weight min_i Q_i(s, pi(s)) ],        (actor)
-           weight = 1 / mean |min_i Q_i(s, pi(s))|, detached
+    L_pi = E[ actor_bc |pi(s) - a|^2 - q_weight min_i Q_i(s, pi(s)) ],      (actor)
+           q_weight = 1 / mean |min_i Q_i(s, pi(s))|, detached
 
-pi' and Q'_i are the target networks, and a'_data is the action that the data takes at s'. noise is
-Gaussian with the deviation --policy-noise, and c is --noise-clip. Both squared distances are sums
-over the A action dimensions. critic_bc is in units of reward; actor_bc is not, because `weight`
-scales Q to unit size in L_pi.
+The target networks are pi' and Q'_i, and a'_data is the action that the data takes at s'. The noise
+is Gaussian with the standard deviation --policy-noise, and c is --noise-clip. Both squared
+distances are sums over the A action dimensions. critic_bc is in units of reward; actor_bc is not,
+because `q_weight` scales Q to unit size in L_pi. For both, a larger number means more cloning.
 
 The actor and all targets are updated on the first step and on every `policy_freq`-th step after it.
-Then the target critics follow the critics that this step has updated already, and the target actor
-follows the actor that this step has not updated yet.
+On such a step, the target critics follow the updated critics, and the target actor follows the
+actor from before its update.
 
 With --actor-layers 2 --critic-layers 2 --no-critic-ln --critic-bc 0 this is what the paper runs as
-TD3+BC. It differs from td3_bc.py: the actor's loss has the minimum over critics, the initial values
-are others, and observations are not normalized. An alpha of td3_bc.py corresponds to an actor_bc of
-1 / (alpha A) here.
+TD3+BC. It differs from td3_bc.py in three ways: the actor's loss takes the minimum over the
+critics, the initial weights are different, and observations are not normalized. An alpha of
+td3_bc.py corresponds to an actor_bc of 1 / (alpha A) here.
 
-The authors' code, against the paper:
-- On AntMaze the learning rates are 3e-4 for the actor and 5e-5 for the critics; the paper's table
-  has 1e-4 for both.
-- critic_bc is 0.01 for hopper-medium and 0.1 for hopper-expert; the paper's table has 0.001 twice.
-  WEIGHTS below has the values of the code.
-
-This file, against the authors' code:
-- A row without a next action is dropped unless it is terminal, as in the authors' code. They drop
-  the last row of an episode that a time limit ended, but they read its action first, as the next
-  action of the row before it. Where our loader has dropped that last row, its action is unknown, so
-  the row before it is dropped, too: one row more in each such episode.
-- Where an episode is cut and no flag marks it, as in medium-replay, the authors take the first
-  action of the next episode as the next action. Here the row before the cut is dropped. The cut is
-  seen, because this row's next observation is not the observation of the following row.
-- The authors publish actor_bc and critic_bc for D4RL's data only. The defaults, 0.01 and 0.01, are
-  the pair that they use most often. The values for Maze2D are CORL's. Minari's datasets take the
-  values of the D4RL datasets of the same name, and its point mazes those of Maze2D.
+What changes scores (more in DEPARTURES, at the foot of the file):
+- AntMaze's learning rates, and critic_bc for hopper-medium and hopper-expert, are those of the
+  authors' code. The paper's tables have other numbers.
+- A row without a next action is dropped unless it is terminal. Where an episode is cut and no flag
+  marks it, as in medium-replay, the authors take the first action of the next episode instead.
+- The authors publish actor_bc and critic_bc for D4RL's data only. On your own data the default of
+  0.01 for both is only a starting point.
 
     python algorithms/rebrac.py  # scores 63.6 ± 4.4 on hopper-medium-expert-demo (3 seeds)
 """
@@ -53,12 +43,13 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from common import BatchSize, Count, NonNegative, Positive, PositiveShare, Seed, ShareBelow1
 from common import MLP, Adam, Data, InputError, RunArgs, ScalarMLP, Scaling
-from common import graphed, largest_value, minimize, next_action, normalize_obs, polyak, sample
+from common import graphed, largest_value, minimize, normalize_obs, polyak, sample
 
 
 @dataclass
@@ -143,8 +134,10 @@ class Transitions(Data):
 
 
 def with_next_actions(data):
-    """The rows of `data` whose next action is known, and the terminal rows."""
-    action, known = next_action(data)
+    """The rows of `data` that another row of the same episode follows, each with the action of that
+    row, and the terminal rows."""
+    known = F.pad(data.episode[1:] == data.episode[:-1], (0, 1))
+    action = data.action.roll(-1, 0).masked_fill(~known.unsqueeze(1), 0.0)
     keep = known | (data.terminal == 1)
     dropped = int((~keep).sum())
     if dropped == len(keep):
@@ -177,10 +170,10 @@ def actor_loss(nets, s, a, args):
     loss, the weight of Q, and the actions."""
     pi = nets.actor(s).tanh()
     q = nets.q(s, pi).amin(0)  # (B,)
-    weight = 1 / q.detach().abs().mean()
+    q_weight = 1 / q.detach().abs().mean()
     bc_loss = (pi - a).square().sum(-1).mean()
-    loss = args.actor_bc * bc_loss - weight * q.mean()
-    return loss, bc_loss.detach(), weight, pi.detach()
+    loss = args.actor_bc * bc_loss - q_weight * q.mean()
+    return loss, bc_loss.detach(), q_weight, pi.detach()
 
 
 def update(nets, opt, data, args, policy_step):
@@ -192,16 +185,21 @@ def update(nets, opt, data, args, policy_step):
     metrics = {"q_loss": q_loss.detach(), "q_mean": q_mean}
     if not policy_step:
         return metrics
-    pi_loss, bc_loss, weight, pi = actor_loss(nets, s, a, args)
+    pi_loss, bc_loss, q_weight, pi = actor_loss(nets, s, a, args)
     polyak(nets.q_target, nets.q, args.polyak)
     polyak(nets.actor_target, nets.actor, args.polyak)  # before the actor's step, as the authors do
     minimize(opt.actor, pi_loss)
     return metrics | {
         "pi_loss": pi_loss.detach(),
         "bc_loss": bc_loss,
-        "weight": weight,
+        "q_weight": q_weight,
         "saturated_actions": (pi.abs() > 0.99).float().mean(),
     }
+
+
+def q(nets, s, a):
+    """The value (2, B) of every critic at scaled states s (B, S), actions a (B, A) in [-1, 1]."""
+    return nets.q(s, a)
 
 
 def policy(nets, obs, args):
@@ -230,6 +228,27 @@ def train(run, data, args):
         metrics = step(policy_step)
         run.after(t, metrics, lambda obs: policy(nets, obs, args))
 
+
+DEPARTURES = """
+The authors' code, against the paper:
+- On AntMaze the learning rates are 3e-4 for the actor and 5e-5 for the critics; the paper's table
+  has 1e-4 for both.
+- critic_bc is 0.01 for hopper-medium and 0.1 for hopper-expert; the paper's table has 0.001 for
+  both. WEIGHTS below has the values of the code.
+
+This file, against the authors' code:
+- A row without a next action is dropped unless it is terminal, as in the authors' code. They drop
+  the last row of an episode that a time limit ended, but they read its action first, as the next
+  action of the row before it. Where our loader has dropped that last row, its action is unknown, so
+  the row before it is dropped, too: one row more in each such episode.
+- Where an episode is cut and no flag marks it, as in medium-replay, the authors take the first
+  action of the next episode as the next action. Here the row before the cut is dropped. The cut is
+  recognized by this row's next observation, which differs from the observation of the following
+  row.
+- The authors publish actor_bc and critic_bc for D4RL's data only. The defaults, 0.01 and 0.01, are
+  the pair that they use most often. The values for Maze2D are CORL's. Minari's datasets take the
+  values of the D4RL datasets of the same name, and its point mazes those of Maze2D.
+"""
 
 WEIGHTS = {  # (actor_bc, critic_bc) of the authors' configurations, by Minari's namespace
     "mujoco": {
@@ -302,6 +321,6 @@ PRESETS = {
 }
 
 if __name__ == "__main__":
-    from harness import main
+    from run import main
 
     main(Args, PRESETS, train)

@@ -1,43 +1,37 @@
-"""SAC+BC: SAC (arXiv:1812.05905) with the AC+BC actor of S. Park's lecture notes "Offline RL".
+"""SAC+BC: SAC (Haarnoja et al., 2018; arXiv:1812.05905) with the AC+BC actor of S. Park's lecture
+notes "Offline RL" (https://rail.eecs.berkeley.edu/deeprlcourse/static/sections/section-9.pdf).
 
 Idea: SAC, with behavior cloning added to the actor's loss and Q scaled to unit size, so that one
 number trades return against staying close to the data. The cloning term is the forward divergence
 KL(data, pi) of (8), which is the data's negative log-likelihood under SAC's stochastic actor, up to
-a constant. AC+BC means actor-critic with behavior cloning. The numbers (8) and (9) are the notes'.
+a constant. AC+BC means actor-critic with behavior cloning. (8) and (9) are numbers of the notes;
+(SAC 5), (SAC 7) and (SAC 18) are numbers of SAC's paper.
 
-    y    = r + gamma (1 - terminal) (min_i Q'_i(s',a') - temperature log pi(a'|s'))  (SAC target)
-    L_Q  = E[ sum_i (Q_i(s,a) - y)^2 ]                                      (SAC critics)
-    L_pi = E[ weight (temperature log pi(a~|s) - min_i Q_i(s,a~)) - alpha_bc log pi(a|s) ],  (9)
-           weight = 1 / mean |min_i Q_i(s,a~)|, detached
-    L_T  = temperature (E[-log pi(a~|s)] + A)                               (SAC temperature)
+    y    = r + gamma (1 - terminal) (min_i Q'_i(s',a') - temperature log pi(a'|s'))
+    L_Q  = E[ sum_i (Q_i(s,a) - y)^2 ]                                      (SAC 5)
+    L_pi = E[ q_weight (temperature log pi(a~|s) - min_i Q_i(s,a~)) - alpha_bc log pi(a|s) ], (9)
+           q_weight = 1 / mean |min_i Q_i(s,a~)|, detached
+    L_T  = temperature (E[-log pi(a~|s)] + A)                               (SAC 18)
 
 a' and a~ are samples of the tanh-Gaussian pi at s' and at s; the gradient of L_pi runs through a~.
-Q' are the target critics, and A is the number of action dimensions. The entropy term of y is left
-out unless --backup-entropy is set. An alpha_bc of 0 is SAC, a large one is maximum likelihood. So
-it is inverse to TD3+BC's alpha: with a fixed deviation of 1, TD3+BC has alpha_bc = 2 / (alpha A).
+Q' are the target critics, and A is the number of action dimensions. The first bracket of L_pi is
+the loss of SAC's actor (SAC 7). The entropy term of y is left out unless --backup-entropy is set.
+An alpha_bc of 0 is SAC, a large one is maximum likelihood. So it is inverse to TD3+BC's alpha: with
+a fixed deviation of 1, TD3+BC has alpha_bc = 2 / (alpha A).
 
-The default of alpha_bc is ours. To compare it with TD3+BC's alpha, let the data's actions have the
-deviation std, and move the policy's mean away from theirs by d. In each dimension, TD3+BC pulls it
-back with 2 d / (alpha A). Here the policy's deviation grows with d, so the pull is
-alpha_bc d / (std^2 + d^2). For small d both are equal at alpha_bc = 2 std^2 / (alpha A); but this
-pull is never above alpha_bc / (2 std), and it fades when d is large. With std = 0.3 and A = 3,
-alpha_bc = 0.1 resists any pull of Q that would move TD3+BC (alpha = 2.5) by less than 0.6.
+The notes come without code. The reference is agents/gcsacbc.py of seohongpark/horizon-reduction,
+SAC+BC for reaching goals by the author of the notes.
 
-The authors' code, against the paper:
-- The notes come without code.
-
-This file, against the authors' code:
-- The notes have neither entropy nor `weight`. The weight is TD3+BC's; it scales all of SAC's loss,
-  so that the temperature stays in units of Q.
-- The target's entropy term is off by default; SAC itself has it.
-- L_T is linear in the temperature, as in SAC's paper. Adam moves the logarithm of the temperature,
-  for which the gradient is temperature (H + A), where H is the policy's entropy. The loss in cql.py
-  is that of CQL's authors, log(temperature) (H + A), with the gradient H + A. Both gradients have
-  the same sign and are 0 at the same entropy; this one shrinks and grows with the temperature.
-- The bounds of the log-std are ours.
-- The reward shift of -1 in AntMaze is CORL's.
-- --dequantize is an addition, and off by default. It is for data with many actions exactly at a
-  bound, where log pi grows without limit.
+What changes scores (more in DEPARTURES, at the foot of the file):
+- Cloning is the notes' log-likelihood; the code penalizes the squared distance between the sampled
+  action a~ and the data's action.
+- The actor maximizes the minimum over the critics, and the target of the entropy is -A; the code
+  has the mean over the critics and -A/2.
+- The notes have neither entropy nor `q_weight`; the code has both.
+- The entropy term of y is off by default, as in the code. SAC itself has it.
+- The critics step first, and the actor is trained on the updated critics; the code computes all
+  losses with the weights from before the step.
+- The default of alpha_bc is ours.
 
     python algorithms/sac_bc.py  # scores 42.8 ± 1.6 on hopper-medium-expert-demo (3 seeds)
 """
@@ -124,18 +118,18 @@ def critic_loss(nets, s, a, r, s2, terminal, args):
 
 def actor_loss(nets, s, a, args):
     """Eq. 9: SAC's loss scaled to unit Q, plus the data's negative log-likelihood (8). Also returns
-    the cloning term, the weight, the actions and the entropy."""
+    the cloning term, the weight of SAC's loss, the actions and the entropy."""
     mean, log_std = nets.pi(s)
     pi, log_prob, _ = sample_tanh_normal(mean, log_std)
     q = nets.q(s, pi).amin(0)  # (B,)
-    weight = 1 / q.detach().abs().mean()
+    q_weight = 1 / q.detach().abs().mean()
     temperature = nets.log_temperature.exp().detach()
     sac_loss = (temperature * log_prob - q).mean()
     a = dequantize(a, args.dequantize)
     bc_loss = -tanh_normal_log_prob(a, mean, log_std, clip=1e-6).mean()
-    loss = weight * sac_loss + args.alpha_bc * bc_loss
+    loss = q_weight * sac_loss + args.alpha_bc * bc_loss
     entropy = -log_prob.detach().mean()
-    return loss, bc_loss.detach(), weight, pi.detach(), entropy
+    return loss, bc_loss.detach(), q_weight, pi.detach(), entropy
 
 
 def temperature_loss(nets, entropy, act_dim):
@@ -148,7 +142,7 @@ def update(nets, opt, data, args):
     s, a, r, s2, terminal = sample(data, args.batch_size)
     q_loss, q_mean = critic_loss(nets, s, a, r, s2, terminal, args)
     minimize(opt.q, q_loss)
-    pi_loss, bc_loss, weight, pi, entropy = actor_loss(nets, s, a, args)
+    pi_loss, bc_loss, q_weight, pi, entropy = actor_loss(nets, s, a, args)
     minimize(opt.actor, pi_loss)
     minimize(opt.temperature, temperature_loss(nets, entropy, a.shape[1]))
     polyak(nets.q_target, nets.q, args.polyak)
@@ -157,11 +151,16 @@ def update(nets, opt, data, args):
         "q_mean": q_mean,
         "pi_loss": pi_loss.detach(),
         "bc_loss": bc_loss,
-        "weight": weight,
+        "q_weight": q_weight,
         "saturated_actions": (pi.abs() > 0.99).float().mean(),
         "entropy": entropy,
         "temperature": nets.log_temperature.detach().exp(),
     }
+
+
+def q(nets, s, a):
+    """The value (E, B) of every critic at scaled states s (B, S), actions a (B, A) in [-1, 1]."""
+    return nets.q(s, a)
 
 
 def policy(nets, obs, args):
@@ -189,6 +188,55 @@ def train(run, data, args):
         run.after(t, metrics, lambda obs: policy(nets, obs, args))
 
 
+DEPARTURES = """
+The authors' code, against the paper:
+- The notes come without code, so "the authors' code" is here agents/gcsacbc.py of
+  seohongpark/horizon-reduction at commit c298aed, which came with arXiv:2506.04168. It learns to
+  reach goals. "The paper" is the notes.
+- The policy is penalized by alpha times the squared distance of the sampled action a~ to the data's
+  action, a sum over action dimensions, in place of -alpha log pi(a|s). In expectation this is the
+  distance of the policy's mean action plus the policy's variance, so this term always narrows the
+  policy, whereas the likelihood fits the policy's spread to that of the data.
+- The actor's loss has SAC's entropy term, with a temperature that is learned by (SAC 18) towards an
+  entropy of -A/2. The notes have no entropy.
+- The actor maximizes the mean over the two critics. Equation (9) has a single Q.
+- Cloning is multiplied by the mean of |Q|. The notes do not scale any term.
+- y has the minimum or the mean over the critics (q_agg), without an entropy term. It is clipped to
+  the range that the value of reaching a goal can have. By default the critics' outputs are logits,
+  trained with a cross-entropy loss, and the actor maximizes the logits.
+- All losses of a step are computed with the weights from before the step, and the targets follow
+  the critics from before the step.
+
+This file, against the authors' code:
+- Cloning is the data's log-likelihood, as in the notes.
+- There are no goals, y is not clipped, and the critics minimize a squared error.
+- The actor maximizes the minimum over the critics, as in SAC.
+- The target of the entropy is -A, as in SAC's paper.
+- The critics step first. The actor's loss is computed by the critics after their step, and the
+  targets follow them after their step.
+- `q_weight` divides all of SAC's loss by the mean of |Q|, where the code multiplies cloning by it.
+  The two losses differ by this factor, and Adam divides most of it out. In both, the temperature
+  stays in units of Q.
+- The target's entropy term is off by default; --backup-entropy adds it, as SAC itself has it.
+- SAC's paper halves the squared error of the critics; this file does not.
+- L_T is linear in the temperature, as in SAC's paper and in the code. cql.py explains the other
+  form, which is linear in the logarithm.
+- Networks have two layers of 256 units, ReLU and PyTorch's default weights, and batches have 256
+  rows. The code has four layers of 1,024 units with GELU and layer normalization, small initial
+  weights in the actor's last layer, batches of 1,024 rows and a gamma of 0.999. The log-std lies in
+  [-5, 2] in both.
+- The default of alpha_bc is ours. The code's values, from 0.1 to 10, are weights of a squared
+  distance. To compare ours with TD3+BC's alpha, let the data's actions have the deviation std, and
+  move the policy's mean away from theirs by d. In each dimension, TD3+BC pulls it back with
+  2 d / (alpha A). Here the policy's deviation grows with d, so the pull is
+  alpha_bc d / (std^2 + d^2). For small d both are equal at alpha_bc = 2 std^2 / (alpha A); but this
+  pull is never above alpha_bc / (2 std), and it fades when d is large. With std = 0.3 and A = 3,
+  alpha_bc = 0.1 resists any pull of Q that would move TD3+BC (alpha = 2.5) by less than 0.6.
+- The reward shift of -1 in AntMaze is CORL's.
+- --dequantize is an addition, and off by default. It is for data with many actions exactly at a
+  bound, where log pi grows without limit.
+"""
+
 PRESETS = {
     "hopper-medium-expert-demo": dict(  # shortened; faster targets
         steps=25_000, eval_every=1_250, polyak=0.01
@@ -204,6 +252,6 @@ PRESETS = {
 }
 
 if __name__ == "__main__":
-    from harness import main
+    from run import main
 
     main(Args, PRESETS, train)

@@ -6,8 +6,8 @@ number trades return against staying close to the data.
     y    = r + gamma (1 - terminal) min_i Q'_i(s', a'),                      (TD3 target)
            a' = clip(pi'(s') + clip(noise, -c, c), -1, 1)
     L_Q  = E[ sum_i (Q_i(s,a) - y)^2 ]                                      (TD3 critics)
-    L_pi = E[ -weight Q_1(s, pi(s)) + (pi(s) - a)^2 ],                      (TD3+BC actor)
-           weight = alpha / mean |Q_1(s, pi(s))|, detached
+    L_pi = E[ -q_weight Q_1(s, pi(s)) + (pi(s) - a)^2 ],                    (TD3+BC actor)
+           q_weight = alpha / mean |Q_1(s, pi(s))|, detached
 
 A prime marks the target networks, Q' and pi'. The noise is Gaussian with the standard deviation
 --policy-noise, and c is --noise-clip. The cloning term is a mean over batch and action dimensions.
@@ -20,15 +20,9 @@ Dividing L_pi by alpha gives this form, with alpha_bc = 2 / (alpha A) for A acti
 larger alpha_bc means more cloning, a larger alpha means less. With --policy-noise 0 --noise-clip 0
 --critics 1 --policy-freq 1 this file is DDPG+BC.
 
-The authors' code, against the paper:
-- No difference is known.
-
-This file, against the authors' code:
-- The last row of an episode that a time limit ended is kept where the data has its next
-  observation; the authors' loader drops it.
-- The paper has no AntMaze. As in CORL, a library of offline RL, its rewards are shifted by -1 and
-  its observations are normalized. The first author, asked in his repository, advises
-  --no-normalize-obs and a larger --alpha for AntMaze.
+What changes scores (more in DEPARTURES, at the foot of the file):
+- No difference is known that changes scores on the paper's datasets. The paper has no AntMaze;
+  for it, the settings are those of CORL, a library of offline RL.
 
     python algorithms/td3_bc.py  # scores 70.3 ± 4.2 on hopper-medium-expert-demo (3 seeds)
 """
@@ -96,7 +90,8 @@ class Nets(nn.Module):
 
 
 def critic_loss(nets, s, a, r, s2, terminal, args):
-    """TD3 target and critics: sum over critics of the mean over the batch; also the mean of Q."""
+    """TD3 target and critics: sum over critics of the mean over the batch. Also returns the
+    mean of Q."""
     with torch.no_grad():
         noise = torch.randn_like(a) * args.policy_noise
         noise = noise.clamp(-args.noise_clip, args.noise_clip)
@@ -110,13 +105,14 @@ def critic_loss(nets, s, a, r, s2, terminal, args):
 
 
 def actor_loss(nets, s, a, args):
-    """TD3+BC actor, which uses the first critic only; also its cloning term, weight and actions."""
+    """TD3+BC actor, which uses the first critic only. Also returns the cloning term, the weight of
+    Q and the actions."""
     pi = nets.actor(s).tanh()
     q = nets.q(s, pi, member=0)  # (B,)
-    weight = args.alpha / q.detach().abs().mean()
+    q_weight = args.alpha / q.detach().abs().mean()
     bc_loss = (pi - a).square().mean()
-    loss = -weight * q.mean() + bc_loss
-    return loss, bc_loss.detach(), weight, pi.detach()
+    loss = -q_weight * q.mean() + bc_loss
+    return loss, bc_loss.detach(), q_weight, pi.detach()
 
 
 def update(nets, opt, data, args, policy_step):
@@ -127,16 +123,21 @@ def update(nets, opt, data, args, policy_step):
     metrics = {"q_loss": q_loss.detach(), "q_mean": q_mean}
     if not policy_step:
         return metrics
-    pi_loss, bc_loss, weight, pi = actor_loss(nets, s, a, args)
+    pi_loss, bc_loss, q_weight, pi = actor_loss(nets, s, a, args)
     minimize(opt.actor, pi_loss)
     polyak(nets.q_target, nets.q, args.polyak)
     polyak(nets.actor_target, nets.actor, args.polyak)
     return metrics | {
         "pi_loss": pi_loss.detach(),
         "bc_loss": bc_loss,
-        "weight": weight,
+        "q_weight": q_weight,
         "saturated_actions": (pi.abs() > 0.99).float().mean(),
     }
+
+
+def q(nets, s, a):
+    """The value (E, B) of every critic at scaled states s (B, S), actions a (B, A) in [-1, 1]."""
+    return nets.q(s, a)
 
 
 def policy(nets, obs, args):
@@ -163,6 +164,18 @@ def train(run, data, args):
         run.after(t, metrics, lambda obs: policy(nets, obs, args))
 
 
+DEPARTURES = """
+The authors' code, against the paper:
+- No difference is known.
+
+This file, against the authors' code:
+- The last row of an episode that a time limit ended is kept where the data has its next
+  observation; the authors' loader drops it.
+- The paper has no AntMaze. As in CORL, a library of offline RL, AntMaze's rewards are shifted by
+  -1 and its observations are normalized. The first author, asked in his repository, advises
+  --no-normalize-obs and a larger --alpha for AntMaze.
+"""
+
 PRESETS = {
     "hopper-medium-expert-demo": dict(steps=25_000, eval_every=1_250),  # shortened
     "hopper-replay-demo": dict(polyak=0.01, steps=50_000, eval_every=2_500),  # faster targets
@@ -174,6 +187,6 @@ PRESETS = {
 }
 
 if __name__ == "__main__":
-    from harness import main
+    from run import main
 
     main(Args, PRESETS, train)

@@ -40,26 +40,46 @@ class Args:
 
 def modes(s):
     """The four targets at states s (S,): lists of (weight (S,), distribution)."""
-    left, right = (s < 0).to(s), (s >= 0).to(s)
+    left = (s < 0).to(s)
+    right = (s >= 0).to(s)
     near = lambda center: Normal(center, 0.08)
-    arc, band = 0.9 * (1 - s**2).clamp(min=0).sqrt(), Uniform(0 * s - 0.4, 0.4, validate_args=False)
+    arc = 0.9 * (1 - s**2).clamp(min=0).sqrt()
+    band = Uniform(0 * s - 0.4, 0.4, validate_args=False)
+    step = [
+        (left, near(0 * s - 0.5)),
+        (right, near(0 * s + 0.5)),
+    ]
+    branches = []
+    for k in (-1, 1):
+        center = k * (0.2 + 0.6 * s.abs())
+        branches.append(((left + right) / 2, near(center)))
+    three = []
+    for k in (-0.6, 0, 0.6):
+        weight = left * (k == 0) + right / 3
+        center = 0 * s + k
+        three.append((weight, near(center)))
+    arcs = [(right / 2, near(k * arc)) for k in (-1, 1)]
     return {
-        "a step": [(left, near(0 * s - 0.5)), (right, near(0 * s + 0.5))],
-        "two branches": [((left + right) / 2, near(k * (0.2 + 0.6 * s.abs()))) for k in (-1, 1)],
-        "one to three": [(left * (k == 0) + right / 3, near(0 * s + k)) for k in (-0.6, 0, 0.6)],
-        "a band, then an arc": [(left, band), *[(right / 2, near(k * arc)) for k in (-1, 1)]],
+        "a step": step,
+        "two branches": branches,
+        "one to three": three,
+        "a band, then an arc": [(left, band), *arcs],
     }
 
 
 def density(parts, a):
     """True density (S, A) at actions a (A,)."""
-    return sum(weight * mode.log_prob(a[:, None]).exp() for weight, mode in parts).T
+    a = a[:, None]
+    found = sum(weight * mode.log_prob(a).exp() for weight, mode in parts)
+    return found.T
 
 
 def draw(parts):
     """One action (S, 1) per state."""
-    k = torch.multinomial(torch.stack([weight for weight, _ in parts], 1), 1)
-    return torch.stack([mode.sample() for _, mode in parts], 1).gather(1, k).clamp(-1, 1)
+    weights = torch.stack([weight for weight, _ in parts], 1)
+    k = torch.multinomial(weights, 1)
+    samples = torch.stack([mode.sample() for _, mode in parts], 1)
+    return samples.gather(1, k).clamp(-1, 1)
 
 
 def clone(s, a, grid, args):
@@ -82,18 +102,25 @@ def clone(s, a, grid, args):
 
 def main(args):
     torch.manual_seed(0)
-    s, edge = 2 * torch.rand(5_000) - 1, 1 - 1 / args.grid
-    at = torch.linspace(-edge, edge, args.grid), torch.linspace(-1.2, 1.2, args.grid)
+    s = 2 * torch.rand(5_000) - 1
+    edge = 1 - 1 / args.grid
+    states = torch.linspace(-edge, edge, args.grid)
+    actions = torch.linspace(-1.2, 1.2, args.grid)
     figure = matplotlib.figure.Figure((13, 4.2), layout="constrained")
     panels = figure.subplots(1, 4, sharey=True)
     for panel, title in zip(panels, modes(s)):
-        a, true = draw(modes(s)[title]), density(modes(at[0])[title], at[1])
-        p = clone(s[:, None], a, at, args)
-        error = 0.5 * (p - true).abs().sum(1).mean() * 2.4 / (args.grid - 1)
-        image = panel.pcolormesh(*(x.numpy() for x in (*at, p.T)), vmax=3, shading="nearest")
+        a = draw(modes(s)[title])
+        true = density(modes(states)[title], actions)
+        p = clone(s[:, None], a, (states, actions), args)
+        distance = (p - true).abs().sum(1).mean()
+        error = 0.5 * distance * 2.4 / (args.grid - 1)
+        columns = (x.numpy() for x in (states, actions, p.T))
+        image = panel.pcolormesh(*columns, vmax=3, shading="nearest")
         panel.plot(s[:150], a[:150], "rx", ms=4, mew=0.8, label="samples")
-        panel.set(title=f"{title}\ntotal variation {error:.2f}", xlabel="state s", xlim=(-1, 1))
-    panels[0].set_ylabel("action a"), panels[0].legend(loc="upper left", fontsize=8)
+        panel.set_title(f"{title}\ntotal variation {error:.2f}")
+        panel.set(xlabel="state s", xlim=(-1, 1))
+    panels[0].set_ylabel("action a")
+    panels[0].legend(loc="upper left", fontsize=8)
     figure.colorbar(image, ax=panels, label="learned density β(a|s)", extend="max")
     figure.suptitle("A score model clones jumps and several modes", fontweight="bold")
     Path(args.out).parent.mkdir(parents=True, exist_ok=True)

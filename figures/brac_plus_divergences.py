@@ -46,18 +46,22 @@ def log_mixture(x, parts):
 def landscapes(parts, means, std, bandwidth, reach=12.0, n=2401):
     """KL(pi || b), KL(b || pi) and MMD of pi = N(mean, std), each (len(means),), float64."""
     a = torch.linspace(-reach, reach, n, dtype=torch.float64)
-    step, log_b = 2 * reach / (n - 1), log_mixture(a, parts)
+    step = 2 * reach / (n - 1)
+    log_b = log_mixture(a, parts)
     log_pi = torch.stack([log_mixture(a, [(1, m, std)]) for m in means.tolist()])  # (M, n)
-    pi, b = log_pi.exp() * step, log_b.exp() * step
+    pi = log_pi.exp() * step
+    b = log_b.exp() * step
     kernel = torch.exp((a[:, None] - a).abs() / (-2 * bandwidth))
-    pk, bk = pi @ kernel, b @ kernel
+    pk = pi @ kernel
+    bk = b @ kernel
     mmd = ((pk * pi).sum(1) + bk @ b - 2 * pi @ bk).clamp(min=0).sqrt()
     return (pi * (log_pi - log_b)).sum(1), (b * (log_b - log_pi)).sum(1), mmd
 
 
 def closed_form(means, std):
     """Both KLs where b = N(0, 1)."""
-    means, log_std = means.unsqueeze(1), torch.tensor([math.log(std)])
+    means = means.unsqueeze(1)
+    log_std = torch.tensor([math.log(std)])
     zero = torch.zeros(1)
     return normal_kl(means, log_std), normal_kl(zero, zero, means, log_std)
 
@@ -65,18 +69,30 @@ def closed_form(means, std):
 def main(args):
     behaviors = {
         "one mode: N(0, 1)": [(1.0, 0.0, 1.0)],
-        "two modes: 0.3 N(-1.5, 0.3) + 0.7 N(1, 0.5)": [(0.3, -1.5, 0.3), (0.7, 1.0, 0.5)],
-        "far apart: 0.3 N(-2, 0.3) + 0.7 N(2, 0.5)": [(0.3, -2.0, 0.3), (0.7, 2.0, 0.5)],
+        "two modes: 0.3 N(-1.5, 0.3) + 0.7 N(1, 0.5)": [
+            (0.3, -1.5, 0.3),
+            (0.7, 1.0, 0.5),
+        ],
+        "far apart: 0.3 N(-2, 0.3) + 0.7 N(2, 0.5)": [
+            (0.3, -2.0, 0.3),
+            (0.7, 2.0, 0.5),
+        ],
     }
     x = torch.linspace(-5, 5, args.points, dtype=torch.float64)
     figure = matplotlib.figure.Figure((14, 5), layout="constrained")
     panels = figure.subplots(1, 3, sharey=True)
-    names = "KL(π ‖ b): seeks a mode", "KL(b ‖ π): covers all", "MMD, Laplace kernel"
+    names = (
+        "KL(π ‖ b): seeks a mode",
+        "KL(b ‖ π): covers all",
+        "MMD, Laplace kernel",
+    )
     for panel, (title, parts) in zip(panels, behaviors.items()):
-        b, twin = log_mixture(x, parts).exp(), panel.twinx()
+        b = log_mixture(x, parts).exp()
+        twin = panel.twinx()
         twin.fill_between(x, b, color="0.85", zorder=0)
         twin.set(ylim=(0, 3 * b.max()), yticks=[])
-        panel.set_zorder(1), panel.patch.set_visible(False)
+        panel.set_zorder(1)
+        panel.patch.set_visible(False)
         lines = landscapes(parts, x, args.std, args.bandwidth)
         for i, (name, y) in enumerate(zip(names, lines)):
             best = round(x[y.argmin()].item(), 2) + 0.0
@@ -90,8 +106,11 @@ def main(args):
         panel.plot([], [], c="0.8", lw=8, label="density of b")
         panel.legend(fontsize=8, loc="upper center")
     panels[0].set_ylabel("divergence (log scale)")
-    figure.suptitle("With two modes, KL(π ‖ b) is least at a mode of the behavior policy b, "
-                    "KL(b ‖ π) between them", fontweight="bold")  # fmt: skip
+    figure.suptitle(
+        "With two modes, KL(π ‖ b) is least at a mode of the behavior policy b, "
+        "KL(b ‖ π) between them",
+        fontweight="bold",
+    )
     Path(args.out).parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(args.out, dpi=110)
 

@@ -23,7 +23,7 @@ import tyro
 sys.path.insert(0, str(Path(__file__).parents[1] / "algorithms"))
 import brac_plus  # noqa: E402
 
-from harness import load_dataset  # noqa: E402
+from run import load  # noqa: E402
 
 
 @dataclass
@@ -40,27 +40,40 @@ class Args:
     """where the picture goes"""
 
 
-def setting(multiplier):
+class OneNumber(torch.nn.Module):
+    """Stands where brac_plus.py has the network alpha(s): one alpha, before softplus."""
+
+    def __init__(self):
+        super().__init__()
+        self.alpha = torch.nn.Parameter(brac_plus.before_softplus(math.log(2)))
+
+    def forward(self, s):
+        return self.alpha.expand(len(s))
+
+
+def setting():
     sizes = dict(batch_size=64, samples=1, members=1, dequantize=0.05, polyak=0.05)
-    how = brac_plus.Args(multiplier=multiplier, dual_start=math.log(2), **sizes)
-    how.resolve()  # the rest is iclr's
-    return how
+    return brac_plus.Args(beta_start=math.log(2), **sizes)
 
 
 def optimizers(nets):
-    rates = {"behavior": 1e-3, "q": 1e-3, "actor": 3e-4, "alpha_net": 3e-5}
+    alpha_lr = 3e-3 if isinstance(nets.alpha, OneNumber) else 3e-5
+    rates = {"behavior": 1e-3, "q": 1e-3, "actor": 3e-4, "alpha": alpha_lr}
     opt = {k: brac_plus.Adam(getattr(nets, k).parameters(), lr) for k, lr in rates.items()}
-    opt |= {k: brac_plus.Adam([getattr(nets, k)], 3e-3) for k in ("alpha", "beta")}
+    opt["beta"] = brac_plus.Adam([nets.beta], 3e-3)
     init = brac_plus.Adam(nets.actor.parameters(), 1e-3)
     return SimpleNamespace(**opt, init=init, init_beta=opt["beta"])
 
 
 def start(data, args):
     """Clone and first policy, with eps and H0 set."""
-    how = setting("state")
+    how = setting()
     nets = brac_plus.Nets(data, how)
     opt = optimizers(nets)
-    phases = (brac_plus.update_behavior, opt.behavior), (brac_plus.update_first_policy, opt.init)
+    phases = (
+        (brac_plus.update_behavior, opt.behavior),
+        (brac_plus.update_first_policy, opt.init),
+    )
     for update, adam in phases:
         for t in range(args.bc_steps):
             adam.lr.fill_(1e-3 * (1 - t / args.bc_steps))
@@ -75,10 +88,11 @@ def start(data, args):
 def final(nets, data, multiplier, args):
     """D (states,) after RL from copies of the networks."""
     torch.manual_seed(1)
-    nets, how = copy.deepcopy(nets), setting(multiplier)
+    nets = copy.deepcopy(nets)
+    if multiplier == "global":
+        nets.alpha = OneNumber()
+    how = setting()
     opt = optimizers(nets)
-    if multiplier == "state":
-        opt.alpha = opt.alpha_net
     for _ in range(args.steps):
         brac_plus.update(nets, opt, data, how)
     s = data.obs[:: len(data.obs) // args.states][: args.states]
@@ -87,11 +101,12 @@ def final(nets, data, multiplier, args):
 
 def main(args):
     torch.manual_seed(0)
-    data, _ = load_dataset(args.env, "cpu", "none")
+    data, _ = load(args.env, "cpu", "none")
     data.reward.sub_(data.reward.min()).div_(data.reward.max())
     nets = start(data, args)
     figure = matplotlib.figure.Figure((8, 4.8), layout="constrained")
-    panel, eps = figure.subplots(), nets.eps.item()
+    panel = figure.subplots()
+    eps = nets.eps.item()
     for multiplier, name in {"global": "one α for all states", "state": "α(s)"}.items():
         d = final(nets, data, multiplier, args)
         label = f"{name}: mean {d.mean():.2f}, deviation {d.std():.2f}"

@@ -50,9 +50,9 @@ def squared_slope(net, x):
 
 def gated_norm(net, x):
     """Eq. 10 of brac_plus.py: x is the action, |x| its divergence, 0.8 the threshold."""
-    nets, args = SimpleNamespace(q=net, eps_gp=0.8), SimpleNamespace(gate="hard")
+    nets = SimpleNamespace(q=net, eps_gp=0.8)
     norm = gradient_norm(nets, x[:, :0], x.unsqueeze(0))  # no state, one action
-    return (penalty_gate(nets, x.abs().squeeze(1), args) * norm).mean()
+    return (penalty_gate(nets, x.abs().squeeze(1)) * norm).mean()
 
 
 def fit(x, y, penalty, args):
@@ -84,14 +84,21 @@ def main(args):
         style = "--" if penalty is gated_norm else "-"
         panel.plot(grid, fit(x, y, penalty, args)(grid), style, lw=2.5, label=label)
     for edge in (-0.8, 0.8):
-        panel.axvline(edge, c="r", lw=0.8, label="edge of the data" if edge > 0 else None)
+        panel.axvline(
+            edge,
+            c="r",
+            lw=0.8,
+            label="edge of the data" if edge > 0 else None,
+        )
         panel.axvline(1.25 * edge, c="b", lw=0.8, label="|x| = 1" if edge > 0 else None)
     panel.axvspan(-0.8, 0.8, color="0.95", zorder=0)
     panel.set(xlim=(-2, 2), ylim=(-12, 12), xlabel="x (in BRAC+: the action)")
     panel.set(ylabel="prediction (in BRAC+: Q)")
     panel.legend(fontsize=9, framealpha=1)
-    panel.set_title("A gradient penalty outside the data keeps a regression from extrapolating\n"
-                    f"(λ = {args.lam:g}, penalty at 100 points with 0.8 < |x| < 2)")  # fmt: skip
+    panel.set_title(
+        "A gradient penalty outside the data keeps a regression from extrapolating\n"
+        f"(λ = {args.lam:g}, penalty at 100 points with 0.8 < |x| < 2)"
+    )
     Path(args.out).parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(args.out, dpi=110)
 

@@ -51,11 +51,13 @@ def as_written(a, lam, slope=8.0):
 
 def fit(a, y, lam, everywhere, steps):
     """The best of 8 networks with MSE to y and the penalty (Eq. 7) everywhere or outside."""
-    net, none = ScalarMLP(1, 64, 64, members=8), torch.zeros(128, 0)  # a bandit has no state
+    net = ScalarMLP(1, 64, 64, members=8)
+    none = torch.zeros(128, 0)
     opt = Adam(net.parameters(), 1e-2)
     for t in range(steps):
         opt.lr.fill_(1e-2 * (1 - t / steps))
-        i, u = torch.randint(len(a), (128,)), torch.rand(128, 1) * 2 - 1
+        i = torch.randint(len(a), (128,))
+        u = torch.rand(128, 1) * 2 - 1
         u = u if everywhere else u * 0.75 + 0.25 * u.sign()
         penalty = gradient_penalty(SimpleNamespace(offset=net), none, u) if lam else 0
         minimize(opt, (net(a[i, None]) - y[i]).square().mean(1).sum() + lam * penalty)
@@ -67,33 +69,60 @@ def fit(a, y, lam, everywhere, steps):
 def main(args):
     torch.manual_seed(args.seed)
     a = torch.rand(1000) * 0.5 - 0.25
-    r, scale = a.abs() - 0.125, (a - a.median()).abs().mean()
+    r = a.abs() - 0.125
+    scale = (a - a.median()).abs().mean()
     log_mu = lambda x: -(2 * scale).log() - (x - a.median()).abs() / scale
-    grid, inside = torch.linspace(-1, 1, 801), torch.linspace(-0.25, 0.25, 201)
+    grid = torch.linspace(-1, 1, 801)
+    inside = torch.linspace(-0.25, 0.25, 201)
     figure = matplotlib.figure.Figure((13, 5.2), layout="constrained")
     panels = figure.subplots(1, 3, sharey=True)
     reward = fit(a, r, 0, True, args.steps)
     for i, alpha in enumerate(args.alphas):
-        panels[0].plot(grid, reward(grid) + alpha * log_mu(grid), f"C{i}", label=f"α = {alpha:g}")
+        panels[0].plot(
+            grid,
+            reward(grid) + alpha * log_mu(grid),
+            f"C{i}",
+            label=f"α = {alpha:g}",
+        )
     for panel, everywhere, width in zip(panels[1:], (True, False), (4, 5)):
         for i, lam in enumerate(args.lambdas):
             offset = fit(a, r - log_mu(a), lam, everywhere, args.steps)
-            panel.plot(grid, offset(grid) + log_mu(grid), lw=width - i, label=f"λ = {lam:g}")
+            panel.plot(
+                grid,
+                offset(grid) + log_mu(grid),
+                lw=width - i,
+                label=f"λ = {lam:g}",
+            )
             if everywhere:
-                panel.plot(inside, as_written(inside.double(), lam), f"C{i}", ls=":", lw=2.5)
+                panel.plot(
+                    inside,
+                    as_written(inside.double(), lam),
+                    f"C{i}",
+                    ls=":",
+                    lw=2.5,
+                )
     panels[1].plot([], [], "k:", lw=2.5, label="exact optimum")
     panels[0].set_title("BRAC, R(a) + α log μ(a):\nα decides where the peak is")
-    panels[1].set_title("Fisher-BRC as written, O(a) + log μ(a),\n"
-                        "penalty over U(-1, 1): at 0 from λ = 0.01 on")  # fmt: skip
+    panels[1].set_title(
+        "Fisher-BRC as written, O(a) + log μ(a),\npenalty over U(-1, 1): at 0 from λ = 0.01 on"
+    )
     panels[2].set_title("Fisher-BRC as drawn, penalty outside\nthe data alone: right for λ up to 1")
     for panel in panels:
         panel.axvspan(-0.25, 0.25, color="0.93", zorder=0, label="actions in the data")
         panel.plot(inside, inside.abs() - 0.125, "k", lw=6, alpha=0.25, label="true reward")
-        panel.set(xlim=(-1, 1), ylim=(-2, 2), xlabel="action a", xticks=(-1, -0.5, 0, 0.5, 1))
+        panel.set(
+            xlim=(-1, 1),
+            ylim=(-2, 2),
+            xlabel="action a",
+            xticks=(-1, -0.5, 0, 0.5, 1),
+        )
         panel.legend(fontsize=7.5, loc="upper center", ncols=3)
     panels[0].set_ylabel("value that the actor climbs")
-    figure.suptitle("A bandit whose best actions are the edges of its data: a flat offset outside "
-                    "lets log μ alone decide there", fontweight="bold")  # fmt: skip
+    figure.suptitle(
+        "A bandit whose best actions are the edges of its data: a flat offset outside "
+        "lets log μ alone decide there",
+        fontweight="bold",
+    )
     Path(args.out).parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(args.out, dpi=110)
 

@@ -9,7 +9,6 @@ times as fast; it shows the direction of each effect, not its final size, and no
     python figures/fisher_brc_lambda.py
 """
 
-import copy
 import sys
 from collections import defaultdict
 from dataclasses import dataclass
@@ -23,7 +22,7 @@ import tyro
 sys.path.insert(0, str(Path(__file__).parents[1] / "algorithms"))
 import fisher_brc  # noqa: E402
 
-from harness import load_dataset  # noqa: E402
+from run import load  # noqa: E402
 
 
 @dataclass
@@ -45,21 +44,19 @@ class Args:
 
 
 class Watched:
-    """A run that keeps every metric; the first one leaves its clone in `clone` for the others."""
+    """A run that keeps every metric, and that reads its clone from `clone` where it is asked to."""
 
     device = torch.device("cpu")
-    start = reference = lambda self, *args, **largest: None
+    reference = lambda self, *args: None
 
     def __init__(self, seed, clone):
         self.seed, self.clone = seed, clone
 
-    def cached(self, stage, module, *settings):
-        if self.clone:
-            module.load_state_dict(self.clone)
-        return bool(self.clone)
+    def start(self, nets, opt, **largest):
+        self.nets = nets
 
-    def share(self, stage, module):
-        self.clone.update(copy.deepcopy(module.state_dict()))
+    def read_clone(self, module):
+        module.load_state_dict(self.clone)
 
     def loop(self, steps, phase="train"):
         torch.manual_seed(self.seed + 1)
@@ -72,17 +69,19 @@ class Watched:
 
 
 def curves(data, lam, clone, args):
-    """{metric: its value at every step} of one lambda."""
+    """{metric: its value at every step} of one lambda, and the clone's weights; `clone` are those
+    of an earlier lambda, or None to train them."""
     lengths = dict(bc_steps=args.bc_steps, steps=args.steps, batch_size=args.batch_size)
+    read = "that of the first lambda" if clone else None
     run = Watched(args.seed, clone)
     torch.manual_seed(args.seed)
-    fisher_brc.train(run, data, fisher_brc.Args(lam=lam, polyak=0.05, **lengths))
-    return run.seen
+    fisher_brc.train(run, data, fisher_brc.Args(lam=lam, polyak=0.05, clone=read, **lengths))
+    return run.seen, run.nets.behavior.state_dict()
 
 
 def main(args):
-    data, _ = load_dataset(args.env, "cpu", "none")
-    clone = {}
+    data, _ = load(args.env, "cpu", "none")
+    clone = None
     figure = matplotlib.figure.Figure((10, 6.5), layout="constrained")
     panels = figure.subplots(2, 2)
     shown = {
@@ -93,7 +92,7 @@ def main(args):
     }
     width = max(1, args.steps // 25)  # of the running mean
     for i, lam in enumerate(args.lambdas):
-        seen = curves(data, lam, clone, args)
+        seen, clone = curves(data, lam, clone, args)
         for panel, name in zip(panels.flat, shown):
             y = np.convolve(seen[name], np.full(width, 1 / width), "valid")
             panel.plot(np.arange(len(y)) + width, y, f"C{i}", label=f"λ = {lam:g}")

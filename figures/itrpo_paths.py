@@ -36,14 +36,17 @@ class Args:
 def random_mdp(seed=3):
     """P (S, A, S), r (S, A) and log pi_b (S, A), float64."""
     torch.manual_seed(seed)
-    p, (r, logits) = torch.randn(6, 3, 6).double().softmax(-1), torch.randn(2, 6, 3).double()
+    p = torch.randn(6, 3, 6).double().softmax(-1)
+    (r, logits) = torch.randn(2, 6, 3).double()
     return p, r, (logits / 2).log_softmax(-1)
 
 
 def iterate(mdp, args, steps, noise=0.0):
     """log pi_0 (the clone) to log pi_K by Eq. 5, (K + 1, S, A), and Q_K."""
     torch.manual_seed(1)
-    (p, r, log_b), path, q = mdp, [mdp[2]], mdp[1]
+    (p, r, log_b) = mdp
+    path = [mdp[2]]
+    q = mdp[1]
     for _ in range(steps):
         path.append((log_b + q / args.kl_coef).log_softmax(-1))
         rho = path[-1] - log_b
@@ -53,7 +56,13 @@ def iterate(mdp, args, steps, noise=0.0):
 
 
 def setting(tau, control=False, alpha=4.0):
-    args = itrpo.Args(setting="paper", kl_coef=alpha, shape_coef=tau, control=control, gamma=0.9)
+    args = itrpo.Args(
+        setting="paper",
+        kl_coef=alpha,
+        shape_coef=tau,
+        control=control,
+        gamma=0.9,
+    )
     args.name = f"BRAC, α = {alpha * (1 - tau):.2g}" if control else f"iTRPO, τ = {tau:g}"
     args.resolve()
     return args
@@ -78,20 +87,35 @@ def main(args):
             path, goal = (iterate(mdp, how, *k)[0][:, 0] for k in ((args.steps, noise), (999,)))
             panel.plot(*triangle(path), style, lw=1, ms=4, label=how.name)
         panel.plot(*triangle(path[0]), "ks", ms=9, label="clone, both start here")
-        panel.plot(*triangle(goal[-1]), "k*", ms=15, label="limit of both without errors")
+        panel.plot(
+            *triangle(goal[-1]),
+            "k*",
+            ms=15,
+            label="limit of both without errors",
+        )
         panel.plot([0, 1, 0.5, 0], [0, 0, 0.866, 0], "k", lw=1)
         for x, y, a in ((0, -0.04, 1), (1, -0.04, 2), (0.5, 0.89, 3)):
             panel.text(x, y, f"action {a}", ha="center", va="center")
-        panel.set(title=f"policies at one state, {title}", aspect="equal", ylim=(-0.25, 0.95))
-        panel.set_axis_off(), panel.legend(fontsize=9, loc="lower center", ncols=2)
+        panel.set(
+            title=f"policies at one state, {title}",
+            aspect="equal",
+            ylim=(-0.25, 0.95),
+        )
+        panel.set_axis_off()
+        panel.legend(fontsize=9, loc="lower center", ncols=2)
     for i, tau in enumerate(args.taus):
         for control, style in ((False, f"C{i}-"), (True, f"C{i}--")):
             path, _ = iterate(mdp, how := setting(tau, control), args.steps)
             distance.plot(kl(path, path[0]).mean(1), style, label=how.name)
             length.semilogy(kl(path[1:], path[:-1]).mean(1), style, label=how.name)
     distance.set(xlabel="iteration", ylabel="mean over states of KL(π ‖ clone)")
-    length.set(xlabel="iteration", ylabel="KL(new π ‖ last π), log scale", ylim=(1e-8, 3))
-    distance.legend(fontsize=8, ncols=2), length.legend(fontsize=8, ncols=2)
+    length.set(
+        xlabel="iteration",
+        ylabel="KL(new π ‖ last π), log scale",
+        ylim=(1e-8, 3),
+    )
+    distance.legend(fontsize=8, ncols=2)
+    length.legend(fontsize=8, ncols=2)
     figure.suptitle("iTRPO ends where BRAC with α (1 - τ) does; its smaller steps average errors")
     Path(args.out).parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(args.out, dpi=110)

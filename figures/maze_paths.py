@@ -23,7 +23,7 @@ import tyro
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from common import InputError
-from harness import load_dataset
+from run import flat, load, make
 from tools.evaluate import load_run
 
 
@@ -46,13 +46,18 @@ def data_paths(data, episodes):
 
 def policy_paths(run, episodes):
     """The same of a policy in the task."""
-    env, paths, reached = run.task.make(), [], 0
+    env = make(run.task)
+    paths = []
+    reached = 0
     for seed in range(episodes):
-        obs, ended, path = env.reset(seed=seed)[0], False, []
+        obs = flat(env.reset(seed=seed)[0])
+        ended = False
+        path = []
         while not ended:
             path.append(obs[:2].copy())
             action = run.act(torch.as_tensor(obs)[None])[0].numpy()
-            obs, reward, terminal, timeout, _ = env.step(action)
+            state, reward, terminal, timeout, _ = env.step(action)
+            obs = flat(state)
             ended = terminal or timeout
         reached += reward > 0
         paths.append(np.array(path))
@@ -61,10 +66,12 @@ def policy_paths(run, episodes):
 
 def draw(panel, maze, paths, title):
     """Walls, paths, start and goal of one panel. Cells are 1 wide; row 0 is at the top."""
-    height, width = len(maze), len(maze[0])
+    height = len(maze)
+    width = len(maze[0])
     for row, cells in enumerate(maze):
         for column, cell in enumerate(cells):
-            x, y = column - width / 2, height / 2 - row - 1
+            x = column - width / 2
+            y = height / 2 - row - 1
             if cell == 1:
                 panel.add_patch(matplotlib.patches.Rectangle((x, y), 1, 1, color="0.8", lw=0))
             elif cell in ("r", "g"):
@@ -79,8 +86,8 @@ def draw(panel, maze, paths, title):
 def main(args):
     if not args.runs:
         raise InputError("name the folders of finished runs, runs/pointmaze-medium-demo__bc__0 say")
-    data, task = load_dataset("pointmaze-medium-demo")
-    maze = task.kwargs["maze_map"]
+    data, task = load("pointmaze-medium-demo")
+    maze = task["env_kwargs"]["maze_map"]
     panels = [("data", *data_paths(data, args.episodes))]
     for folder in args.runs:
         run = load_run(folder)

@@ -13,17 +13,16 @@ intervals.
 
 It prints the table of scores, as the README has it, and the commands with their scores, as the
 docstrings in algorithms/ have them. Without an argument, the folder is results.
-CORL's runs (tools/corl.py) are drawn where there are some, in a picture of their own.
+CORL's runs (peers/corl.py) are drawn where there are some, in a picture of their own.
 """
 
 import io
 import sys
-from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 
 import matplotlib.figure
-import numpy as np
+import pandas as pd
 import tyro
 from PIL import Image
 
@@ -47,12 +46,14 @@ CRITICS = {
     "bc": "BC",
     "cql": "CQL",
     "brac": "BRAC",
-    "brac_plus": "BRAC+",
+    "brac_plus": "BRAC+ (ICLR)",
+    "brac_plus_acml": "BRAC+",
     "fisher_brc": "Fisher-BRC",
     "itrpo": "iTRPO",
     "arq": "ARQ",
 }
 TITLES = ACTORS | CRITICS
+DATA = {what: what for what in ("the data, mean of its episodes", "the data, best episode")}
 PAIRS = {  # of the second picture
     "td3_bc": "TD3+BC",
     "corl_td3_bc": "TD3+BC, CORL's code",
@@ -75,7 +76,7 @@ ALL = Picture(
         ("the actor clones the data's actions", ACTORS),
         ("the policy stays near a learned clone, or Q is kept low outside the data", CRITICS),
     ),
-    last=report.LAST,
+    last=10,
     height=8,
 )
 CORL = Picture((("", PAIRS),), last=1, height=3.7)
@@ -95,33 +96,36 @@ def curve(runs, last):
     """(share of the training, mean, standard error), each (T,), of runs with equal steps, where a
     run's score is the mean of `last` evaluations, of fewer at the beginning. The error is 0 for one
     seed. Raises InputError where steps differ."""
-    steps = runs[0].steps
-    for run in runs:
-        if not np.array_equal(run.steps, steps):
-            raise InputError(f"{run.folder} and {runs[0].folder} have other steps: move one away")
-    means = [
-        [x.scores[max(0, t - last) : t].mean() for t in range(1, len(steps) + 1)] for x in runs
-    ]
-    scores = np.array(means)  # (seeds, T)
-    spread = scores.std(0, ddof=1) if len(runs) > 1 else np.zeros(len(steps))
-    return steps / steps[-1], scores.mean(0), spread / np.sqrt(len(runs))
+    first = runs.folder.iloc[0]
+    steps = runs.curve.iloc[0].steps
+    for folder, one in zip(runs.folder, runs.curve):
+        if not one.steps.equals(steps):
+            raise InputError(f"{folder} and {first} have other steps: move one away")
+    means = [one.score.rolling(last, min_periods=1).mean() for one in runs.curve]
+    scores = pd.concat(means, axis=1)  # (T, seeds)
+    errors = scores.sem(axis=1).fillna(0)
+    return steps / steps.max(), scores.mean(axis=1), errors
 
 
 def draw(cells, picture):
     """For each row one panel a dataset, and a legend below. The picture is 8 inches wide: where
     800 pixels are shown, a letter of size 10 has 14."""
     figure = matplotlib.figure.Figure((8, picture.height), layout="constrained")
-    parts = figure.subfigures(len(picture.rows), 1, squeeze=False)[:, 0]
-    data = report.data_scores([run for runs in cells.values() for run in runs])
-    for part, (words, titles) in zip(parts, picture.rows):
-        named = [m for m in titles if any((env, m) in cells for env in DATASETS)]
+    parts = figure.subfigures(len(picture.rows), 1, squeeze=False)
+    data = report.data_scores(pd.concat(cells.values()))
+    for part, (words, titles) in zip(parts.flat, picture.rows):
+        trained = {method for _, method in cells}
+        named = [method for method in titles if method in trained]
         styles, handles = report.styles_of(named), {}
         panels = part.subplots(1, len(DATASETS), sharey=True)
         for panel, env in zip(panels, DATASETS):
-            for (what, score), dashes in zip(data.get(env, {}).items(), (":", "--")):
-                line = panel.axhline(score, color="0.4", ls=dashes, lw=1, zorder=1)
-                handles[f"data, {what}"] = line
-            for method in (m for m in named if (env, m) in cells):
+            own = data.get(env, {})
+            for what, dashes in zip(own, (":", "--")):
+                look = dict(color="0.4", ls=dashes, lw=1, zorder=1)
+                handles[f"data, {what}"] = panel.axhline(own[what], **look)
+            for method in named:
+                if (env, method) not in cells:
+                    continue
                 x, mean, error = curve(cells[env, method], picture.last)
                 color, dashes = styles[method]
                 (line,) = panel.plot(100 * x, mean, color=color, ls=dashes, lw=1.5)
@@ -129,15 +133,18 @@ def draw(cells, picture):
                 panel.fill_between(100 * x, low, high, color=color, alpha=0.15, lw=0)
                 handles[titles[method]] = line
             panel.set_title(env.removesuffix("-demo"), fontsize=11)
-            panel.set(xlim=(0, 100), ylim=(-3, 109), xticks=[0, 50, 100])
+            panel.set(xlim=(0, 100), ylim=(-3, 109))
+            panel.set_xticks([0, 50, 100])
             panel.tick_params(labelsize=10)
         panels[0].set_ylabel("normalized score", fontsize=11)
         panels[1].set_xlabel("share of each method's own training steps, in %", fontsize=11)
         part.suptitle(words, fontsize=12)
-        order = [*(titles[m] for m in named), *(x for x in handles if x.startswith("data, "))]
+        order = [titles[m] for m in named]
+        order += [x for x in handles if x.startswith("data, ")]
         lines = [handles[name] for name in order]
-        place = dict(loc="outside lower center", ncols=4, columnspacing=1.2, handlelength=2)
-        part.legend(lines, order, fontsize=10, frameon=False, **place)
+        place = dict(loc="outside lower center", ncols=4)
+        look = dict(fontsize=10, frameon=False, columnspacing=1.2, handlelength=2)
+        part.legend(lines, order, **place, **look)
     return figure
 
 
@@ -145,64 +152,62 @@ def save(figure, path):
     """A PNG of 256 colors: a third of the bytes, and no difference to the eye."""
     with io.BytesIO() as buffer:
         figure.savefig(buffer, dpi=160)
-        Image.open(buffer).convert("RGB").quantize(256, dither=0).save(path, optimize=True)
+        image = Image.open(buffer).convert("RGB")
+        image.quantize(256, dither=0).save(path, optimize=True)
 
 
 def read_cells(folder):
     """{(dataset, method): finished runs} on the bundled datasets. Raises InputError."""
-    cells = defaultdict(list)
-    for run in report.read_runs([folder]):
-        if run.finished and len(run.steps) and run.env in DATASETS:
-            cells[run.env, run.method].append(run)
-    for runs in cells.values():
-        report.check_cell(runs, mixed=False)
-    if not any(method in TITLES for _, method in cells):
+    runs = report.read_runs([folder])
+    runs = runs[runs.score.notna() & runs.dataset.isin(DATASETS)]
+    report.check(runs)
+    if not runs.method.isin(TITLES).any():
         raise InputError(f"no finished run below {folder} is on a bundled dataset")
-    return cells
+    cells = runs.groupby(["dataset", "method"])
+    return dict(list(cells))
 
 
 def table(cells) -> str:
     """Markdown: what the data score, then each method's mean ± standard error, and its
     interquartile mean over all three datasets with the interval of tools/report.py. A cell says of
     how many seeds it is, unless it is of three."""
-    data = report.data_scores([run for runs in cells.values() for run in runs])
-    rows = [["method", *(f"`{env}`" for env in DATASETS), "IQM of all three [95% interval]"]]
-    for what in ("mean of its episodes", "best episode"):
-        scores = [data.get(env, {}).get(what) for env in DATASETS]
-        rows.append([f"the data, {what}", *(report.number(x) or "-" for x in scores), ""])
-    for method, title in (TITLES | PAIRS).items():
-        if any((env, method) in cells for env in DATASETS):
-            scores = [report.cell_scores(cells, env, method) for env in DATASETS]
-            means = [report.summary_of(x, report.standard_error) or "-" for x in scores]
-            means = [x.removesuffix(f" ({report.ENOUGH})") for x in means]
-            rows.append([title, *means, interquartile(scores)])
-    return "\n".join(report.markdown(*rows))
-
-
-def interquartile(scores) -> str:
-    """The interquartile mean of the seeds' scores (a list for each dataset) and its 95% interval;
-    "-" where a dataset has too few seeds."""
-    if min(map(len, scores)) < report.ENOUGH:
-        return "-"
-    low, high = report.bootstrap(scores, report.iqm, report.Args.resamples)
-    return f"{report.iqm(np.concatenate(scores)):.1f} [{low:.1f}, {high:.1f}]"
+    scores = report.score_table(pd.concat(cells.values()))
+    rows = {}
+    for method, title in (DATA | TITLES | PAIRS).items():
+        own = scores[scores.method == method].set_index("dataset")
+        own = own.reindex([*DATASETS, report.ALL])
+        if own["mean"].isna().all():
+            continue
+        texts = own[report.SCORE].fillna("-")
+        texts = texts.str.removesuffix(f" ({report.ENOUGH})")
+        texts[report.ALL] = "" if method in DATA else "-"
+        if own["IQM low"].notna().all():
+            between = "{IQM:.1f} [{IQM low:.1f}, {IQM high:.1f}]"
+            texts[report.ALL] = between.format(**own.loc[report.ALL])
+        rows[title] = list(texts)
+    columns = [*(f"`{env}`" for env in DATASETS), "IQM of all three [95% interval]"]
+    frame = pd.DataFrame.from_dict(rows, "index", columns=columns)
+    return report.markdown(frame.rename_axis("method").reset_index())
 
 
 def command(cells, algorithm: str) -> str:
     """The last line of an algorithm's docstring: the bare command, and the score of its dataset."""
-    scores = report.cell_scores(cells, DATASETS[0], algorithm)
-    mean = report.summary_of(scores, report.standard_error).rpartition(" (")[0]
-    seeds = f"{len(scores)} seed" + "s" * (len(scores) > 1)
-    return f"    python algorithms/{algorithm}.py  # scores {mean} on {DATASETS[0]} ({seeds})"
+    scores = report.score_table(cells[DATASETS[0], algorithm]).iloc[-1]
+    mean, seeds = scores[report.SCORE].rstrip(")").split(" (")
+    seeds += " seed" if seeds == "1" else " seeds"
+    line = f"python algorithms/{algorithm}.py"
+    return f"    {line}  # scores {mean} on {DATASETS[0]} ({seeds})"
 
 
 def main(args):
     cells = read_cells(args.folder)
     print(table(cells))
-    for algorithm in (m for m in TITLES if (DATASETS[0], m) in cells and "-" not in m):
-        print(command(cells, algorithm))
+    for algorithm in TITLES:
+        if (DATASETS[0], algorithm) in cells and "-" not in algorithm:
+            print(command(cells, algorithm))
     has_corl = any(method.startswith("corl_") for _, method in cells)
-    for path, picture in ((args.out, ALL), (args.corl, CORL))[: 1 + has_corl]:
+    pictures = {args.out: ALL} | ({args.corl: CORL} if has_corl else {})
+    for path, picture in pictures.items():
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         save(draw(cells, picture), path)
         print(f"written to {path}")

@@ -10,12 +10,14 @@ import csv
 import difflib
 import importlib.util
 import io
+import json
 import re
 import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
 
+import gymnasium
 import numpy as np
 
 from common import InputError
@@ -24,9 +26,10 @@ DATA_DIR = Path(__file__).resolve().parents[1] / "data"
 LOCOMOTION = ("halfcheetah", "hopper", "walker2d", "ant")
 ROBOTICS = ("AntMaze", "PointMaze", "AdroitHand", "FrankaKitchen", "Fetch", "HandReach")
 HEAVY = ("cube", "scene", "puzzle")  # OGBench's: 150 MB and a second to make, each
-MOST_HEAVY = 16
-INSTALL = "pip install 'gymnasium-robotics>=1.4' 'mujoco<3.11'"
-INSTALL_OGBENCH = "pip install ogbench 'mujoco<3.11'"
+INSTALL = {
+    "ogbench": "pip install ogbench 'mujoco<3.11'",
+    "gymnasium_robotics": "pip install 'gymnasium-robotics>=1.4' 'mujoco<3.11'",
+}
 
 
 @dataclass
@@ -40,21 +43,16 @@ class Task:
     kwargs: dict = field(default_factory=dict)  # for gymnasium.make
     d4rl_maze: bool = False  # turn gymnasium-robotics' ant maze into D4RL's, 29 numbers
     pad: int = 0  # zeros appended to the observation (D4RL's ant: contact forces)
-    data_score: float | None = None  # what score_data returns, where it is known already
     spaces: SimpleNamespace | None = None  # size S, low and high (A,), limit in steps; from build
 
     def make(self, **options):
         """A fresh environment whose observations are (S,) float32, ordered as the dataset's.
         `options` go to gymnasium.make."""
-        import gymnasium
-
         register(self.id)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # -v4 is out of date on purpose: closest to D4RL
             env = gymnasium.make(self.id, **self.kwargs, **options)
-        if is_singletask(self.id):
-            from harness.ogbench import Success
-
+        if "-singletask" in self.id:
             env = Success(env)
         origin = _d4rl_antmaze(env.unwrapped) if self.d4rl_maze else None
 
@@ -68,27 +66,47 @@ class Task:
         space = gymnasium.spaces.Box(-np.inf, np.inf, (size,), np.float32)
         return gymnasium.wrappers.TransformObservation(env, flat, space)
 
-    def envs_for(self, episodes: int) -> int:
-        """How many environments play so many episodes: one for each, but at most MOST_HEAVY of
-        OGBench's manipulation tasks, then as few as need no more turns."""
-        if not (is_singletask(self.id) and self.id.startswith(HEAVY)):
-            return episodes
-        turns = -(-episodes // MOST_HEAVY)
-        return -(-episodes // turns)
+    def metadata(self) -> dict:
+        """The task as run.py takes it."""
+        found = {"env_id": self.id, "env_kwargs": self.kwargs, "make": self.make}
+        found |= {"ref_min_score": self.ref_min, "ref_max_score": self.ref_max}
+        found["success"] = self.success
+        if "-singletask" in self.id and self.id.startswith(HEAVY):
+            found["most_envs"] = 16
+        return found
 
-    def score(self, returns) -> float:
-        """Mean normalized score x 100 of raw episode returns; their mean without references."""
-        returns = np.asarray(returns, dtype=np.float64)
-        if self.success:
-            return float(100 * np.mean(returns > 0))  # no reward is negative in these tasks
-        if self.ref_min is None:
-            return float(np.mean(returns))
-        return float(100 * np.mean((returns - self.ref_min) / (self.ref_max - self.ref_min)))
 
-    def score_data(self, returns) -> float:
-        """The dataset's own score, of its raw episode returns. OGBench's rewards do not say whether
-        a recording solved its task, so harness.ogbench finds that out and keeps it here."""
-        return self.score(returns) if self.data_score is None else self.data_score
+class Success(gymnasium.Wrapper):
+    """The reward is 1 where the task is solved, which ends the episode, and 0 elsewhere: OGBench's
+    score is the share of such episodes.
+
+    OGBench's mazes draw from numpy's global generator, so that a seed for reset alone does not
+    repeat an episode; here every environment has a generator of its own in its place."""
+
+    def __init__(self, env):
+        super().__init__(env)
+        self.state = np.random.RandomState().get_state()
+        self.draws = "teleport" in env.spec.id  # a random exit; no other task draws in a step
+
+    def own(self, call, *args, **options):
+        """call(*args, **options), which draws from this environment's generator."""
+        outer = np.random.get_state()
+        np.random.set_state(self.state)
+        try:
+            return call(*args, **options)
+        finally:
+            self.state = np.random.get_state()
+            np.random.set_state(outer)
+
+    def reset(self, *, seed=None, options=None):
+        if seed is not None:
+            self.state = np.random.RandomState(seed).get_state()
+        return self.own(self.env.reset, seed=seed, options=options)
+
+    def step(self, action):
+        result = self.own(self.env.step, action) if self.draws else self.env.step(action)
+        obs, _, terminal, timeout, info = result
+        return obs, float(info["success"]), terminal, timeout, info
 
 
 def reference_scores(name: str) -> tuple[float, float] | tuple[None, None]:
@@ -117,53 +135,65 @@ def _d4rl_antmaze(maze) -> np.ndarray:
     return maze.maze.unique_reset_locations[0].copy()
 
 
-def is_singletask(task_id: str) -> bool:
-    """Whether an environment is one of OGBench's single tasks."""
-    return "-singletask" in task_id
+def is_ogbench(name: str) -> bool:
+    """Whether OGBench has data or images of this name."""
+    data = re.sub(r"(-oraclerep)?-v\d+$", "", name)
+    return data in table("ogbench_sets.csv") or data.startswith(("visual-", "powderworld-"))
+
+
+def package_of(task_id: str) -> str:
+    """The package that registers a task when it is imported."""
+    if "-singletask" in task_id:
+        return "ogbench"
+    return "gymnasium_robotics" if task_id.startswith(ROBOTICS) else "gymnasium"
+
+
+def to_install(task_id: str) -> str:
+    """The command that installs the package of a task, or nothing where it is installed."""
+    package = package_of(task_id)
+    return "" if importlib.util.find_spec(package) else INSTALL[package]
 
 
 def register(task_id: str) -> None:
-    """Register the tasks of gymnasium-robotics or OGBench where `task_id` is one of them and the
-    package is installed."""
-    import gymnasium
-
-    if is_singletask(task_id) and importlib.util.find_spec("ogbench"):
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            importlib.import_module("ogbench")
-        # Its arms' action bounds are float64, which Gymnasium says at every reset.
-        warnings.filterwarnings("ignore", ".*precision lowered by casting")
-    if task_id.startswith(ROBOTICS) and importlib.util.find_spec("gymnasium_robotics"):
-        # Its import prints a notice about Adroit's dense rewards, which no task here has.
-        with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
-            warnings.simplefilter("ignore")
-            gymnasium.register_envs(importlib.import_module("gymnasium_robotics"))
+    """Register the tasks of the package of `task_id`, where it is installed."""
+    if to_install(task_id):
+        return
+    # An import prints a notice about Adroit's dense rewards, which no task here has.
+    with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
+        warnings.simplefilter("ignore")
+        importlib.import_module(package_of(task_id))
+    # The action bounds of OGBench's arms are float64, which Gymnasium says at every reset.
+    warnings.filterwarnings("ignore", ".*precision lowered by casting")
 
 
-def task_of_file(name: str, task_id: str, kwargs=None, limit=None, wrappers=()) -> Task | None:
+def choose(name, eval_env, meta, wrappers=()) -> Task | None:
+    """The task of dataset `name`, complete: `eval_env`, or what its metadata records."""
+    own, refs = meta.get("env_id"), (meta.get("ref_min_score"), meta.get("ref_max_score"))
+    task = None
+    if eval_env not in (None, "none"):
+        task = Task(eval_env)
+    elif eval_env is None and own:
+        task = task_of_file(name, own, meta.get("env_kwargs") or {}, wrappers)
+    return task and build(task, own or eval_env, refs)
+
+
+def task_of_file(name: str, task_id: str, kwargs, wrappers=()) -> Task | None:
     """The task that the file of dataset `name` records, or None, and a line that says so.
 
     Gymnasium imports and calls whatever an id like module:Id-v0, a recorded entry point or a
     recorded wrapper names. A file is not trusted with that: its id is looked up among the
     registered ones, and its arguments must be plain values."""
-    import gymnasium
-
     register(task_id)
-    if task_id not in gymnasium.registry and task_id.startswith(ROBOTICS):
-        require(
-            importlib.util.find_spec("gymnasium_robotics"),
-            f"{name} names the task {task_id!r:.60}: {INSTALL}, or use --eval-env none",
-        )
     if task_id not in gymnasium.registry:
+        line = to_install(task_id)
+        require(not line, f"{name} names the task {task_id!r:.60}: {line}, or use --eval-env none")
         cause = f"which is not a registered Gymnasium task{near(task_id, gymnasium.registry)}"
     elif wrappers:
         cause = "inside wrappers, which are code"
-    elif not isinstance(kwargs or {}, dict) or not plain(kwargs):
+    elif not plain(kwargs):
         cause = "with arguments that are not plain values"
     else:
-        kwargs = {key: value for key, value in (kwargs or {}).items() if key != "render_mode"}
-        if type(limit) is int and limit > 0:
-            kwargs["max_episode_steps"] = limit
+        kwargs = {key: value for key, value in kwargs.items() if key != "render_mode"}
         return Task(task_id, kwargs=kwargs)
     print(
         f"note: {name} names the task {task_id!r:.60}, {cause}: training goes on without "
@@ -172,15 +202,12 @@ def task_of_file(name: str, task_id: str, kwargs=None, limit=None, wrappers=()) 
     return None
 
 
-def plain(value, depth: int = 9) -> bool:
-    """Whether a value from a file is a number, a text without a colon (module:name), a bool, None,
-    or a list or dict of such values."""
-    if isinstance(value, dict | list | tuple):
-        values = [*value.keys(), *value.values()] if isinstance(value, dict) else value
-        return depth > 0 and all(plain(x, depth - 1) for x in values)
-    if isinstance(value, str):
-        return ":" not in value
-    return value is None or isinstance(value, bool | int | float)
+def plain(values) -> bool:
+    """Whether JSON can write the values, and no text among them has a colon (module:name)."""
+    try:
+        return ":" not in json.dumps(values, separators=",=")
+    except (TypeError, ValueError, RecursionError):
+        return False
 
 
 def build(task, own, refs) -> Task:
@@ -188,20 +215,14 @@ def build(task, own, refs) -> Task:
 
     refs hold for the dataset's `own` task; another locomotion task gets D4RL's.
     """
-    import gymnasium
-
     try:
         env = task.make()
         env.close()
     except Exception as e:
-        known = task.id in gymnasium.registry
-        fix = "repair that" + ("" if known else near(task.id, gymnasium.registry))
+        known = "" if task.id in gymnasium.registry else near(task.id, gymnasium.registry)
+        fix = to_install(task.id) or f"repair that{known}"
         if isinstance(e, ModuleNotFoundError) and ":" in task.id:
             fix = "put the module's folder on PYTHONPATH"
-        if task.id.startswith(ROBOTICS) and not known:
-            fix = INSTALL
-        if is_singletask(task.id) and not importlib.util.find_spec("ogbench"):
-            fix = INSTALL_OGBENCH
         raise InputError(f"no task {task.id} ({e!s:.300}); {fix}, or use --eval-env none") from e
     space = env.action_space
     require(hasattr(space, "low"), f"{task.id}: actions are {space}; only Box is supported")
@@ -209,7 +230,7 @@ def build(task, own, refs) -> Task:
     task.spaces = SimpleNamespace(size=env.observation_space.shape[0], low=low, high=high)
     task.spaces.limit = env.spec.max_episode_steps
     family, own = (re.split(r"[-_]", x)[0].lower() for x in (task.id, own))
-    if sparse(env.spec) or is_singletask(env.spec.id):
+    if sparse(env.spec) or "-singletask" in env.spec.id:
         task.success, task.ref_min, task.ref_max = True, 0.0, 1.0
     elif family == own and None not in refs:
         task.ref_min, task.ref_max = map(float, refs)
@@ -227,24 +248,34 @@ def sparse(spec) -> bool:
     return spec.id.startswith(("AntMaze", "PointMaze")) and once and sparse
 
 
-def check_spaces(name, task, size, low, high):
-    """Raises InputError unless the data's observation size and action bounds are the task's."""
+def complete(name, task, meta, size, count) -> dict:
+    """Metadata as run.py takes it: the bounds of the actions (A,) and the task. Raises InputError
+    unless the data's sizes (S, A) and bounds are the task's."""
+    low, high = (np.full(count, x, np.float32) for x in (-1, 1))
+    if task and len(task.spaces.low) == count:
+        low[:], high[:] = task.spaces.low, task.spaces.high
+    low[:], high[:] = meta.get("action_low", low), meta.get("action_high", high)
+    found = {"action_low": low, "action_high": high}
+    if task is None:
+        return found
     fix = "use --eval-env with the task of the data, or with none"
-    sizes, own = (size, len(low)), (task.spaces.size, len(task.spaces.low))
+    space, sizes = task.spaces, (size, count)
+    own = (space.size, len(space.low))
     require(
         sizes == own, f"{name} has {sizes} observation and action numbers, {task.id} {own}; {fix}"
     )
-    same = np.allclose([low, high], [task.spaces.low, task.spaces.high])
-    bounds = f"{name} has action bounds {low} to {high}, {task.id} {task.spaces.low} to"
-    require(same, f"{bounds} {task.spaces.high}; {fix}")
+    require(
+        np.allclose([low, high], [space.low, space.high]),
+        f"{name} has action bounds {low} to {high}, {task.id} {space.low} to {space.high}; {fix}",
+    )
+    return task.metadata() | found
 
 
 def leaves(x) -> list:
     """Arrays of a nested observation: dicts in sorted key order, tuples in theirs."""
-    if not isinstance(x, dict | tuple):
-        return [x]
-    parts = [x[k] for k in sorted(x)] if isinstance(x, dict) else x
-    return [leaf for part in parts for leaf in leaves(part)]
+    if isinstance(x, dict):
+        x = tuple(x[key] for key in sorted(x))
+    return [leaf for part in x for leaf in leaves(part)] if isinstance(x, tuple) else [x]
 
 
 def require(condition, message):

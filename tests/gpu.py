@@ -29,9 +29,8 @@ import torch
 from stand_in import PlainRun
 from torch.overrides import TorchFunctionMode
 
-from common import Data
-from harness.device import prepare_device, set_precision
-from harness.run import parse
+from common import Data, prepare_device
+from run import parse
 from tools import speed
 
 COMPILED = ("td3_bc", "iql", "cql", "fisher_brc")  # half a minute each
@@ -146,7 +145,8 @@ def measure(name, device, compiled: bool) -> None:
     for compile in (False, True) if compiled else (False,):
         args, _ = parse(speed.Args, {}, ["--seconds", "2", "--device", str(device)])
         args.compile = compile
-        for row in speed.measure(name, args, device):
+        rows, _ = speed.measure(name, args, device)
+        for row in rows:
             kind = "compiled" if compile else "not compiled"
             print(
                 f"{name}: {row['phase']}, {kind}: {row['updates_per_second']:.0f} updates/s, "
@@ -158,13 +158,12 @@ def measure(name, device, compiled: bool) -> None:
 def one_file(name, device, compiled: bool) -> None:
     """What the process of one file does."""
     torch.set_num_threads(1)
-    device = prepare_device(device)
-    set_precision("highest", device)
+    device = prepare_device(device, "highest")
     compare(name, device, compiled)
     measure(name, device, compiled)
 
 
-def run(command, limit: int) -> None:
+def start(command, limit: int) -> None:
     """Run a process and pass on what it prints; of an error, the last lines."""
     began = time.time()
     process = subprocess.Popen(
@@ -225,11 +224,11 @@ def main() -> None:
     print(machine(torch.device(args.device)), flush=True)
     for name in args.files:
         line = [sys.executable, str(Path(__file__)), "--one", name, "--device", args.device]
-        run(line + ["--all"] * (args.all or name in COMPILED), limit=300)
+        start(line + ["--all"] * (args.all or name in COMPILED), limit=300)
     with tempfile.TemporaryDirectory() as folder:
         steps = [] if args.device == "cuda" else ["--steps", "20", "--eval-every", "20"]
         line = [sys.executable, str(ROOT / "algorithms" / "td3_bc.py"), "--device", args.device]
-        run([*line, "--out", folder, *steps], limit=600)
+        start([*line, "--out", folder, *steps], limit=600)
 
 
 if __name__ == "__main__":

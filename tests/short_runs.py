@@ -1,4 +1,5 @@
-"""Short runs on a tiny log, for the tests of the harness and of what every file must satisfy."""
+"""Short runs on a tiny log, for the tests of run.py, of its guests and of what every file must
+satisfy."""
 
 import contextlib
 import csv
@@ -19,14 +20,14 @@ import conftest
 import numpy as np
 import torch
 
-from harness import Run, main
-from harness.folder import load_tensors
-from harness.run import number_type
+from common import number_type
+from harness.resume import load_tensors
+from run import Run, main
 
 ROOT = Path(__file__).resolve().parents[1]
 META = {"env_id": "Pendulum-v1", "action_low": -2, "action_high": 2}
 SHORT = dict(steps=20, batch_size=8, eval_every=10, eval_episodes=2, log_every=5, save_every=10)
-SMALL = dict(width=16, n=3, k=2, sample_steps=3, until="train")  # what takes long in arq.py
+SMALL = dict(width=16, n=3, k=2, sample_steps=3)  # what takes long in arq.py
 
 
 def tracked(folder: str, root: Path | None = None) -> list[Path]:
@@ -87,7 +88,7 @@ class Watched(Run):
     hook returns replaces the metrics."""
 
     def __init__(self, args, hook=None, words=("algorithm.py",)):
-        super().__init__(args, words=list(words))
+        super().__init__(args, {}, list(words))
         self.hook, self.calls = hook, []
 
     def after(self, t, metrics, act=None):
@@ -108,8 +109,7 @@ def start(name, /, hook=None, prepare=None, **values):
     run = Watched(module.Args(**values), hook)
     if prepare:
         prepare(run)
-    module.train(run, run.load(), run.args)
-    return run.finish(), run
+    return run.whole(module.train), run
 
 
 def at(phase, step, action):
@@ -141,6 +141,13 @@ def folder(name, out="runs", seed=3) -> Path:
 
 def checkpoint(name, out="runs"):
     return load_tensors(folder(name, out) / "checkpoint.pt")
+
+
+class Bomb:
+    """A pickle that makes a folder when it is read."""
+
+    def __reduce__(self):
+        return os.mkdir, ("bomb",)
 
 
 def rows(path) -> list[dict]:

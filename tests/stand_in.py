@@ -1,10 +1,10 @@
-"""The one stand-in for a run: what `train(run, data, args)` needs, and nothing of the harness."""
+"""The one stand-in for a run: what `train(run, data, args)` needs, and nothing of run.py."""
 
 import torch
 
 
 class PlainRun:
-    """Stands where the harness's run does: no files, no evaluation. Keeps what it was told.
+    """Stands where run.py's run does: no files, no evaluation. Keeps what it was told.
 
     `limit` ends every phase after so many steps."""
 
@@ -26,11 +26,5 @@ class PlainRun:
     def reference(self, label, act):
         self.references[label] = act
 
-    def cached(self, stage, module, *settings):
-        return False
-
-    def share(self, stage, module):
-        pass
-
-    def chunks(self, stage, shape, count, *settings):
-        return torch.zeros(shape), torch.zeros(count)
+    def kept(self, name, compute):
+        return compute()

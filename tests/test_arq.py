@@ -1,6 +1,5 @@
 """arq.py: the clone against closed forms, Eqs. 4 to 6 by hand, phases and their tables."""
 
-import copy
 import math
 import sys
 from pathlib import Path
@@ -12,19 +11,17 @@ import torch
 import torch.distributions as D
 from arq import Args, Nets, kth_largest, log_likelihood, sample_dpm, sample_pc, schedule
 from golden.tools import Inject
-from oracles import SGD, assert_same, in_double, stack
+from oracles import in_double, stack
 from stand_in import PlainRun
 from torch import nn
 from torch.testing import assert_close
 
-from common import MLP, Adam, Data, InputError
-from harness import parse
+from common import MLP, Adam, Data, InputError, parse
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "figures"))
 import arq_densities  # noqa: E402
 
 INF = math.inf
-SAMPLERS = pytest.mark.parametrize("noise", [False, True], ids=["ode", "sde"])
 
 
 def optimizers(nets, optimizer=Adam, lr=1e-3):
@@ -123,56 +120,11 @@ def test_times_are_even_in_lambda():
     assert abs(7 * h - (4.558 + 5.025)) < 1e-3
 
 
-def linear(layer, member=None):
-    """A layer of the score network as an nn.Linear."""
-    w, b = layer.weights[0].detach(), layer.biases[0].detach()
-    if member is not None:
-        w, b = w[member], b[member, 0]
-    found = nn.Linear(*w.shape, dtype=w.dtype)
-    found.weight.data, found.bias.data = w.T.clone(), b.clone()
-    return found
-
-
-def plain(net, member=None):
-    """The score network in nn.Linear layers: f(x, s, t) of t (B, 1), and the layers."""
-    time, first, last = (linear(x, member) for x in (net.time, net.first, net.last))
-    hidden = [linear(x, member) for x in net.hidden]
-    swish = lambda v: v * torch.sigmoid(v)
-
-    def forward(x, s, t):
-        angle = 2 * math.pi * t * net.frequencies
-        e = time(torch.cat([angle.sin(), angle.cos()], 1))
-        h = first(torch.cat([x, s], 1))
-        for i in (0, 2, 4):
-            inner = hidden[i](swish(h + e))
-            h = h + hidden[i + 1](swish(inner + e))
-        return last(h)
-
-    return forward, [time, first, *hidden, last]
-
-
-@pytest.mark.parametrize("ensemble", [1, 3])
-def test_score_network_is_that_of_plain_layers(data, ensemble):
-    nets, _, _ = make(data, ensemble=ensemble)
-    x, s, t = torch.randn(5, 2).double(), torch.randn(5, 3).double(), torch.rand(5, 1).double()
-    found, one = nets.score(x, s, t), nets.score(x, s, 0.3)
-    if ensemble == 1:
-        found, one = found[None], one[None]
-    assert found.shape == (ensemble, 5, 2)
-    for e in range(ensemble):
-        forward, _ = plain(nets.score, None if ensemble == 1 else e)
-        assert_close(found[e], forward(x, s, t))
-        assert_close(one[e], forward(x, s, torch.full_like(t, 0.3)))
-
-
 def test_initial_networks(tiny_data):
     torch.manual_seed(0)
     nets = Nets(tiny_data(obs_dim=17, act_dim=6), Args())
     assert sum(p.numel() for p in nets.score.parameters()) == 468_230
     assert 25 < nets.score.frequencies.std() < 35
-    for net, average in ((nets.score, nets.score_ema), (nets.q, nets.q_target)):
-        for p, t in zip(net.parameters(), average.parameters()):
-            assert torch.equal(p, t) and p is not t and not t.requires_grad
     assert torch.equal(nets.score.frequencies, nets.score_ema.frequencies)
     for net in (x for x in nets.modules() if isinstance(x, MLP)):
         for w, b in zip(net.weights, net.biases):
@@ -205,87 +157,24 @@ def test_loss_of_the_exact_score_is_its_floor(std, floor):
     assert_close(loss / 2, torch.tensor(floor).double(), atol=0.003, rtol=0)
 
 
-@pytest.mark.parametrize("ensemble", [1, 2])
-def test_score_step_by_hand(data, ensemble):
-    data.action[0] = 1.0
-    nets, data, args = make(data, ensemble=ensemble)
-    opt, before = optimizers(nets, SGD, 0.05), copy.deepcopy(nets)
-    rows = torch.randperm(16 * ensemble) % 16
-    shape = (16, 2) if ensemble == 1 else (2, 16, 2)
-    u, z = torch.rand(shape).double()[..., :1], torch.randn(shape).double()
-    with Inject(randint=[rows], rand_like=[u], randn_like=[z]):
-        metrics = arq.update_score(nets, opt, data, args)
-
-    t = 1e-5 + (1 - 1e-5) * u.view(ensemble, 16, 1)
-    m = torch.exp(-0.5 * (0.1 * t + 9.95 * t**2))
-    s = (data.obs - data.obs.mean(0)) / data.obs.std(0, correction=0)
-    a = data.action.clamp(-0.99999, 0.99999)
-    a = (a - data.action.mean(0)) / data.action.std(0, correction=0)
-    s, a = (v[rows].view(ensemble, 16, -1) for v in (s, a))
-    z = z.view(ensemble, 16, 2)
-    losses = []
-    for e in range(ensemble):
-        member = None if ensemble == 1 else e
-        forward, layers = plain(before.score, member)
-        noised = m[e] * a[e] + (1 - m[e] ** 2).sqrt() * z[e]
-        losses.append((forward(noised, s[e], t[e]) + z[e]).square().sum() / 16)
-        losses[e].backward()
-        torch.optim.SGD([p for x in layers for p in x.parameters()], lr=0.05).step()
-        for found, expected in zip(plain(nets.score, member)[1], layers):
-            assert_close(found.weight, expected.weight, atol=1e-9, rtol=1e-6)
-            assert_close(found.bias, expected.bias, atol=1e-9, rtol=1e-6)
-    assert_close(metrics["loss_per_dim"], sum(losses).detach() / (2 * ensemble))
-    triples = (x.parameters() for x in (nets.score, before.score_ema, nets.score_ema))
-    for new, old, ema in zip(*triples):
-        assert_close(ema, 0.999 * old + 0.001 * new, atol=1e-12, rtol=1e-9)
-    for name in ("q", "q_target", "actor"):
-        pairs = zip(getattr(nets, name).parameters(), getattr(before, name).parameters())
-        assert all(torch.equal(p, q) for p, q in pairs)
-
-
 # ---- samplers --------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    ("corrector", "std", "low", "high"),
-    [("sigma", 1.0, 0.97, 1.03), ("sigma", 0.3, 0.97, 1.03), ("sample", 0.3, 1.5, 2.1)],
+    ("dims", "std", "low", "high"),
+    [(3, 0.3, 1.5, 2.1), (3, 1.0, 1.7, 2.4), (12, 0.3, 1.1, 1.25), (300, 0.3, 0.98, 1.02)],
 )
-def test_predictor_corrector(corrector, std, low, high):
-    """In 3-d the authors' step size spreads samples; that of the noise level does not."""
+def test_predictor_corrector(dims, std, low, high):
+    """The step size of each sample spreads samples in few dimensions. In many, the norms hardly
+    differ from sample to sample, and the samples are those of the Gaussian."""
     draw = torch.Generator().manual_seed(0)
-    x = torch.randn(6000, 3, generator=draw)
-    a = sample_pc(gaussian(0.3, std), x, 500, corrector, draw)
+    x = torch.randn(18_000 // dims, dims, generator=draw)
+    a = sample_pc(gaussian(0.3, std), x, 500, draw)
     assert low < a.std() / std < high
     assert abs(a.mean() - 0.3) < 0.03 * max(1, std / 0.3)
 
 
-def test_predictor_corrector_evaluates_twice_per_step():
-    calls = []
-    raw = lambda x, t: calls.append(t) or -x
-    sample_pc(raw, torch.randn(4, 2), 10, "sigma", torch.Generator().manual_seed(0))
-    assert len(calls) == 20 and calls[::2] == calls[1::2]
-    assert calls[0] == 1 and abs(calls[-1] - 1e-3) < 1e-9
-
-
-def test_solver_follows_the_exact_ode():
-    """For a Gaussian (x - m mean) / std(t) is constant along the ODE; second order in the step."""
-    mean, std, errors = 0.4, 0.3, []
-    x = torch.linspace(-3, 3, 41).double()[:, None]
-    _, m, sigma = schedule(torch.tensor([1.0, 1e-3]).double())
-    width = (m**2 * std**2 + sigma**2).sqrt()
-    end = m[1] * mean + width[1] * (x - m[0] * mean) / width[0]
-    raw = gaussian(mean, std)
-    expected = (end + sigma[1] * raw(end, 1e-3)) / m[1]
-    for steps in (20, 40, 80):
-        calls = []
-        found = sample_dpm(lambda x, t: calls.append(t) or raw(x, t), x, steps, noise=False)
-        assert len(calls) == steps + 1
-        errors.append((found - expected).abs().max().item())
-    assert errors[0] < 0.05 * std and errors[2] < 0.005 * std
-    assert errors[0] / errors[1] > 2.5 and errors[1] / errors[2] > 2.5
-
-
-def test_solver_with_noise_approaches_the_gaussian():
+def test_solver_approaches_the_gaussian():
     """One evaluation and one noise term per step, and one evaluation more; for a known clean value
     the step is exact, so that of N(x0, 0) nothing but x0 comes out."""
     errors = []
@@ -295,20 +184,19 @@ def test_solver_with_noise_approaches_the_gaussian():
         counted = lambda x, t: calls.append(t) or raw(x, t)
         x = torch.randn(200_000, 1, generator=draw).double()
         with Inject(randn=list(torch.randn(steps, 200_000, 1, generator=draw).double())):
-            found = sample_dpm(counted, x, steps, noise=True)
+            found = sample_dpm(counted, x, steps)
         assert len(calls) == steps + 1
         assert abs(found.mean() - 0.4) < 0.003
         errors.append(abs(found.std().item() / 0.3 - 1))
     assert errors[0] < 0.04 and errors[1] < 0.02 and errors[2] < 0.01
-    point = sample_dpm(gaussian(0.4, 1e-9), torch.randn(50, 1).double(), 5, noise=True)
+    point = sample_dpm(gaussian(0.4, 1e-9), torch.randn(50, 1).double(), 5)
     assert_close(point, torch.full_like(point, 0.4))
 
 
-@SAMPLERS
-def test_solver_finds_three_modes(noise):
+def test_solver_finds_three_modes():
     torch.manual_seed(0)
     with torch.no_grad():
-        x = sample_dpm(mixture_raw, torch.randn(3000, 6).double(), 20, noise)
+        x = sample_dpm(mixture_raw, torch.randn(3000, 6).double(), 20)
     mode = torch.cdist(x, MEANS).argmin(1)
     share = torch.bincount(mode, minlength=3) / 3000
     assert_close(share.double(), WEIGHTS, atol=0.05, rtol=0)
@@ -341,10 +229,10 @@ def off_support(parts, a):
     return 1 - inside.double().mean().item()
 
 
-def test_noise_leaves_fewer_samples_off_the_support():
-    """The densities of figures/arq_densities.py with their exact scores, 20,000 states each."""
+def test_few_samples_are_off_the_support():
+    """The densities of figures/arq_densities.py with their exact scores, 100,000 states each."""
     torch.manual_seed(0)
-    s = 2 * torch.rand(20_000).double() - 1
+    s = 2 * torch.rand(100_000).double() - 1
     shares = {}
     for title, parts in arq_densities.modes(s).items():
         true = arq_densities.draw(parts)[:, 0]
@@ -363,21 +251,17 @@ def test_noise_leaves_fewer_samples_off_the_support():
 
         shares.setdefault("true", []).append(off_support(parts, true))
         for steps in (15, 20):
-            for noise in (False, True):
-                x = torch.randn(len(s), 1).double()
-                x = sample_dpm(exact_raw(log_density), x, steps, noise).detach()
-                name = f"{'sde' if noise else 'ode'} {steps}"
-                share = off_support(parts, std * x[:, 0] + mean)
-                shares.setdefault(name, []).append(share)
+            x = torch.randn(len(s), 1).double()
+            x = sample_dpm(exact_raw(log_density), x, steps).detach()
+            share = off_support(parts, std * x[:, 0] + mean)
+            shares.setdefault(f"sde {steps}", []).append(share)
     for name, row in shares.items():
         print(name, *(f"{100 * x:.2f}" for x in row), f"mean {25 * sum(row):.2f}% off the support")
     mean = {name: sum(row) / 4 for name, row in shares.items()}
-    for steps in (15, 20):
-        assert mean["true"] < mean[f"sde {steps}"] < mean[f"ode {steps}"] < 0.008
-    for noise in (False, True):
-        x = sample_dpm(gaussian(0.0, 1.0), torch.randn(200_000, 1).double(), 20, noise)
-        print("sde" if noise else "ode", f"20: deviation {x.std():.3f}, where 1 is true")
-        assert 1 < x.std() < 1.04
+    assert mean["true"] < mean["sde 20"] < mean["sde 15"] < 0.005
+    x = sample_dpm(gaussian(0.0, 1.0), torch.randn(200_000, 1).double(), 20)
+    print(f"sde 20: deviation {x.std():.3f}, where 1 is true")
+    assert 1 < x.std() < 1.04
 
 
 # ---- likelihood ------------------------------------------------------------------------------
@@ -385,22 +269,6 @@ def test_noise_leaves_fewer_samples_off_the_support():
 
 def likelihood(raw, x, generator=None):
     return log_likelihood(raw, x, arq.trace_vectors(x, generator))
-
-
-def test_divergence_is_the_trace_of_the_jacobian(data):
-    nets, data, args = make(data, ensemble=3)
-    raw = arq.raw_at(nets, data.obs[:4], 1, args)
-    x = torch.randn(4, 2).double()
-    out, trace = arq.divergence(raw, x, 0.4, arq.trace_vectors(x))
-    jacobian = torch.autograd.functional.jacobian(lambda x: raw(x, 0.4), x)
-    exact = torch.stack([jacobian[b, :, b].trace() for b in range(4)])
-    assert_close(out, raw(x, 0.4))
-    assert_close(trace, exact)
-    assert not out.requires_grad and not trace.requires_grad
-    torch.manual_seed(0)
-    signs = (torch.randint(2, (2000, 4, 2)) * 2 - 1).double() / math.sqrt(2000)
-    _, probed = arq.divergence(raw, x, 0.4, signs)
-    assert_close(probed, exact, atol=0.05 * jacobian.abs().max().item() + 0.02, rtol=0)
 
 
 def test_likelihood_takes_the_steps_that_it_needs():
@@ -467,7 +335,7 @@ def slow_time(nets):
 
 
 def test_trained_network(tiny_data):
-    """a = 0.5 s + 0.2 noise: mean and width of the samples of all samplers, and likelihood."""
+    """a = 0.5 s + 0.2 noise: mean and width of the samples, and likelihood."""
     torch.manual_seed(0)
     s = torch.rand(4096, 1) * 2 - 1
     zeros = torch.zeros(4096)
@@ -482,33 +350,32 @@ def test_trained_network(tiny_data):
     assert loss < 0.25
     nets.score_ema.load_state_dict(nets.score.state_dict())  # after so few steps it lags behind
     obs = torch.tensor([[-0.8], [0.0], [0.6]])
-    for sampler, steps in (("sde", 20), ("ode", 20), ("pc", 100)):
-        args.sampler, args.sample_steps = sampler, steps
-        x = arq.draw(nets, obs, args)
-        a = nets.z_action.inverse(x)[..., 0]
-        assert_close(a.mean(1), 0.5 * obs[:, 0], atol=0.05, rtol=0)
-        assert_close(a.std(1), torch.full((3,), 0.2), atol=0.05, rtol=0)
+    x = arq.draw_samples(nets, obs, args)
+    a = nets.z_action.inverse(x)[..., 0]
+    assert_close(a.mean(1), 0.5 * obs[:, 0], atol=0.05, rtol=0)
+    assert_close(a.std(1), torch.full((3,), 0.2), atol=0.05, rtol=0)
     log_prob = arq.grade(nets, obs, x, args)
     exact = D.Normal(0.5 * obs, 0.2).log_prob(a) + nets.z_action.std.log()
     inside = (a - 0.5 * obs).abs() < 0.35
     assert (log_prob - exact)[inside].abs().mean() < 0.15
 
 
-def test_samples_are_grouped_by_state_and_repeatable(data):
-    nets, data, args = make(data, ensemble=2, sampler="ode")
+@pytest.mark.parametrize(("sampler", "by_hand"), [("sde", sample_dpm), ("pc", sample_pc)])
+def test_samples_are_grouped_by_state_and_repeatable(data, sampler, by_hand):
+    nets, data, args = make(data, ensemble=2, sampler=sampler)
     obs = data.obs[:3]
     seeded = lambda: torch.Generator().manual_seed(5)
-    one, two = arq.draw(nets, obs, args, seeded()), arq.draw(nets, obs, args, seeded())
+    one, two = (arq.draw_samples(nets, obs, args, seeded()) for _ in range(2))
     assert torch.equal(one, two) and one.shape == (3, 4, 2)
-    log_prob = arq.grade(nets, obs, one, args)
-    noise = torch.randn(12, 2, dtype=torch.float64, generator=seeded())
-    members = [plain(nets.score_ema, e)[0] for e in range(2)]
-    s = nets.z_obs(obs)[1:2].expand(4, 3)
-    raw = lambda x, t: sum(f(x, s, torch.full_like(x[:, :1], t)) for f in members) / 2
+    s = nets.z_obs(obs)[[0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2]]
+    raw = lambda x, t: nets.score_ema(x, s, t).mean(0)
+    draw = seeded()
+    x = torch.randn(12, 2, dtype=torch.float64, generator=draw)
     with torch.no_grad():
-        x = sample_dpm(raw, noise[4:8], args.sample_steps, noise=False)
-    assert_close(one[1], x)
-    assert_close(log_prob[1], likelihood(raw, x), atol=0.02, rtol=0)  # other steps
+        x = by_hand(raw, x, args.sample_steps, draw)
+    assert_close(one.flatten(0, 1), x)
+    log_prob = arq.grade(nets, obs, one, args)
+    assert_close(log_prob.flatten(), likelihood(raw, x))
 
 
 def test_a_diverged_score_network_is_refused(data):
@@ -517,7 +384,7 @@ def test_a_diverged_score_network_is_refused(data):
         nets.score_ema.last.weights[0].fill_(math.nan)
     with pytest.raises(InputError, match="^training diverged: samples of the score network"):
         arq.train_samples(PlainRun(), nets, data, args)
-    for sampler in ("sde", "ode", "pc"):
+    for sampler in ("sde", "pc"):
         args.sampler = sampler
         with pytest.raises(InputError, match="training diverged"):
             arq.implicit_policy(nets, data.obs, args)
@@ -538,29 +405,6 @@ def values(f):
     return SimpleNamespace(
         q_target=lambda s, a, member=None: f(s, a) if member is None else f(s, a)[member]
     )
-
-
-@pytest.mark.parametrize("floor", [True, False])
-def test_target_by_hand(floor):
-    """Minimum of twins per candidate, then the K-th. Row 0: all count; 1: a terminal; 2: all
-    samples are rejected, so the data's action is the K-th; 3: the floor."""
-    nets = values(lambda s, a: torch.stack([a[:, 0], 8 - a[:, 0] + s[:, 0]]))
-    s2 = torch.tensor([[0.0], [0.0], [0.0], [9.0]])
-    a2 = torch.tensor([[1.0], [1.0], [3.0], [9.0]])
-    candidates = torch.tensor([[[5.0], [2.0]], [[5.0], [2.0]], [[50.0], [60.0]], [[1.0], [2.0]]])
-    in_support = torch.tensor([[1, 1], [1, 1], [0, 0], [1, 1]]).bool()
-    r, terminal = torch.tensor([0.5, 0.5, 0.0, 0.0]), torch.tensor([0.0, 1.0, 0.0, 0.0])
-    args = Args(k=2, gamma=0.9, floor=floor)
-    y = arq.target(nets, r, s2, a2, candidates, in_support, terminal, args)
-    # row 0: minima 1 (data), 3, 2: second 2. row 3: minima 8 (data), 1, 2: second 2, floor 8
-    assert_close(y, torch.tensor([0.5 + 0.9 * 2, 0.5, 0.9 * 3, 0.9 * (8 if floor else 2)]))
-
-
-def test_critic_loss_by_hand():
-    """Errors 1 and 3 of the first critic, 2 and 0 of the second: half the mean squares, added."""
-    nets = SimpleNamespace(q=lambda s, a: torch.tensor([[1.0, 3.0], [2.0, 0.0]]))
-    loss = arq.critic_loss(nets, None, None, torch.zeros(2))
-    assert_close(loss, torch.tensor(0.5 * (1 + 9) / 2 + 0.5 * 4 / 2))
 
 
 def test_order_of_minimum_and_kth_matters():
@@ -607,55 +451,7 @@ def test_rewards_are_scaled_and_then_shifted(tiny_data):
         arq.scale_rewards(data, Args(normalize_reward=True))
 
 
-def test_critic_step_by_hand(data):
-    nets, data, args = make(data, polyak=0.1)
-    with torch.no_grad():
-        for p in nets.q_target.parameters():
-            p.mul_(1.1)
-    opt, before = optimizers(nets, SGD, 0.05), copy.deepcopy(nets)
-    drawn = torch.arange(16) % len(data.rows)
-    with Inject(randint=[drawn]):
-        metrics = arq.update_q(nets, opt, data, args)
-
-    targets = [stack(before.q_target, e) for e in range(2)]
-    rows, y = data.rows[drawn], []
-    for i in rows.tolist():
-        following = 0.0
-        if not data.terminal[i]:
-            kept = data.candidates[i + 1][data.in_support[i + 1]]
-            actions = torch.cat([data.action[i + 1 : i + 2], kept])
-            states = data.obs[i + 1].expand(len(actions), 3)
-            q = [f(torch.cat([states, actions], 1))[:, 0].detach() for f in targets]
-            q = torch.minimum(*q)
-            descending = q.sort(descending=True).values
-            following = max(descending[min(args.k, len(q)) - 1], q[0])
-        y.append(data.reward[i] + 0.99 * following)
-    y = torch.stack(y)
-    critics = [stack(before.q, e) for e in range(2)]
-    inputs = torch.cat([data.obs, data.action], 1)[rows]
-    losses = [0.5 * (f(inputs)[:, 0] - y).square().mean() for f in critics]
-    for f, loss in zip(critics, losses):
-        loss.backward()
-        torch.optim.SGD(f.parameters(), lr=0.05).step()
-    assert_same(nets.q, *critics)
-    assert_close(metrics["q_loss"], sum(losses).detach())
-    assert_close(metrics["target"], y.mean())
-    triples = (x.parameters() for x in (nets.q, before.q_target, nets.q_target))
-    for new, old, found in zip(*triples):
-        assert_close(found, 0.9 * old + 0.1 * new, atol=1e-12, rtol=1e-9)
-
-
 # ---- policies --------------------------------------------------------------------------------
-
-
-def test_advantage_by_hand():
-    """Q = 10 a of the first critic; the second row has one sample left."""
-    nets = values(lambda s, a: torch.stack([10 * a[:, 0], 0 * a[:, 0]]))
-    a = torch.tensor([[0.5], [0.5]])
-    candidates = torch.tensor([[[0.1], [0.3]], [[0.9], [0.3]]])
-    in_support = torch.tensor([[True, True], [False, True]])
-    found = arq.advantage(nets, torch.zeros(2, 1), a, candidates, in_support)
-    assert_close(found, torch.tensor([5 - 3.0, 5 - 4.0]))
 
 
 def test_softmax_of_q_is_that_of_the_advantage():
@@ -667,37 +463,6 @@ def test_softmax_of_q_is_that_of_the_advantage():
         for x in (q, q - q.mean(1, keepdim=True))
     )
     assert_close(for_q.softmax(1), for_advantage.softmax(1), atol=1e-12, rtol=1e-9)
-
-
-@pytest.mark.parametrize("pi", ["gaussian", "deterministic"])
-def test_policy_step_by_hand(data, pi):
-    nets, data, args = make(data, pi=pi, alpha_pi=2.0)
-    data.advantage = torch.linspace(-2, 5, 16).double()
-    opt, before = optimizers(nets, SGD, 0.001), copy.deepcopy(nets)
-    with Inject(randint=[torch.arange(16)]):
-        metrics = arq.update(nets, opt, data, args)
-
-    weight = torch.tensor([min(math.exp(2 * x), 100.0) for x in data.advantage]).double()
-    actor = stack(before.actor)
-    out = actor(data.obs)
-    log_std = torch.zeros(2, dtype=torch.float64, requires_grad=True)
-    if pi == "gaussian":
-        log_prob = D.Normal(out.tanh(), log_std.exp()).log_prob(data.action).sum(1)
-        expected = -(weight * log_prob).mean()
-    else:
-        expected = 0.5 * (weight * (out - data.action).square().mean(1)).mean()
-    assert_close(metrics["pi_loss"], expected.detach())
-    assert_close(metrics["weight"], weight.mean())
-    assert_close(metrics["capped_weights"], (weight == 100).float().mean())
-    expected.backward()
-    torch.optim.SGD(actor.parameters(), lr=0.001).step()
-    assert_same(nets.actor, actor)
-    if pi == "gaussian":
-        assert_close(nets.log_std.detach(), -0.001 * log_std.grad)
-    for name in ("q", "q_target", "score", "score_ema"):
-        pairs = zip(getattr(nets, name).parameters(), getattr(before, name).parameters())
-        assert all(torch.equal(p, q) for p, q in pairs)
-    assert arq.policy(nets, 100 * data.obs, args).abs().max() <= 1
 
 
 def chosen(log_prob, alpha):
@@ -728,7 +493,7 @@ def test_implicit_policy_draws_in_the_tasks_bounds(data):
     torch.manual_seed(3)
     found = arq.implicit_policy(nets, data.obs, args)
     torch.manual_seed(3)
-    a = nets.z_action.inverse(arq.draw(nets, data.obs, args)).clamp(-1, 1)
+    a = nets.z_action.inverse(arq.draw_samples(nets, data.obs, args)).clamp(-1, 1)
     i = torch.multinomial(torch.ones(16, 3), 1)[:, 0]
     a = a[torch.arange(16), i]
     assert_close(found, torch.stack([2 + 4 * a[:, 0], 0.5 + 0.5 * a[:, 1]], 1))
@@ -742,7 +507,7 @@ def test_clone_alone_needs_no_q_and_no_filter(data):
     torch.manual_seed(3)
     found = arq.implicit_policy(nets, data.obs, args)
     torch.manual_seed(3)
-    x = arq.draw(nets, data.obs, args)
+    x = arq.draw_samples(nets, data.obs, args)
     assert_close(found, nets.z_action.inverse(x).clamp(-1, 1)[:, 0])
 
 
@@ -761,7 +526,7 @@ def test_likelihood_of_an_acting_sample_is_that_of_the_clipped_action():
     torch.manual_seed(0)
     found = arq.implicit_policy(nets, obs, args)
     torch.manual_seed(0)
-    x = arq.draw(nets, obs, args)
+    x = arq.draw_samples(nets, obs, args)
     a = z_action.inverse(x).clamp(-1, 1)
     log_prob = D.Normal(0.0, 1.0).log_prob(z_action(a))[..., 0]
     assert ((log_prob > -2) & (D.Normal(0.0, 1.0).log_prob(x)[..., 0] < -2)).sum() > 5
@@ -787,7 +552,7 @@ def test_bandit():
     for _ in range(700):
         arq.update_score(nets, opt, data, args)
     nets.score_ema.load_state_dict(nets.score.state_dict())
-    x = arq.draw(nets, data.obs[:1], args)
+    x = arq.draw_samples(nets, data.obs[:1], args)
     data.candidates = nets.z_action.inverse(x).clamp(-1, 1).expand(1000, -1, -1)
     data.in_support = torch.ones(1000, 10, dtype=torch.bool)
     for _ in range(250):
@@ -832,49 +597,71 @@ def test_masked_value_iteration():
 # ---- phases and their tables -----------------------------------------------------------------
 
 
-class SharingRun(PlainRun):
-    """Keeps stages under their settings in `kept`, for the next run to find. `done`, the name of a
-    phase, makes a run that is resumed in this phase: earlier loops yield nothing. `fails` ends
-    sampling after so many chunks."""
+class Resumed(PlainRun):
+    """A run that is resumed in the phase `done`, after `first` of its steps: the loops before it
+    yield nothing. `store` holds what was kept, for the next run to find."""
 
-    def __init__(self, kept, done=None, fails=None):
+    def __init__(self, done="score", first=0, store=None):
         super().__init__()
-        self.kept, self.done, self.fails, self.keys, self.tables = kept, done, fails, {}, {}
+        self.done, self.first, self.store = done, first, {} if store is None else store
 
     def loop(self, steps, phase="train"):
+        found = list(super().loop(steps, phase))
         if phase == self.done:
             self.done = None
-        for t in super().loop(0 if self.done else steps, phase):
-            if phase == "sample" and self.fails is not None and t > self.fails:
-                raise InterruptedError
-            yield t
+            return found[self.first :]
+        return [] if self.done else found
 
-    def cached(self, stage, module, *settings):
-        self.keys[stage] = repr((stage, settings))
-        if self.done or self.keys[stage] not in self.kept:
-            return False
-        module.load_state_dict(self.kept[self.keys[stage]])
-        return True
-
-    def share(self, stage, module):
-        self.kept[self.keys[stage]] = copy.deepcopy(module.state_dict())
-
-    def chunks(self, stage, shape, count, *settings):
-        key = repr((stage, shape, settings))
-        self.tables[stage] = self.kept.setdefault(key, super().chunks(stage, shape, count))
-        return self.tables[stage]
+    def kept(self, name, compute):
+        if name not in self.store:
+            self.store[name] = compute()
+        return self.store[name]
 
     def steps(self):
         """Steps of every phase."""
         return tuple(len(self.phases.get(name, [])) for name in Args.phases)
 
 
+def table(first=0, stage="sample", seed=3):
+    """A table of 500 rows, of which 64 are a chunk, and the run that made it."""
+
+    def values(rows, c, generator):
+        assert rows == slice(64 * c, 64 * c + 64)
+        return torch.randn(min(64, 500 - rows.start), 2, generator=generator)
+
+    run = Resumed(stage, first)
+    health = lambda chunk: {"mean": chunk.mean()}
+    return arq.train_table(run, stage, (500, 2), values, health, seed), run
+
+
+def test_every_chunk_is_drawn_by_a_generator_of_its_own():
+    """The chunks differ, and so do those of another seed and of another table."""
+    tables = [table()[0], table(seed=4)[0], table(stage="grade")[0]]
+    chunks = torch.cat([x[::64] for x in tables])
+    assert len(torch.unique(chunks, dim=0)) == 24
+    state = torch.get_rng_state()
+    assert torch.equal(table()[0], tables[0])
+    assert torch.equal(torch.get_rng_state(), state), "the run's own random stream has no part"
+
+
+@pytest.mark.parametrize("first", [3, 8])
+def test_a_resumed_table_equals_an_uninterrupted_one(first):
+    whole, run = table()
+    assert len(run.rows) == 8
+    assert_close([row["mean"] for row in run.rows], [x.mean().item() for x in whole.split(64)])
+    resumed, run = table(first)
+    assert len(run.rows) == 8 - first and torch.equal(resumed, whole)
+
+
 SHORT = dict(batch_size=8, width=16, steps=4, q_steps=5, score_steps=6, n=3, k=2, sample_steps=5)
 
 
 @pytest.fixture
-def start(tiny_data):
-    """start(run, **flags) trains on a few rows, of which 64 are a chunk, and returns the run."""
+def start(tiny_data, monkeypatch):
+    """start(run, **flags) trains on a few rows, of which 64 are a chunk, and returns the run, with
+    the data that it trained on."""
+    made, plain = [], arq.with_next_rows
+    monkeypatch.setattr(arq, "with_next_rows", lambda data: made.append(plain(data)) or made[-1])
 
     def call(run, seed=3, rows=70, prepare=None, **values):
         data = tiny_data(n=rows)
@@ -883,96 +670,74 @@ def start(tiny_data):
         args = Args(**(SHORT | dict(seed=seed) | values))
         torch.manual_seed(seed)
         arq.train(run, data, args)
-        run.data, run.args = data, args
+        run.data, run.args = made[-1], args
         return run
 
     return call
 
 
-def test_phases_are_shared_by_runs_of_equal_settings(start):
-    kept = {}
-    first = start(SharingRun(kept))
-    second = start(SharingRun(kept), alpha_pi=3.0)
-    assert first.steps() == (6, 2, 0, 5, 4) and second.steps() == (0, 0, 0, 0, 4)
-    one, two = first.nets.state_dict(), second.nets.state_dict()
-    same = [name for name in one if torch.equal(one[name], two[name])]
-    assert {n for n in one if n.startswith(("q_target", "score_ema"))} <= set(same)
-    assert "actor.weights.0" not in same
-    for flags, expected in (  # steps of score, sample, grade, q and train
-        (dict(k=3), (0, 0, 0, 5, 4)),
-        (dict(value="sarsa"), (0, 0, 0, 5, 4)),
-        (dict(reward_shift=-1.0), (0, 0, 0, 5, 4)),
-        (dict(floor=False), (0, 0, 0, 5, 4)),
-        (dict(n=4), (0, 2, 0, 5, 4)),
-        (dict(sample_steps=6), (0, 2, 0, 5, 4)),
-        (dict(sampler="ode"), (0, 2, 0, 5, 4)),
-        (dict(sampler="pc"), (0, 2, 0, 5, 4)),
-        (dict(sampler="pc", corrector="sample"), (0, 2, 0, 5, 4)),
-        (dict(filter=True), (0, 0, 2, 5, 4)),
-        (dict(filter=True, threshold=-9.0), (0, 0, 0, 5, 4)),
-        (dict(score_lr=3e-3), (6, 2, 0, 5, 4)),
-        (dict(normalize_obs=True), (6, 2, 0, 5, 4)),
-        (dict(batch_size=7), (6, 2, 0, 5, 4)),
-        (dict(value="none"), (0, 0, 0, 0, 4)),
-    ):
-        assert start(SharingRun(kept), **flags).steps() == expected, flags
-
-
-def test_last_phase_to_run(start):
-    expected = {"score": (6, 0, 0, 0, 0), "sample": (6, 2, 0, 0, 0), "q": (6, 2, 0, 5, 0)}
-    expected["train"] = expected["implicit"] = (6, 2, 0, 5, 4)
-    for until, steps in expected.items():
-        run = start(SharingRun({}), until=until)
+def test_phases_and_references(start):
+    """Without Q there is no table, no implicit policy, and the clone is still evaluated."""
+    for values, steps in (({}, (6, 2, 0, 5, 4)), ({"filter": True}, (6, 2, 2, 5, 4))):
+        run = start(Resumed(), **values)
         assert run.steps() == steps
-        labels = {"implicit policy", "clone s_psi"} if until == "implicit" else set()
-        assert run.references.keys() == labels
-    assert start(PlainRun(), value="none").references.keys() == {"clone s_psi"}
+        assert run.references.keys() == {"implicit policy", "clone s_psi"}
+    run = start(Resumed(), value="none")
+    assert run.steps() == (6, 0, 0, 0, 4) and run.references.keys() == {"clone s_psi"}
 
 
-def test_interrupted_sampling_continues(start):
-    """Chunks that are finished are not drawn again, and the others are as in a whole run."""
-    whole = start(SharingRun({}), rows=500).tables["sample"][0]
-    kept = {}
-    with pytest.raises(InterruptedError):
-        start(SharingRun(kept, fails=3), rows=500)
-    stopped = SharingRun(kept, fails=0)
-    with pytest.raises(InterruptedError):
-        start(stopped, rows=500)
-    table, finished = stopped.tables["sample"]
-    assert finished.tolist() == [1, 1, 1, 0, 0, 0, 0, 0] and not table[192:].any()
-    table[64:128] = 0.125
-    marked = start(SharingRun(kept), rows=500)
-    table, finished = marked.tables["sample"]
-    assert finished.all() and marked.steps()[:2] == (0, 8)
-    assert (table[64:128] == 0.125).all()
-    assert torch.equal(table[:64], whole[:64]) and torch.equal(table[128:], whole[128:])
+@pytest.mark.parametrize(("done", "first"), [("sample", 1), ("grade", 1), ("q", 0)])
+def test_tables_before_the_step_of_a_resume_are_filled_at_once(start, done, first):
+    """They are those of a run that computes them step by step."""
+    whole, resumed = (
+        start(run, filter=True, threshold=-16.0)
+        for run in (Resumed("sample"), Resumed(done, first))
+    )
+    assert whole.steps() == (0, 2, 2, 5, 4)
+    assert torch.equal(whole.data.candidates, resumed.data.candidates)
+    assert torch.equal(whole.data.in_support, resumed.data.in_support)
+    assert 0 < whole.data.in_support.float().mean() < 1
 
 
-def test_every_chunk_has_noise_of_its_own(start):
-    def same_state(data):
-        data.obs[:] = 1.0
-
-    table, finished = start(SharingRun({}), rows=500, prepare=same_state, n=40).tables["sample"]
-    assert finished.all()
-    first = table[::64].flatten(1)  # a state of each chunk
-    assert len(torch.unique(first, dim=0)) == 8
-
-
-def test_samples_that_are_gone_are_drawn_again(start):
-    """A run that is resumed in a later phase, and whose tables were deleted, fills them at once."""
-    in_steps = start(SharingRun({}, done="sample"), filter=True)
-    at_once = start(SharingRun({}, done="q"), filter=True)
-    assert in_steps.steps() == (0, 2, 2, 5, 4) and at_once.steps() == (0, 0, 0, 5, 4)
-    for stage in ("sample", "grade"):
-        (one, _), (two, finished) = in_steps.tables[stage], at_once.tables[stage]
-        assert finished.all() and torch.equal(one, two) and one.any()
+def test_likelihoods_are_kept_chunk_by_chunk(start):
+    """What was kept is not computed again."""
+    store = {}
+    first = start(Resumed(store=store), filter=True, threshold=-16.0)
+    assert store.keys() == {"grade-0", "grade-1"} and store["grade-1"].shape == (6, 3)
+    assert torch.equal(torch.cat([*store.values()]) > -16, first.data.in_support)
+    store["grade-1"] = torch.full((6, 3), 1.0)
+    second = start(Resumed("q", store=store), filter=True, threshold=-16.0)
+    assert second.data.in_support[64:].all()
 
 
-def test_likelihoods_are_those_of_samples_that_are_not_clipped(start):
-    run = start(SharingRun({}), filter=True, threshold=-9.0, n=2)
-    (x, _), (log_prob, _) = run.tables["sample"], run.tables["grade"]
-    assert (run.nets.z_action.inverse(x).abs() > 1).any()
-    assert_close(log_prob[:64], arq.grade(run.nets, run.data.obs[:64], x[:64], run.args))
+def test_likelihoods_are_those_of_samples_that_are_not_clipped(start, monkeypatch):
+    run, seen, grade = Resumed(), [], arq.grade
+
+    def graded(nets, s, x, args, generator):
+        seen.append((x, grade(nets, s, x, args, generator)))
+        return seen[-1][1]
+
+    monkeypatch.setattr(arq, "grade", graded)
+    run = start(run, filter=True, threshold=-9.0, n=2)
+    x, log_prob = (torch.cat(part) for part in zip(*seen))
+    a = run.nets.z_action.inverse(x)
+    assert (a.abs() > 1).any() and torch.equal(a.clamp(-1, 1), run.data.candidates)
+    assert torch.equal(log_prob > -9, run.data.in_support)
+
+
+def test_constant_column_of_actions(start):
+    """Samples have the constant itself; likelihoods are finite."""
+
+    def constant(data):
+        data.action[:, 1] = 0.3
+
+    run = start(Resumed(), prepare=constant, filter=True)
+    assert all(x.isfinite().all() for x in run.nets.state_dict().values())
+    assert all(x.isfinite().all() for x in run.store.values())
+    for act in run.references.values():
+        a = act(torch.randn(20, 3))
+        assert_close(a[:, 1], torch.full((20,), 0.3))
+        assert a[:, 0].std() > 0.01
 
 
 def test_every_sample_is_rejected(start):
@@ -985,20 +750,6 @@ def test_every_sample_is_rejected(start):
         assert one[name].isfinite().all() and torch.equal(one[name], two[name]), name
 
 
-def test_constant_column_of_actions(start):
-    """Samples have the constant itself; likelihoods are finite."""
-
-    def constant(data):
-        data.action[:, 1] = 0.3
-
-    run = start(SharingRun({}), prepare=constant, filter=True)
-    assert all(x.isfinite().all() for x in run.nets.state_dict().values())
-    assert run.tables["grade"][0].isfinite().all()
-    for act in run.references.values():
-        a = act(torch.randn(20, 3))
-        assert_close(a[:, 1], torch.full((20,), 0.3)) and a[:, 0].std() > 0.01
-
-
 def test_normalized_observations_reach_all_networks(start):
     """The data in other units is the same data: so are the networks and their actions."""
     scale, shift = torch.tensor([1.0, 100.0, 4.0]), torch.tensor([0.0, 3.0, -2.0])
@@ -1008,8 +759,7 @@ def test_normalized_observations_reach_all_networks(start):
             obs.mul_(scale).add_(shift)
 
     plain, other = (
-        start(PlainRun(), prepare=prepare, normalize_obs=True, until="train")
-        for prepare in (None, other_units)
+        start(PlainRun(), prepare=prepare, normalize_obs=True) for prepare in (None, other_units)
     )
     assert_close(other.data.obs, plain.data.obs, atol=0.01, rtol=0.01)
     assert_close(other.data.next_obs, plain.data.next_obs, atol=0.01, rtol=0.01)
@@ -1017,7 +767,7 @@ def test_normalized_observations_reach_all_networks(start):
     samples = []
     for run, obs in ((plain, obs), (other, obs * scale + shift)):
         generator = torch.Generator().manual_seed(0)
-        x = arq.draw(run.nets, run.nets.scaling.obs(obs), run.args, generator)
+        x = arq.draw_samples(run.nets, run.nets.scaling.obs(obs), run.args, generator)
         samples.append((run.act(obs), x))
     for one, two in zip(*samples):
         assert_close(one, two, atol=0.02, rtol=0.02)

@@ -51,18 +51,6 @@ def test_log_std_is_clamped(log_std, clamped):
     assert torch.autograd.grad(loss, nets.log_std)[0] == 0
 
 
-@pytest.mark.parametrize(
-    ("gaussian", "reached"), [(False, {"actor"}), (True, {"actor", "log_std"})]
-)
-def test_which_parameters_the_loss_reaches(tiny_data, gaussian, reached):
-    data, args = tiny_data(), bc.Args(gaussian=gaussian)
-    nets = bc.Nets(data, args)
-    params = dict(nets.named_parameters())
-    loss = bc.actor_loss(nets, data.obs, data.action, args)
-    grads = torch.autograd.grad(loss, list(params.values()), allow_unused=True)
-    assert {k.split(".")[0] for k, g in zip(params, grads) if g is not None} == reached
-
-
 # ---- which episodes --------------------------------------------------------------------------
 
 
@@ -98,7 +86,7 @@ def test_best_episodes_are_kept_whole(tiny_data, top, kept):
 def test_rows_at_the_goal_of_an_ant_maze_are_episodes_of_their_own(tmp_path):
     """What the docstring says of --top: a recording of ten rows that stays at the goal for four,
     and one that never arrives. The first best episode leads to the goal, the others are there."""
-    from harness import load_dataset
+    from run import load
 
     n, goal = 20, [5, 6, 7, 8]
     reward, timeout = np.zeros(n, np.float32), np.zeros(n, bool)
@@ -107,7 +95,7 @@ def test_rows_at_the_goal_of_an_ant_maze_are_episodes_of_their_own(tmp_path):
     file = tmp_path / "maze.npz"
     columns = dict(observations=obs, actions=action, rewards=reward, timeouts=timeout)
     np.savez(file, **columns, terminals=reward > 0)
-    data, _ = load_dataset(str(file))
+    data, _ = load(str(file))
     assert data.episode_return.tolist() == [1, 1, 1, 1, 0]
     bc.keep_best(data, 0.8)
     assert data.episode.tolist() == [0] * 6 + [1, 2, 3]
@@ -172,13 +160,3 @@ def test_train_fits_the_std_where_asked(tiny_data):
     run = PlainRun()
     bc.train(run, tiny_data(), bc.Args(steps=3, gaussian=True))
     assert run.nets.log_std.all()
-
-
-def test_policy_stands_between_raw_observations_and_the_bounds(tiny_data):
-    data, args = tiny_data(obs_dim=2, act_dim=1), bc.Args()
-    data.obs_mean, data.obs_std = torch.tensor([1.0, 2.0]), torch.tensor([0.5, 4.0])
-    data.action_low, data.action_high = torch.tensor([-2.0]), torch.tensor([6.0])
-    nets, raw = bc.Nets(data, args), torch.randn(5, 2)
-    a = nets.actor((raw - data.obs_mean) / data.obs_std).tanh()
-    assert_close(bc.policy(nets, raw, args), 2 + 4 * a)
-    assert torch.equal(bc.policy(nets, raw, args), bc.policy(nets, raw, args))

@@ -16,8 +16,8 @@ import torch
 from short_runs import ROOT, no_stray_signal, outcome
 
 from common import InputError
-from harness import load_dataset, parse
-from harness.folder import load_tensors
+from harness.resume import load_tensors
+from run import load, make, parse
 from tools import collect
 
 STEPS = SimpleNamespace(count=0, hook=None)  # of all Walks; the hook is called in each
@@ -160,8 +160,8 @@ def test_random_level_row_by_row(capsys):
     assert (meta["env_id"], meta["level"], meta["seed"]) == ("Walk-v0", "random", 3)
     assert meta["ref_min_score"] is None and meta["versions"]["torch"] == torch.__version__
 
-    data, task = load_dataset("walk.npz")
-    assert task.id == "Walk-v0" and len(data.obs) == 300
+    data, task = load("walk.npz")
+    assert task["env_id"] == "Walk-v0" and len(data.obs) == 300
     assert len(data.episode_return) == ends.sum() and "dropped" not in capsys.readouterr().out
     np.testing.assert_allclose(data.next_obs, next_obs, rtol=1e-6, atol=1e-6)  # time limits too
     np.testing.assert_array_equal(data.terminal, terminal)  # so that every time limit bootstraps
@@ -173,15 +173,15 @@ def test_random_level_row_by_row(capsys):
 def test_a_file_trains_without_its_task():
     """Bounds other than [-1, 1] must come with the file, as --eval-env none builds no task."""
     run(f"{RANDOM} --flat walk.npz")
-    data, task = load_dataset("walk.npz", eval_env="none")
+    data, task = load("walk.npz", eval_env="none")
     assert task is None and data.action.abs().max() <= 1
-    assert torch.equal(data.action, load_dataset("walk.npz")[0].action)
+    assert torch.equal(data.action, load("walk.npz")[0].action)
 
 
 def test_pendulum_has_time_limits_only():
     run("--env Pendulum-v1 --level random --steps 450 --flat pendulum.npz")
-    data, task = load_dataset("pendulum.npz")
-    assert (len(data.obs), len(data.episode_return), task.id) == (450, 3, "Pendulum-v1")
+    data, task = load("pendulum.npz")
+    assert (len(data.obs), len(data.episode_return), task["env_id"]) == (450, 3, "Pendulum-v1")
     assert not data.terminal.any() and data.episode.bincount().tolist() == [200, 200, 50]
     for i in (199, 399, 449):  # one step of the pendulum's own equation, through the time limit
         cos, sin, speed = data.obs[i].tolist()
@@ -195,11 +195,11 @@ def test_pendulum_has_time_limits_only():
 def test_minari_has_the_rows_of_the_flat_file():
     run(f"{RANDOM} --flat walk.npz")
     run(f"{RANDOM} --dataset-id walk/random-v0")
-    (a, task_a), (b, task_b) = load_dataset("walk.npz"), load_dataset("walk/random-v0")
+    (a, task_a), (b, task_b) = load("walk.npz"), load("walk/random-v0")
     for name in ("obs", "action", "reward", "next_obs", "terminal", "episode", "episode_return",
                  "action_low", "action_high"):  # fmt: skip
         assert torch.equal(getattr(a, name), getattr(b, name)), name
-    assert a.digest == b.digest and task_a.id == task_b.id == "Walk-v0"
+    assert a.digest == b.digest and task_a["env_id"] == task_b["env_id"] == "Walk-v0"
 
 
 LEVELS = {
@@ -223,7 +223,7 @@ def test_levels_are_cut_from_one_agent(level, trained, capsys):
     assert Path("walk.pt").read_bytes() == before
     file = arrays("walk.npz")
     assert [t for t, _ in agent_returns("walk.npz")] == [5_000, 10_000]
-    assert len(file["rewards"]) == len(load_dataset("walk.npz")[0].obs) == LEVELS[level]
+    assert len(file["rewards"]) == len(load("walk.npz")[0].obs) == LEVELS[level]
     assert_whole_walks("walk.npz")
     if level == "medium-expert":
         assert (file["terminals"] | file["timeouts"])[499], "the halves are of different episodes"
@@ -351,8 +351,8 @@ def test_a_dataset_is_not_replaced_unasked():
         with pytest.raises(InputError, match="exists: add --overwrite"):
             run(f"{RANDOM} {target}")
         run(f"{RANDOM} {target} --overwrite --steps 30")
-    assert len(load_dataset("walk.npz")[0].obs) == 30
-    assert len(load_dataset("walk/random-v0")[0].obs) == 30
+    assert len(load("walk.npz")[0].obs) == 30
+    assert len(load("walk/random-v0")[0].obs) == 30
 
 
 def occupy(path):
@@ -369,7 +369,7 @@ def test_a_full_disk_at_the_end_loses_no_agent(trained):
     shutil.copy(trained / "walk.pt", "walk.pt")
     kept = f"{AGENT} --level medium --agent walk.pt"
     run(f"{kept} --flat whole.npz")
-    words = "x.npz not written .Is a directory.: free some space and repeat the command"
+    words = "x.npz: Is a directory; free some space and repeat the command"
     with hook(occupy("x.npz")), pytest.raises(InputError, match=words):
         run(f"{kept} --flat x.npz")
     shutil.rmtree("x.npz")
@@ -402,9 +402,9 @@ def test_the_mazes_pieces(capsys):
     assert len(file["rewards"]) == 500 and np.abs(file["actions"]).max() < 1
     meta = json.loads(str(file["metadata"]))
     assert meta["algorithm"] == "controller" and meta["agent_returns"] == []
-    data, task = load_dataset("maze.npz")
-    assert task.id == "PointMaze_Medium-v3" and task.success
-    maze = task.make().unwrapped.maze
+    data, task = load("maze.npz")
+    assert task["env_id"] == "PointMaze_Medium-v3" and task["success"]
+    maze = make(task).unwrapped.maze
     ends = np.flatnonzero(file["terminals"] | file["timeouts"])
     starts = np.r_[0, ends[:-1] + 1]
     where = file["observations"][:, :2]  # the position comes first: achieved_goal
@@ -413,7 +413,7 @@ def test_the_mazes_pieces(capsys):
     for a, b in zip(starts, ends):
         paths = collect.paths_from(maze.maze_map, cells[a])
         assert max(len(paths[cell]) for cell in cells[a : b + 1]) <= 4
-    env = task.make()
+    env = make(task)
     obs, _ = env.reset(seed=0)
     start = tuple(env.unwrapped.maze.cell_xy_to_rowcol(obs[:2]))
     goal = tuple(env.unwrapped.maze.cell_xy_to_rowcol(env.unwrapped.goal))
@@ -446,8 +446,8 @@ def test_an_interrupted_controller_stops():
 BAD = {
     "--env CartPole-v1 --level random --flat x.npz": "CartPole-v1 has Discrete",
     "--env foo:bar-v1 --level random --flat x.npz": "No module named 'foo'",
-    "--env Nope-v1 --flat x.npz": "--env Nope-v1: there is no such task",
-    "--env Hoper-v5 --level random --flat x.npz": "there is no such task .did you mean .*Hopper",
+    "--env Nope-v1 --flat x.npz": "--env Nope-v1: Environment `Nope` doesn't exist",
+    "--env Hoper-v5 --level random --flat x.npz": "Did you mean: .Hopper.*Use the id",
     "--env Walk-v0 --level random": "use --flat FILE.npz or --dataset-id",
     "--env Walk-v0 --flat x.npz --dataset-id a/b-v0": "one of the two",
     "--env Walk-v0 --level medium --flat x.npz": "no reference score: use --medium-return",
@@ -459,7 +459,7 @@ BAD = {
     "--env Walk-v0 --level random --flat x.hdf5": "a name ending in .npz",
     "--env Walk-v0 --level random --dataset-id walk": "use one like hopper/medium-replay-v0",
     "--env Walk-v0 --level expert --flat x.npz --agent no/agent.pt": "--agent no/agent.pt: use",
-    "--env Walk-v0 --level controller --flat x.npz": "--level controller drives PointMaze tasks",
+    "--env Walk-v0 --level controller --flat x.npz": "drives PointMaze_Medium-v3, not Walk",
     "--env PointMaze_UMaze-v3 --level controller --flat x.npz": "drives PointMaze_Medium-v3, not",
 }
 

@@ -1,7 +1,12 @@
 """common.py, helper by helper, against oracles that share no code with it."""
 
 import copy
+import importlib
+import math
+import os
 import re
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import numpy as np
@@ -9,7 +14,9 @@ import pytest
 import scipy.stats
 import torch
 import torch.distributions as D
+from golden.tools import Inject
 from oracles import stack
+from short_runs import ROOT, SCRIPTS
 from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.testing import assert_close
@@ -22,20 +29,47 @@ from common import (
     ScalarMLP,
     Scaling,
     dequantize,
+    glorot_,
     graphed,
     largest_value,
     minimize,
-    next_action,
     normal_log_prob,
     normalize_obs,
     orthogonal_,
     polyak,
+    prepare_device,
     sample,
     sample_tanh_normal,
     share_at_bounds,
     tanh_log_det,
     tanh_normal_log_prob,
 )
+
+# ---- the device ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("device", ["nonsense", "cuda:99", ""])
+def test_bad_device_is_one_line(device):
+    with pytest.raises(InputError, match="^--device.*use cpu, cuda or auto$"):
+        prepare_device(device, "highest")
+
+
+@pytest.mark.parametrize("precision", ["medium", "high", "highest"])
+def test_precision_is_the_word_that_was_typed(precision):
+    expected = "cuda" if torch.cuda.is_available() else "cpu"
+    assert prepare_device("auto", precision).type == expected
+    assert prepare_device("cpu", precision).type == "cpu"
+    assert torch.get_float32_matmul_precision() == precision
+
+
+def test_every_cpu_thread_flushes_subnormals():
+    code = (
+        "import torch; from common import prepare_device; prepare_device('cpu', 'highest');"
+        "print(int((torch.full((4_000_000,), 1e-38) * 0.1).count_nonzero()))"
+    )
+    env = dict(os.environ, OMP_NUM_THREADS="2", PYTHONPATH=str(ROOT))
+    assert subprocess.check_output([sys.executable, "-c", code], env=env) == b"0\n"
+
 
 # ---- networks --------------------------------------------------------------------------------
 
@@ -143,6 +177,18 @@ def test_orthogonal_initialization(members):
         for m in w.detach().view(-1, *w.shape[-2:]):
             m = m if m.shape[0] >= m.shape[1] else m.T
             assert_close(m.T @ m / gain**2, torch.eye(m.shape[1]), atol=1e-5, rtol=0)
+    assert members is None or not torch.equal(net.weights[0][0], net.weights[0][1])
+
+
+@pytest.mark.parametrize("members", [None, 2])
+def test_glorot_initialization(members):
+    torch.manual_seed(0)
+    net = MLP(6, 40, 30, members=members)
+    assert glorot_(net) is net
+    for w, b in zip(net.weights, net.biases, strict=True):
+        bound = math.sqrt(6 / sum(w.shape[-2:]))
+        assert not b.any() and 0.95 * bound < w.abs().max() <= bound
+        assert_close(w.std(), torch.tensor(bound / math.sqrt(3)), atol=0, rtol=0.1)
     assert members is None or not torch.equal(net.weights[0][0], net.weights[0][1])
 
 
@@ -488,19 +534,6 @@ def test_data_of_one_row():
     assert data.episode.tolist() == [0] and data.episode_return.tolist() == [1]
 
 
-def test_next_action_stays_in_its_episode():
-    data = SimpleNamespace(
-        episode=torch.tensor([0, 0, 0, 1, 2, 2]),
-        action=torch.arange(12.0).view(6, 2) + 1,
-    )
-    action, known = next_action(data)
-    assert known.tolist() == [True, True, False, False, True, False]
-    for i in range(6):
-        expected = data.action[i + 1] if known[i] else torch.zeros(2)
-        assert torch.equal(action[i], expected)
-    assert data.action[0].tolist() == [1, 2], "the data's own actions are left as they are"
-
-
 @pytest.mark.parametrize(
     ("gamma", "bonus", "largest"),
     [(0.9, 0.0, 40.0), (0.9, 1.0, 50.0), (0.9, -1.0, 50.0), (0, 0, 4)],
@@ -522,6 +555,38 @@ def test_rewards_of_an_odd_size_are_named(size, said, capsys):
 def test_largest_value_without_discount_is_finite():
     data = SimpleNamespace(reward=torch.ones(3))
     assert np.isfinite(largest_value(data, 1.0))
+
+
+# ---- what the files make of it ---------------------------------------------------------------
+
+DETERMINISTIC = "awac awr bc brac cql fisher_brc iql itrpo rebrac sac_bc td3_bc".split()
+
+
+@pytest.mark.parametrize("name", DETERMINISTIC)
+def test_a_policy_is_the_squashed_mean_between_raw_observations_and_the_bounds(name, tiny_data):
+    """Nothing is drawn, by no dropout either."""
+    module, data = importlib.import_module(name), tiny_data(obs_dim=2, act_dim=1)
+    data.obs_mean, data.obs_std = torch.tensor([1.0, 2.0]), torch.tensor([0.5, 4.0])
+    data.action_low, data.action_high = torch.tensor([-2.0]), torch.tensor([6.0])
+    args = module.Args(**({"dropout": 0.5} if name == "iql" else {}))
+    torch.manual_seed(0)
+    nets, raw = module.Nets(data, args), 3 * torch.randn(5, 2)
+    orthogonal_(nets.actor, 1.4, 3.0)
+    mean = stack(nets.actor)((raw - data.obs_mean) / data.obs_std)[:, :1]
+    assert mean.abs().max() > 0.3
+    with Inject():
+        assert_close(module.policy(nets, raw, args), 2 + 4 * mean.tanh())
+
+
+@pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.stem)
+def test_targets_start_as_copies(path, tiny_data):
+    module = importlib.import_module(path.stem)
+    nets = module.Nets(tiny_data(), module.Args())
+    for name, target in nets.named_children():
+        online = getattr(nets, re.sub("_(target|ema)$", "", name))
+        for p, t in zip(online.parameters(), target.parameters(), strict=True):
+            assert torch.equal(p, t)
+            assert target is online or (p is not t and not t.requires_grad)
 
 
 # ---- running ---------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""cql.py: the regularizers against integrals and tables, the targets, whole steps, SAC."""
+"""cql.py: the regularizers against integrals and tables, the targets, SAC."""
 
 import copy
 import math
@@ -74,10 +74,6 @@ def squashed(mean, log_std):
     """torch's own distribution of an action."""
     normal = D.TransformedDistribution(D.Normal(mean, log_std.exp()), D.TanhTransform())
     return D.Independent(normal, 1)
-
-
-def gradients(loss, params):
-    return torch.autograd.grad(loss, params, allow_unused=True, retain_graph=True)
 
 
 # ---- the regularizers ------------------------------------------------------------------------
@@ -166,24 +162,6 @@ def test_fixed_point_of_a_bandit(regularizer):
     assert_close(q.detach(), expected, atol=1e-6, rtol=0)
 
 
-def test_critic_loss_of_parts_of_a_batch_adds_up(data):
-    """Loss, errors, D, means of Q and gradients of a batch are the means of its halves'."""
-    nets, args = make(data, diff_floor=3.3)
-    torch.manual_seed(2)
-    others, log_density = 2 * torch.rand(B, 9, ACT).double() - 1, torch.randn(B, 9).double()
-    batch = data.obs, data.action, data.reward, others, log_density
-    params = list(nets.q.parameters())
-
-    def loss_and_gradients(part):
-        loss, *others = cql.critic_loss(nets, *(x[part] for x in batch), 1.5, args)
-        assert not any(x.requires_grad for x in others)
-        return [loss.detach(), *others, *torch.autograd.grad(loss, params)]
-
-    halves = zip(loss_and_gradients(slice(0, 8)), loss_and_gradients(slice(8, 16)))
-    for whole, (first, second) in zip(loss_and_gradients(slice(0, 16)), halves, strict=True):
-        assert_close(whole, (first + second) / 2)
-
-
 # ---- where the regularizer looks -------------------------------------------------------------
 
 
@@ -219,37 +197,6 @@ def test_values_belong_to_their_state_and_action(data):
         for j in range(4):
             expected = stack(nets.q, i)(torch.cat([data.obs, actions[:, j]], -1))[:, 0]
             assert_close(q[i, :, j], expected)
-
-
-@pytest.mark.parametrize("max_backup", [False, True])
-def test_where_critics_and_targets_are_asked(data, max_backup):
-    """Targets: the next actions at s2, one of them or N. Critics: the data's actions and all
-    proposals at s, those of pi(s2) too."""
-    nets, args = make(data, max_backup=max_backup)
-    nets.log_std_shift.data.fill_(-18)  # draws are means
-    means = {
-        name: nets.pi(obs)[0].detach().tanh().unsqueeze(1)
-        for name, obs in (("s", data.obs), ("s2", data.next_obs))
-    }
-    asked = {"q": [], "q_target": []}
-    for name, inputs in asked.items():
-        getattr(nets, name).register_forward_pre_hook(lambda _, x, inputs=inputs: inputs.append(x))
-    step(nets, optimizers(nets, SGD, 0.0), data, args, draw_noise(args))
-
-    near = dict(atol=1e-5, rtol=0)
-    [(x,)] = asked["q_target"]
-    s2, a2 = x.unflatten(0, (B, -1)).split((3, ACT), -1)
-    assert a2.shape == (B, 3 if max_backup else 1, ACT)
-    assert torch.equal(s2, data.next_obs.unsqueeze(1).expand_as(s2))
-    assert_close(a2, means["s2"].expand_as(a2), **near)
-    (s, a_pi), (x,) = asked["q"]  # the actor's loss, the critics' loss
-    assert torch.equal(s, data.obs)
-    assert_close(a_pi.detach(), means["s"][:, 0], **near)
-    s, a = x.unflatten(0, (B, 10)).split((3, ACT), -1)
-    assert torch.equal(s, data.obs.unsqueeze(1).expand_as(s))
-    assert torch.equal(a[:, 0], data.action)
-    assert_close(a[:, 4:7], means["s2"].expand(-1, 3, -1), **near)
-    assert_close(a[:, 7:], means["s"].expand(-1, 3, -1), **near)
 
 
 # ---- target, multiplier, temperature ---------------------------------------------------------
@@ -303,7 +250,7 @@ def test_temperature_rises_below_its_target(entropy, direction):
     assert_close(other, math.exp(0.7) * grad)
 
 
-# ---- whole steps, written again with torch.nn and torch.distributions -------------------------
+# ---- SAC and the warm start, written again with torch.nn and torch.distributions --------------
 
 
 class Oracle:
@@ -362,80 +309,17 @@ class Oracle:
         assert all(p.grad is None for p in nets.parameters())
 
 
-CASES = {
-    "default": {},
-    "basic": dict(regularizer="basic"),
-    "maze": dict(lagrange=True, gap=0.8, max_backup=True, diff_floor=3.3),
-    "entropy": dict(backup_entropy=True),
-    "max-entropy": dict(backup_entropy=True, max_backup=True),
-    "basic-lagrange": dict(regularizer="basic", lagrange=True, gap=-0.1),
-}
-
-
-@pytest.mark.parametrize("case", CASES)
-def test_step_by_hand(data, case):
-    nets, args = make(data, weight=2.0, polyak=0.1, gamma=0.9, **CASES[case])
-    opt, oracle, noise = optimizers(nets, SGD, 0.02), Oracle(nets), draw_noise(args)
-    metrics = step(nets, opt, data, args, noise)
-    s, a, r, s2, terminal = rows(data)
-    temperature = math.exp(-0.3)
-
-    a_pi, log_prob = oracle.act(s, noise["pi"])
-    pi_loss = (temperature * log_prob - oracle.least(oracle.q, s, a_pi)).mean()
-
-    proposed = {"q_uniform": [(2 * u - 1, -2 * LOG2) for u in noise["uniform"].unbind(1)]}
-    with torch.no_grad():
-        if args.regularizer == "h":
-            proposed["q_next"] = [oracle.act(s2, z) for z in noise["next"].unbind(1)]
-            proposed["q_pi"] = [oracle.act(s, z) for z in noise["now"].unbind(1)]
-        y = r.clone()
-        following = [oracle.act(s2, z) for z in noise["target"].unbind(1)]
-        q2 = [oracle.least(oracle.q_target, s2, a2) for a2, _ in following]
-        for i in range(B):
-            value, best = max((q2[j][i].item(), j) for j in range(len(q2)))
-            if args.backup_entropy:
-                value -= temperature * following[best][1][i].item()
-            if terminal[i] == 0:
-                y[i] += 0.9 * value
-
-    td_loss, diffs, means = 0, [], dict.fromkeys(["q_data", *proposed], 0.0)
-    for q in oracle.q:
-        [q_data] = oracle.values([q], s, a)
-        means["q_data"] += q_data.mean().item() / 2
-        terms = []
-        for name, pairs in proposed.items():
-            for action, log_density in pairs:
-                [value] = oracle.values([q], s, action)
-                terms.append(value if args.regularizer == "basic" else (value - log_density).exp())
-                means[name] += value.mean().item() / 6  # two critics, three actions
-        high = sum(terms) / 3 if args.regularizer == "basic" else sum(terms).log()
-        diff = high - q_data
-        if args.diff_floor is not None:
-            assert 0 < (diff < 3.3).sum() < B  # the floor holds some rows and not others
-            diff = diff.clamp(min=3.3)
-        diffs.append(diff.mean())
-        td_loss = td_loss + nn.functional.mse_loss(q_data, y)
-    m = math.exp(0.4) if args.lagrange else 1.0
-    q_loss = td_loss + m * 2.0 * sum(diffs)
-    diff = sum(diffs).item() / 2
-
-    oracle.finish(q_loss, pi_loss, log_prob, lr=0.02, rate=0.1)
-    if args.lagrange:
-        oracle.log_m += 0.02 * m * 2.0 * (diff - args.gap)
-    oracle.check(nets)
-
-    expected = {"q_loss": q_loss, "td_loss": td_loss, "diff": diff, "pi_loss": pi_loss}
-    expected |= {
-        "target": y.mean(),
-        "entropy": -log_prob.mean(),
-        "temperature": temperature,
-    } | means
-    if args.lagrange:
-        expected["multiplier"] = m
-    assert metrics.keys() == expected.keys()
-    for name, value in expected.items():
-        assert metrics[name].ndim == 0 and not metrics[name].requires_grad
-        assert_close(metrics[name].item(), torch.as_tensor(value).item(), rtol=1e-6, atol=1e-8)
+def test_metrics_of_an_update(data):
+    """Mean values of the data's actions and of each kind of proposal; the networks stay."""
+    nets, args = make(data)
+    oracle, noise = Oracle(nets), draw_noise(args)
+    metrics = step(nets, optimizers(nets, SGD, 0.0), data, args, noise)
+    at = {"q_next": ("next", data.next_obs), "q_pi": ("now", data.obs)}
+    actions = {"q_uniform": 2 * noise["uniform"] - 1, "q_data": data.action.unsqueeze(1)}
+    for name, (key, s) in at.items():
+        actions[name] = torch.stack([oracle.act(s, z)[0] for z in noise[key].unbind(1)], 1)
+    for name, a in actions.items():
+        assert_close(metrics[name], cql.q_values(nets.q, data.obs, a).mean().detach())
 
 
 def test_weight_zero_is_sac(data):
@@ -489,54 +373,6 @@ def test_dequantization_is_of_the_warm_start(data):
     assert_close(found["pi_loss"], plain["pi_loss"])
 
 
-# ---- which parameters a loss reaches ----------------------------------------------------------
-
-
-def test_no_step_moves_the_others(data):
-    """With one learning rate above zero, an update moves that optimizer's parameters (and with the
-    critics, their targets) and leaves all others to the bit."""
-    owned = {
-        "actor": {"actor", "log_std_scale", "log_std_shift"},
-        "temperature": {"log_temperature"},
-        "q": {"q", "q_target"},
-        "multiplier": {"log_multiplier"},
-    }
-    for name, parts in owned.items():
-        nets, args = make(data, lagrange=True)
-        nets.q_target.load_state_dict(nets.q.state_dict())
-        opt, before = optimizers(nets, SGD, 0.0), copy.deepcopy(nets)
-        getattr(opt, name).lr = 0.1
-        step(nets, opt, data, args, draw_noise(args))
-        pairs = zip(nets.named_parameters(), before.parameters())
-        moved = {k.split(".")[0] for (k, p), q in pairs if not torch.equal(p, q)}
-        assert moved == parts
-
-
-def test_what_each_loss_may_see(data):
-    """The actor's loss reaches the critics, where its gradient is not asked for; in the warm start
-    it does not. The critics' loss reaches critics alone, and nothing reaches a target."""
-    nets, args = make(data)
-    s, a, r, _, _ = rows(data)
-    pi = nets.pi(s)
-    a_pi, log_prob = (x[:, 0] for x in cql.draw(pi, 1))
-    q_pi = nets.q(s, a_pi).amin(0)
-    likelihood = cql.tanh_normal_log_prob(a, *pi, clip=1e-3)
-    others, log_density = a.unsqueeze(1), torch.zeros(B, 1).double()
-    actor = {"actor", "log_std_scale", "log_std_shift"}
-    losses = [
-        (cql.actor_loss(log_prob, q_pi, 0.5), actor | {"q"}),
-        (cql.actor_loss(log_prob, likelihood, 0.5), actor),
-        (cql.critic_loss(nets, s, a, r, others, log_density, 1.0, args)[0], {"q"}),
-        (cql.temperature_loss(nets.log_temperature, torch.tensor(1.0), 2), {"log_temperature"}),
-        (multiplier_loss(nets.multiplier(), torch.ones(2), args), {"log_multiplier"}),
-    ]
-    online = {k: p for k, p in nets.named_parameters() if p.requires_grad}
-    assert not any(k.startswith("q_target") for k in online)
-    for loss, reached in losses:
-        grads = gradients(loss, list(online.values()))
-        assert {k.split(".")[0] for k, g in zip(online, grads) if g is not None} == reached
-
-
 # ---- networks, training ----------------------------------------------------------------------
 
 
@@ -554,8 +390,6 @@ def test_initial_networks(tiny_data):
     assert not nets.actor.biases[-1].any() and nets.actor.biases[0].any()
     mean, log_std = nets.pi(torch.randn(9, 3))
     assert mean.abs().max() < 0.05 and (log_std + 1).abs().max() < 0.05
-    for p, t in zip(nets.q.parameters(), nets.q_target.parameters()):
-        assert torch.equal(p, t) and p is not t
     assert nets.log_temperature == 0
 
 
@@ -568,16 +402,6 @@ def test_log_std_is_scaled_shifted_and_clamped(data, value, clamped):
     assert_close(log_std, 0.7 * out[:, 2:] - 1)
     nets.actor.biases[-1].data.fill_(value)
     assert (nets.pi(data.obs)[1] == clamped).all()
-
-
-def test_deterministic_action_is_the_squashed_mean(tiny_data):
-    data, args = tiny_data(obs_dim=2, act_dim=1), Args()
-    data.obs_mean, data.obs_std = torch.tensor([1.0, 2.0]), torch.tensor([0.5, 4.0])
-    data.action_low, data.action_high = torch.tensor([-2.0]), torch.tensor([6.0])
-    nets, raw = Nets(data, args), 3 * torch.randn(5, 2)
-    orthogonal_(nets.actor, 1.0, 3.0)
-    mean = stack(nets.actor)((raw - data.obs_mean) / data.obs_std)[:, :1]
-    assert_close(cql.policy(nets, raw, args), 2 + 4 * mean.tanh())
 
 
 def train(data, **values):

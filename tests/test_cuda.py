@@ -23,7 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from common import Adam, Data, graphed, minimize, sample
-from harness import parse
+from run import parse
 
 GPU = torch.device("meta")
 DRAWS = {

@@ -20,14 +20,14 @@ from short_runs import SCRIPTS, start
 from torch.testing import assert_close
 
 from common import Data, InputError
-from harness import parse
+from run import make, parse
 from tools import evaluate as judge
 
 
 def trained(name, **more):
     """The folder of a run of 20 steps on log.npz, whose task is Pendulum-v1."""
     _, run = start(name, **{"eval_env": None} | more)
-    return run.folder.path
+    return run.folder
 
 
 def judged(folder, **flags):
@@ -213,7 +213,7 @@ def test_simulated_return_and_its_discounted_form(here):
     folder = trained("bc")
     found = judged(folder, episodes=1, gamma=0.9)
     run = judge.load_run(folder)
-    env, total, discounted = run.task.make(), 0.0, 0.0
+    env, total, discounted = make(run.task), 0.0, 0.0
     obs, _ = env.reset(seed=10_000)
     for t in range(200):
         action = run.act(torch.as_tensor(obs)[None])[0]
@@ -285,21 +285,20 @@ def test_film(here, capsys):
 
 
 def test_pictures_that_need_not_shrink_do_not():
-    black = [Image.new("RGB", (320, 240)) for _ in range(5)]
-    black[2].putpixel((0, 0), (255, 255, 255))
-    film = Image.open(io.BytesIO(judge.small_gif(black, 0.08)))
+    black = np.zeros((5, 240, 320, 3), np.uint8)
+    black[2, 0, 0] = 255
+    film = Image.open(io.BytesIO(judge.gif(list(black), 0.08)))
     assert film.size == (320, 240) and film.info["duration"] == 160, "equal frames are one"
-    small = Image.open(io.BytesIO(judge.small_gif(black, 0.08, most=0)))
-    assert small.height <= 150 and small.n_frames == 1, "the smallest there is"
+    small = Image.open(io.BytesIO(judge.gif(list(black), 0.08, most=0)))
+    assert small.height <= 30, "the smallest there is"
 
 
 def test_the_camera_follows_the_body():
     """Gymnasium's own camera of a walking robot stays where it begins."""
-    env = gymnasium.make("Hopper-v5", render_mode="rgb_array")
+    env = judge.with_camera({"env_id": "Hopper-v5"})
     renderer = env.unwrapped.mujoco_renderer
-    judge.follow(env)
     assert renderer.model.camera(renderer.camera_id).name == "track"
-    judge.follow(gymnasium.make("Pendulum-v1"))  # has no camera
+    judge.with_camera({"env_id": "Pendulum-v1"}).close()  # has no camera
 
 
 # ---- refusals --------------------------------------------------------------------------------
@@ -351,7 +350,7 @@ def test_damaged_and_foreign_runs(here):
 
 def test_files_that_cannot_be_written(here):
     """As on a full disk; here, names too long for the temporary file."""
-    folder, long = trained("bc", eval_env="Painted-v0"), 245 * "x"
+    folder, long = trained("bc", eval_env="Painted-v0"), 250 * "x"
     for flag, path in {"export": f"{long}.pt2", "video": f"{long}.gif"}.items():
         refused(folder, f"{path} cannot be written (File name too long)", **{flag: path})
     (folder / "evaluation.json").mkdir()

@@ -1,13 +1,6 @@
-"""fisher_brc.py: the clone's density, the critic in offset form, one whole step, a bandit, and the
-file on its own."""
+"""fisher_brc.py: the clone's density, the critic in offset form, a bandit."""
 
-import copy
 import math
-import os
-import shutil
-import subprocess
-import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import fisher_brc
@@ -28,15 +21,13 @@ from fisher_brc import (
     train,
 )
 from golden.tools import Inject, KerasAdam
-from oracles import SGD, assert_same, in_double, rows, stack
+from oracles import in_double, stack
 from stand_in import PlainRun
 from torch import nn
 from torch.testing import assert_close
 
-from common import Adam, Data, ScalarMLP, orthogonal_
-from harness import parse
+from common import Adam, Data, ScalarMLP, orthogonal_, parse
 
-ROOT = Path(__file__).resolve().parents[1]
 EPS = 1e-6  # actions are clipped to +-(1 - EPS) where the density is evaluated
 
 
@@ -150,17 +141,6 @@ def test_data_and_policy_are_clipped_at_one_point(dtype, place):
     assert log_mu(mixture, x[None] - 1e-3) != at_bound
 
 
-def test_gradient_of_the_density_is_a_difference_quotient():
-    a = torch.linspace(-0.99, 0.99, 41).double()[:, None].requires_grad_()
-    mixture, h = mixture_of(5, 41, 1), 1e-6
-
-    def value(a):
-        return log_mu(mixture, pre_tanh(a, Args()))
-
-    (grad,) = torch.autograd.grad(value(a).sum(), a)
-    assert_close(grad[:, 0], (value(a + h) - value(a - h)) / (2 * h), atol=1e-5, rtol=1e-5)
-
-
 def test_dequantization_moves_actions_at_the_bounds_only():
     torch.manual_seed(0)
     inner = torch.linspace(-0.9999, 0.9999, 4000)
@@ -236,6 +216,17 @@ def test_log_stds_are_clamped(data, value, clamped):
     assert (nets.mu(data.obs)[2] == clamped).all() and (nets.pi(data.obs)[1] == clamped).all()
 
 
+@pytest.mark.parametrize("offset", [True, False])
+def test_q_is_the_offset_and_the_density(data, offset):
+    """Eq. 5, also at a bound; without the offset form, Q is the network alone."""
+    nets, args = make(data, offset=offset)
+    data.action[0] = 1.0
+    expected = nets.offset(data.obs, data.action)
+    if offset:
+        expected = expected + log_mu(nets.mu(data.obs), pre_tanh(data.action, args))
+    assert_close(fisher_brc.q(nets, data.obs, data.action), expected)
+
+
 def test_initial_networks(data):
     torch.manual_seed(0)
     nets = Nets(data, Args())
@@ -243,25 +234,10 @@ def test_initial_networks(data):
     assert shapes == {"behavior": [3, 256, 256], "actor": [3, 256, 256, 256]}
     assert [tuple(w.shape) for w in nets.offset.weights][0] == (2, 5, 256)
     assert not torch.equal(*nets.offset.weights[0])
-    for p, t in zip(nets.offset.parameters(), nets.offset_target.parameters()):
-        assert torch.equal(p, t) and p is not t and not t.requires_grad
     x = torch.zeros(16, 2)
     near = torch.full((16,), -0.919 * 2)
     assert_close(log_mu(nets.mu(data.obs.float()), x), near, atol=0.2, rtol=0)
     assert nets.log_temperature == nets.log_bc_weight == 0
-
-
-def test_deterministic_action_is_the_squashed_mean(tiny_data):
-    data, args = tiny_data(obs_dim=2, act_dim=1), Args()
-    data.obs_mean, data.obs_std = torch.tensor([1.0, 2.0]), torch.tensor([0.5, 4.0])
-    data.action_low, data.action_high = torch.tensor([-2.0]), torch.tensor([6.0])
-    nets, raw = Nets(data, args), 3 * torch.randn(5, 2)
-    orthogonal_(nets.actor, 1.0, 3.0)
-    mean = stack(nets.actor)((raw - data.obs_mean) / data.obs_std)[:, :1]
-    a = fisher_brc.policy(nets, raw, args)
-    assert_close(a, 2 + 4 * mean.tanh())
-    assert torch.equal(fisher_brc.policy(nets, raw, args), a)
-    assert (a >= -2).all() and (a <= 6).all()
 
 
 def test_clone_acts_by_its_likeliest_component(tiny_data):
@@ -330,44 +306,6 @@ def test_penalty_of_linear_critics(second):
         assert_close(grad[:, 1:, 0] - grad[:, 1:, 1], 2 * w)
 
 
-def test_penalty_of_quadratic_critics():
-    """O = a' M a / 2 has the penalty mean |M a|^2; the observation's part does not count."""
-    m, a = torch.tensor([[2.0, 1.0], [1.0, -3.0]]).double(), torch.randn(6, 2).double()
-    full = torch.cat([torch.full((6, 1), 99.0).double(), a @ m], -1)
-    offset = SimpleNamespace(input_gradient=lambda s, a: torch.stack([full, 0 * full]))
-    penalty = gradient_penalty(SimpleNamespace(offset=offset), torch.zeros(6, 1), a)
-    assert_close(penalty, (a @ m).square().sum() / 6)
-
-
-def test_penalty_is_that_of_difference_quotients(data):
-    nets, _ = make(data)
-    h, quotients = 1e-7, []
-    for step in torch.eye(2).double() * h:
-        ahead, behind = (nets.offset(data.obs, data.action + k * step) for k in (1, -1))
-        quotients.append((ahead - behind) / (2 * h))
-    expected = sum(q.square() for q in quotients).mean(1).sum()
-    assert_close(gradient_penalty(nets, data.obs, data.action), expected, rtol=1e-5, atol=0)
-
-
-def test_which_parameters_each_loss_reaches(data):
-    nets, args = make(data)
-    s, a = data.obs, data.action
-    x_pi, log_prob = nets.pi(s)[0], nets.pi(s)[1].sum(-1)
-    losses = {
-        "behavior": fisher_brc.behavior_loss(nets, s, a, args)[0],
-        "offset": gradient_penalty(nets, s, a) + nets.offset(s, a).sum(),
-        "log_temperature": fisher_brc.temperature_loss(nets.log_temperature, 0.3, 2),
-        "log_bc_weight": fisher_brc.temperature_loss(nets.log_bc_weight, 0.3, 2),
-    }
-    online = [(k, p) for k, p in nets.named_parameters() if p.requires_grad]
-    for reached, loss in losses.items():
-        grads = torch.autograd.grad(loss, [p for _, p in online], allow_unused=True)
-        found = {k.split(".")[0] for (k, _), g in zip(online, grads) if g is not None}
-        assert found == {reached}
-    loss = fisher_brc.actor_loss(nets, s, x_pi.tanh(), log_prob, log_mu(nets.mu(s), x_pi))
-    assert torch.autograd.grad(loss, nets.log_temperature, allow_unused=True) == (None,)
-
-
 @pytest.mark.parametrize(("entropy", "direction"), [(-2.5, 1), (-1.5, -1)])
 def test_entropy_weights_rise_below_their_target(entropy, direction):
     """The target is -A = -2; the gradient is weight * (entropy + A)."""
@@ -378,128 +316,6 @@ def test_entropy_weights_rise_below_their_target(entropy, direction):
     opt = Adam([log_weight], 0.01)
     opt.step([grad])
     assert (log_weight - 0.7).sign() == direction
-
-
-# ---- whole steps, written again with torch.nn, torch.optim and torch.distributions ------------
-
-
-def same(net, other):
-    pairs = zip(net.parameters(), other.parameters(), strict=True)
-    return all(torch.equal(p.nan_to_num(7), q.nan_to_num(7)) for p, q in pairs)
-
-
-def clone_density(behavior, s):
-    """torch's own distribution of the clone, whose network is the stack `behavior`; also its
-    component means and stds."""
-    logits, mean, log_std = behavior(s).view(16, 3, 5, 2).permute(1, 2, 0, 3)
-    return density(logits, mean, log_std), mean, log_std.exp()
-
-
-def test_clone_step_by_hand(data):
-    """A uniform draw of 0 chooses the first component; its normal noise is 0.3."""
-    nets, args = make(data)
-    nets.log_bc_weight.data.fill_(-0.4)
-    opt, before = optimizers(nets, SGD, 0.05), copy.deepcopy(nets)
-    u, noise = torch.zeros(1, 16, 2).double(), torch.full((16, 2), 0.3).double()
-    with Inject(randint=[torch.arange(16)], rand_like=[u], randn_like=[noise]):
-        metrics = fisher_brc.update_behavior(nets, opt, data, args)
-
-    behavior, weight = stack(before.behavior), math.exp(-0.4)
-    mu, mean, std = clone_density(behavior, data.obs)
-    nll = -mu.log_prob(data.action).sum(-1).mean()
-    drawn = (mean[0] + 0.3 * std[0]).tanh()
-    entropy = -mu.log_prob(drawn).sum(-1).mean()
-    (nll - weight * entropy).backward()
-    torch.optim.SGD(behavior.parameters(), lr=0.05).step()
-    assert_same(nets.behavior, behavior)
-    log_weight = -0.4 - 0.05 * weight * (entropy.item() + 2)
-    assert abs(nets.log_bc_weight.item() - log_weight) < 1e-8
-    assert_close(metrics["nll"], nll.detach())
-    assert_close(metrics["entropy"], entropy.detach())
-    for name in ("offset", "offset_target", "actor"):
-        assert same(getattr(nets, name), getattr(before, name))
-
-
-class Oracle:
-    """One update of the critics, the actor and the temperature, written again with torch.nn,
-    torch.optim and torch.distributions. `form` is Args' offset."""
-
-    def __init__(self, nets, form):
-        self.offsets = [stack(nets.offset, e) for e in range(2)]
-        self.targets = [stack(nets.offset_target, e) for e in range(2)]
-        self.actor, self.behavior = stack(nets.actor), stack(nets.behavior)
-        self.log_temperature, self.form = nets.log_temperature.item(), form
-
-    def q(self, offsets, s, a):
-        """Both critics, (B,) each."""
-        log_density = clone_density(self.behavior, s)[0].log_prob(a).sum(-1) if self.form else 0
-        return [net(torch.cat([s, a], -1)).squeeze(-1) + log_density for net in offsets]
-
-    def act(self, s, noise):
-        """The actor's action and its log-density."""
-        mean, std = self.actor(s)[:, :2], self.actor(s)[:, 2:].exp()
-        pi = D.TransformedDistribution(D.Normal(mean, std), D.TanhTransform())
-        a = (mean + std * noise).tanh()
-        return a, pi.log_prob(a).sum(-1)
-
-    def step(self, data, next_noise, penalty_action, actor_noise, lam, polyak, lr):
-        """The scalars of the step, by the names of the metrics."""
-        s, a, r, s2, terminal = rows(data)
-        with torch.no_grad():
-            a2, _ = self.act(s2, next_noise)
-            y = r + 5 + 0.99 * (1 - terminal) * torch.minimum(*self.q(self.targets, s2, a2))
-        td_loss = sum((y - q).square().mean() for q in self.q(self.offsets, s, a))
-        penalty, at = 0, penalty_action.detach().clone().requires_grad_()
-        for net in self.offsets:
-            value = net(torch.cat([s, at], -1)).sum()
-            (slope,) = torch.autograd.grad(value, at, create_graph=True)
-            penalty = penalty + slope.square().sum(-1).mean()
-        (td_loss + lam * penalty).backward()
-        for net, target in zip(self.offsets, self.targets):
-            torch.optim.SGD(net.parameters(), lr=lr).step()
-            for p, t in zip(net.parameters(), target.parameters()):
-                t.data = polyak * p.data + (1 - polyak) * t.data  # after the critics' step
-
-        a_pi, log_prob = self.act(s, actor_noise)
-        q, temperature = (
-            torch.minimum(*self.q(self.offsets, s, a_pi)),
-            math.exp(self.log_temperature),
-        )
-        (temperature * log_prob - q).mean().backward()
-        torch.optim.SGD(self.actor.parameters(), lr=lr).step()
-        entropy = -log_prob.detach().mean()
-        self.log_temperature -= lr * temperature * (entropy.item() + 2)
-        found = dict(td_loss=td_loss, penalty=penalty, target=y.mean(), entropy=entropy)
-        return found | {"q_loss": td_loss + lam * penalty}
-
-
-@pytest.mark.parametrize("offset", [True, False])
-@pytest.mark.parametrize("penalty_actions", ["policy", "data"])
-def test_step_by_hand(data, offset, penalty_actions):
-    nets, args = make(data, offset=offset, penalty_actions=penalty_actions, lam=0.3, polyak=0.1)
-    nets.log_temperature.data.fill_(0.2)
-    if not offset:  # then nothing may ask the clone
-        nets.behavior.weights[0].data.fill_(math.nan)
-    oracle, before = Oracle(nets, offset), copy.deepcopy(nets)
-    next_noise, penalty_noise, actor_noise = torch.randn(3, 16, 2).double()
-    normals = [next_noise, penalty_noise, actor_noise]
-    penalty_action, _ = oracle.act(data.obs, penalty_noise)
-    if penalty_actions == "data":
-        penalty_action = data.action
-        del normals[1]
-    with Inject(randint=[torch.arange(16)], randn_like=normals):
-        metrics = fisher_brc.update(nets, optimizers(nets, SGD, 0.02), data, args)
-    expected = oracle.step(data, next_noise, penalty_action, actor_noise, 0.3, 0.1, 0.02)
-
-    assert_same(nets.offset, *oracle.offsets)
-    assert_same(nets.offset_target, *oracle.targets)
-    assert_same(nets.actor, oracle.actor)
-    assert abs(nets.log_temperature.item() - oracle.log_temperature) < 1e-8
-    assert same(nets.behavior, before.behavior)
-    assert nets.log_bc_weight == before.log_bc_weight
-    assert all(p.grad is None for p in nets.parameters())
-    for name, value in expected.items():
-        assert_close(metrics[name], value.detach())
 
 
 def test_keras_epsilon_moves_the_actor_by_a_few_thousandths(tiny_data):
@@ -537,33 +353,6 @@ def test_learning_rate_of_the_clone_falls_twice(tiny_data):
     train(run, tiny_data(), Args(bc_steps=20, steps=1, batch_size=4))
     expected = [1e-3] * 16 + [1e-4] * 2 + [1e-5] * 2
     assert_close(torch.tensor(run.rates), torch.tensor(expected)[:, None].expand(20, 2))
-
-
-class Keys(PlainRun):
-    """Notes what a shared clone depends on."""
-
-    def cached(self, stage, module, *settings):
-        self.settings = settings
-        return False
-
-
-def test_a_shared_clone_depends_on_its_own_settings_alone(tiny_data):
-    def settings(**values):
-        run = Keys()
-        train(run, tiny_data(), Args(**dict(bc_steps=2, steps=1, batch_size=4) | values))
-        return run.settings
-
-    for own in ("bc_steps", "bc_lr", "batch_size", "components", "dequantize", "normalize_obs"):
-        assert settings(**{own: 1}) != settings()
-    assert settings(lam=9.0, bonus=0.0, lr=0.1, steps=2) == settings()
-
-
-def test_a_clone_that_is_read_is_not_trained(tiny_data):
-    run = PlainRun()
-    run.cached = lambda stage, module, *settings: True
-    train(run, tiny_data(), Args(bc_steps=9, steps=2, batch_size=4))
-    assert [len(rows) for rows in run.phases.values()] == [0, 2]
-    assert set(run.references) == {"its clone (BC)"}
 
 
 def test_without_the_offset_form_there_is_no_clone(tiny_data):
@@ -616,57 +405,3 @@ def test_antmaze_has_no_bonus(env):
     assert (args.bonus, args.eval_every, args.eval_episodes) == (0.0, 100_000, 100)
     args, _ = parse(Args, fisher_brc.PRESETS, ["--env", "pointmaze-medium-demo"])
     assert args.bonus < 0, "a step costs where the goal ends the episode"
-
-
-# ---- the file on its own ---------------------------------------------------------------------
-
-RUN = """
-class Run:
-    device = torch.device("cpu")
-
-    def start(self, nets, opt, **largest):
-        self.nets = nets
-
-    def loop(self, steps, phase="train"):
-        return range(1, steps + 1)
-
-    def after(self, t, metrics, act=None):
-        self.metrics, self.act = metrics, act
-
-    cached = share = reference = lambda self, *args: False
-"""
-
-ALONE = f"""
-import sys
-import torch
-import fisher_brc
-from common import Data
-{RUN}
-obs, next_obs = torch.randn(2, 100, 3)
-data = Data(obs, torch.rand(100, 2) * 2 - 1, torch.randn(100), next_obs, torch.zeros(100))
-run, args = Run(), fisher_brc.Args(bc_steps=5, steps=5, batch_size=16)
-torch.manual_seed(0)
-start = fisher_brc.Nets(data, args).state_dict()
-torch.manual_seed(0)
-fisher_brc.train(run, data, args)
-assert all(value.isfinite() for value in run.metrics.values())
-assert run.act(obs).shape == (100, 2) and run.act(obs).abs().max() <= 1
-state = run.nets.state_dict()
-moved = {{name.split(".")[0] for name in state if not torch.equal(state[name], start[name])}}
-still = {{name.split(".")[0] for name in state}} - moved
-assert still == {{"scaling"}}, still
-assert not {{"harness", "tyro", "gymnasium", "h5py", "scipy"}} & set(sys.modules)
-print("trained")
-"""
-
-
-def test_the_file_and_common_alone_train_on_plain_tensors(tmp_path):
-    """The stand-in for a run has at most fifteen lines; the two files need torch alone."""
-    assert len([line for line in RUN.splitlines() if line]) <= 15
-    shutil.copy(ROOT / "common.py", tmp_path)
-    shutil.copy(ROOT / "algorithms" / "fisher_brc.py", tmp_path)
-    (tmp_path / "alone.py").write_text(ALONE)
-    clean = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | {"OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "alone.py"]
-    result = subprocess.run(command, cwd=tmp_path, env=clean, capture_output=True, text=True)
-    assert result.stdout.endswith("trained\n"), result.stderr

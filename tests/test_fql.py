@@ -1,21 +1,18 @@
-"""fql.py: the flow against fields that are known in closed form, every loss on rows worked by hand,
-and one joint step of Adam as the authors write it."""
+"""fql.py: the flow against fields that are known in closed form, targets and the policy's loss on
+rows worked by hand, published settings."""
 
-import copy
 import math
 from types import SimpleNamespace
 
 import fql
 import pytest
 import torch
-from fql import Args, Nets, critic_loss, distill_loss, flow, flow_loss, improvement_loss, update
-from golden.tools import Inject
+from fql import Args, Nets, critic_loss, distill_loss, flow, flow_loss, improvement_loss
 from stand_in import PlainRun
-from torch import nn
 from torch.testing import assert_close
 
-from common import Adam, Data
-from harness.run import preset_of
+from common import Data
+from run import parse
 
 
 def by_field(field, **more):
@@ -106,21 +103,6 @@ def test_least_flow_loss_is_that_of_the_exact_field():
     assert min(losses) == losses[0]
 
 
-def test_flow_loss_by_hand():
-    """x = (1 - t) noise + t a, against a - noise; the mean over rows and dimensions."""
-    a = torch.tensor([[0.5, -0.5], [1.0, 0.0]]).double()
-    noise = torch.tensor([[1.0, 0.0], [0.0, 2.0]]).double()
-    t = torch.tensor([[0.25], [0.5]]).double()
-    seen = []
-    nets = by_field(lambda x, t: seen.append((x, t)) or torch.zeros(2, 2).double())
-    with Inject(randn_like=[noise], rand_like=[t]):
-        loss = flow_loss(nets, a, a)
-    assert_close(loss.item(), (0.25 + 0.25 + 1.0 + 4.0) / 4)
-    x, seen_t = seen[0]
-    assert_close(x, torch.tensor([[0.875, -0.125], [0.5, 1.0]]).double())
-    assert torch.equal(seen_t, t)
-
-
 # ---- critics ---------------------------------------------------------------------------------
 
 
@@ -147,11 +129,6 @@ def test_a_terminal_row_has_no_next_value():
     for q_target in ([1.0, 3.0], [1e30, 1e30]):
         loss, _ = critic_row(q_target, [0.0, 0.0], -1.0, 1.0)
         assert_close(loss, 1.0)
-
-
-def test_critic_loss_is_a_mean_over_critics():
-    loss, _ = critic_row([0.0, 0.0], [1.0, 2.0], 0.0, 1.0)
-    assert_close(loss, 2.5)
 
 
 @pytest.mark.parametrize(("w", "clipped"), [(0.3, 0.3), (4.0, 1.0), (-4.0, -1.0)])
@@ -248,18 +225,6 @@ def test_distillation_uses_the_same_noise_for_both():
 # ---- networks --------------------------------------------------------------------------------
 
 
-def make(data, seed=0, **values):
-    """Networks in float64, whose target critics differ from the critics, with their optimizers."""
-    args = Args(**dict(batch_size=16, hidden=8) | values)
-    torch.manual_seed(seed)
-    nets, other = Nets(data, args), Nets(data, args)
-    nets.q_target.load_state_dict(other.q.state_dict())
-    nets = nets.double()
-    names = ["velocity", "q", *(["actor"] if args.distill else [])]
-    opt = {name: Adam(getattr(nets, name).parameters(), args.lr) for name in names}
-    return nets, SimpleNamespace(**opt), args
-
-
 @pytest.fixture
 def data():
     draw = torch.Generator().manual_seed(0)
@@ -283,145 +248,6 @@ def test_sizes_and_initial_weights():
         assert not any(b.any() for b in net.biases)
     assert nets.q.weights[0].shape == (2, 33, 512)
     assert not torch.equal(nets.q.weights[0][0], nets.q.weights[0][1])
-    for p, t in zip(nets.q.parameters(), nets.q_target.parameters()):
-        assert torch.equal(p, t) and not t.requires_grad
-
-
-def sequential(net, member=None):
-    """The same network as nn.Linear layers, with the authors' order: GELU, then LayerNorm."""
-    layers = []
-    pick = (lambda x: x) if member is None else (lambda x: x[member])
-    for i, (w, b) in enumerate(zip(net.weights, net.biases)):
-        linear = nn.Linear(*pick(w).shape, dtype=w.dtype)
-        linear.weight.data = pick(w).detach().T.clone()
-        linear.bias.data = pick(b).detach().view(-1).clone()
-        layers += [linear, nn.GELU(approximate="tanh")]
-        if net.norms and i < len(net.gains):
-            norm = nn.LayerNorm(linear.out_features, eps=1e-6, dtype=w.dtype)
-            gain, shift = pick(net.gains[i]).detach(), pick(net.shifts[i]).detach()
-            norm.weight.data, norm.bias.data = gain.view(-1).clone(), shift.view(-1).clone()
-            layers.append(norm)
-    return nn.Sequential(*layers[: -2 if layers[-1].__class__ is nn.LayerNorm else -1])
-
-
-def test_networks_are_gelu_stacks_and_critics_are_normalized_after_it(data):
-    nets, *_ = make(data)
-    with torch.no_grad():
-        for p in (*nets.q.gains, *nets.q.shifts):
-            p.add_(0.3 * torch.randn_like(p))
-    s, z, t = data.obs, data.action, torch.rand(16, 1).double()
-    assert_close(nets.velocity(s, z, t), sequential(nets.velocity)(torch.cat([s, z, t], 1)))
-    assert_close(nets.actor(s, z), sequential(nets.actor)(torch.cat([s, z], 1)))
-    for member in range(2):
-        critic = sequential(nets.q, member)
-        assert sum(isinstance(layer, nn.LayerNorm) for layer in critic) == 4
-        assert_close(nets.q(s, z)[member], critic(torch.cat([s, z], 1)).squeeze(1))
-    assert not sum(isinstance(layer, nn.LayerNorm) for layer in sequential(nets.actor))
-
-
-# ---- update ----------------------------------------------------------------------------------
-
-
-def reached(loss, nets):
-    """The networks with a gradient from `loss`."""
-    online = [(k.split(".")[0], p) for k, p in nets.named_parameters() if p.requires_grad]
-    grads = torch.autograd.grad(loss, [p for _, p in online], allow_unused=True, retain_graph=True)
-    return {name for (name, _), g in zip(online, grads) if g is not None and g.any()}
-
-
-def test_which_networks_each_loss_reaches(data):
-    nets, _, args = make(data)
-    s, a, z = data.obs, data.action, torch.randn_like(data.action)
-    q_loss, _ = critic_loss(nets, s, a, data.reward, data.next_obs, data.terminal, args)
-    assert reached(q_loss, nets) == {"q"}
-    assert reached(flow_loss(nets, s, a), nets) == {"velocity"}
-    pi = fql.act(nets, s, z, args)
-    assert reached(distill_loss(nets, s, z, pi, args), nets) == {"actor"}
-    assert reached(improvement_loss(nets, s, pi, args)[0], nets) == {"actor", "q"}
-    nets, _, args = make(data, distill=False)
-    pi = fql.act(nets, s, z, args)
-    assert reached(improvement_loss(nets, s, pi, args)[0], nets) == {"velocity", "q"}
-
-
-@pytest.mark.parametrize("frozen", ["q", "actor", "velocity"])
-def test_each_optimizer_moves_its_own_network_alone(data, frozen):
-    nets, opt, args = make(data)
-    getattr(opt, frozen).lr.zero_()
-    before = copy.deepcopy(nets)
-    update(nets, opt, data, args)
-    for name in ("q", "actor", "velocity"):
-        pairs = zip(getattr(nets, name).weights, getattr(before, name).weights)
-        assert all(torch.equal(p, old) == (name == frozen) for p, old in pairs)
-
-
-def joint_loss(nets, target, batch, args):
-    """The authors' total loss on networks that are nn.Sequential; draws as update does."""
-    s, a, r, s2, terminal = batch
-    cat = lambda *parts: torch.cat(parts, 1)
-    critics = lambda qs, s, a: torch.stack([q(cat(s, a)).squeeze(1) for q in qs])
-
-    def euler(s, x):
-        for i in range(args.flow_steps):
-            t = torch.full((len(s), 1), i / args.flow_steps).double()
-            x = x + nets.velocity(cat(s, x, t)) / args.flow_steps
-        return x
-
-    pi_of = (lambda s, z: nets.actor(cat(s, z))) if args.distill else euler
-    with torch.no_grad():
-        a2 = pi_of(s2, torch.randn_like(a)).clamp(-1, 1)
-        q2 = critics(target, s2, a2)
-        q2 = q2.min(0).values if args.q_agg == "min" else q2.mean(0)
-    loss = (critics(nets.q, s, a) - r - args.gamma * (1 - terminal) * q2).square().mean()
-    x0, t = torch.randn_like(a), torch.rand_like(a[:, :1])
-    v = nets.velocity(cat(s, (1 - t) * x0 + t * a, t))
-    flow_loss = (v - (a - x0)).square().mean()
-    z = torch.randn_like(a)
-    pi = pi_of(s, z)
-    frozen = copy.deepcopy(nets.q).requires_grad_(False)
-    q = critics(frozen, s, pi.clamp(-1, 1)).mean(0)
-    weight = 1 / q.abs().mean().detach() if args.normalize_q_loss else 1.0
-    if args.distill:
-        mu = euler(s, z).clamp(-1, 1).detach()
-        return loss + flow_loss + args.alpha * (pi - mu).square().mean() - weight * q.mean()
-    return loss + args.alpha * flow_loss - weight * q.mean()
-
-
-@pytest.mark.parametrize("distill", [True, False])
-@pytest.mark.parametrize("agg, normalize", [("mean", False), ("min", True)])
-def test_update_is_one_joint_step_of_adam(data, distill, agg, normalize):
-    """Three steps, all losses from the same weights; the target follows the critics before each."""
-    values = dict(q_agg=agg, normalize_q_loss=normalize, distill=distill, lr=1e-2, polyak=0.3)
-    nets, opt, args = make(data, alpha=3.0, flow_steps=4, **values)
-    oracle = SimpleNamespace(velocity=sequential(nets.velocity))
-    oracle.q = nn.ModuleList(sequential(nets.q, member) for member in range(2))
-    target = nn.ModuleList(sequential(nets.q_target, member) for member in range(2))
-    trained = [oracle.velocity, oracle.q]
-    if distill:
-        oracle.actor = sequential(nets.actor)
-        trained.append(oracle.actor)
-    adam = torch.optim.Adam([p for net in trained for p in net.parameters()], lr=1e-2)
-    for seed in range(3):
-        torch.manual_seed(seed)
-        update(nets, opt, data, args)
-        torch.manual_seed(seed)
-        i = torch.randint(16, (16,))
-        batch = [x[i] for x in (data.obs, data.action, data.reward, data.next_obs, data.terminal)]
-        adam.zero_grad()
-        joint_loss(oracle, target, batch, args).backward()
-        for t, p in zip(target.parameters(), oracle.q.parameters()):
-            t.data = 0.3 * p.data + 0.7 * t.data
-        adam.step()
-        for name, stack in vars(oracle).items():
-            ours = getattr(nets, name)
-            members = [None] if name != "q" else [0, 1]
-            stacks = [stack] if name != "q" else stack
-            for member, theirs in zip(members, stacks):
-                for p, o in zip(sequential(ours, member).parameters(), theirs.parameters()):
-                    assert_close(p, o, atol=1e-9, rtol=1e-7)
-        for member in range(2):
-            ours = sequential(nets.q_target, member).parameters()
-            for p, o in zip(ours, target[member].parameters()):
-                assert_close(p, o, atol=1e-9, rtol=1e-7)
 
 
 # ---- policy ----------------------------------------------------------------------------------
@@ -447,27 +273,6 @@ def test_policy_is_reproducible_and_takes_its_noise_from_outside(data, distill):
     assert (a.abs() > 1).any()
     expected = torch.tensor([2.0, 0.5]) + torch.tensor([4.0, 0.5]) * a.clamp(-1, 1)
     assert_close(actions[0], expected)
-
-
-def test_policy_is_exported_with_its_noise_as_an_input(data):
-    args = Args(hidden=8)
-    nets = Nets(data, args).float().requires_grad_(False)
-
-    class Deployed(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.nets = nets
-
-        def forward(self, obs, noise):
-            return fql.policy_with_noise(self.nets, obs, noise, args)
-
-    obs, noise = torch.randn(4, 3), torch.randn(4, 2)
-    batch = torch.export.Dim("batch")
-    dims = {"obs": {0: batch}, "noise": {0: batch}}
-    program = torch.export.export(Deployed(), (obs, noise), dynamic_shapes=dims).module()
-    for n in (4, 2):
-        expected = fql.policy_with_noise(nets, obs[:n], noise[:n], args)
-        assert_close(program(obs[:n], noise[:n]), expected)
 
 
 # ---- behavior --------------------------------------------------------------------------------
@@ -541,7 +346,7 @@ PUBLISHED = {  # alpha, aggregation, gamma, steps, reward shift
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_published_settings(name):
-    args = Args(**preset_of(fql.PRESETS, name))
+    args, _ = parse(Args, fql.PRESETS, ["--env", name])
     found = args.alpha, args.q_agg, args.gamma, args.steps, args.reward_shift
     assert found == PUBLISHED[name]
     assert not args.normalize_q_loss and args.flow_steps == 10 and args.hidden == 512

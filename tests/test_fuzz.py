@@ -24,8 +24,8 @@ import torch
 from short_runs import META, ROOT, folder, outcome, short, start, write_log
 
 from common import InputError
-from harness import load_dataset
-from harness.folder import load_tensors, save_tensors
+from harness.resume import load_tensors, to_bytes
+from run import load as load_dataset
 
 CPU = torch.device("cpu")
 SECONDS = 30  # in which every case must end
@@ -236,7 +236,7 @@ def test_tensors(cases):
     """A checkpoint is read as it was written, or refused: a wrong number is never let through."""
     path = Path("checkpoint.pt")
     tensors = {"nets": {"w": torch.randn(50, 50)}, "step": 3, "rows": "[]"}
-    save_tensors(path, tensors)
+    path.write_bytes(to_bytes(tensors))
 
     def same(found):
         assert found["step"] == 3 and torch.equal(found["nets"]["w"], tensors["nets"]["w"])
@@ -280,7 +280,7 @@ def test_a_module_that_a_run_names_is_imported_only_if_it_is_typed(trained, tmp_
     with pytest.raises(InputError, match="evil:X-v0, a module that would be imported: add --eval"):
         load_run(folder("bc"))
     assert load_run(folder("bc"), eval_env="none").task is None
-    assert load_run(folder("bc"), eval_env="Pendulum-v1").task.id == "Pendulum-v1"
+    assert load_run(folder("bc"), eval_env="Pendulum-v1").task["env_id"] == "Pendulum-v1"
     assert not (tmp_path / CANARY).exists() and "evil" not in sys.modules
 
 

@@ -1,6 +1,6 @@
-"""Losses, gradients and updates of thirteen files equal those of the authors' code, or of CORL's:
+"""Losses, gradients and updates of fourteen files equal those of the authors' code, or of CORL's:
 our functions in float64 against the numbers of tests/golden/*.json. `python tests/test_golden.py`
-prints the table of results/README.md; it needs the packages of requirements.txt alone.
+prints the table of docs/fidelity.md; it needs the packages of requirements.txt alone.
 """
 
 import importlib

@@ -1,4 +1,4 @@
-"""iql.py: expectiles, both extractions, one whole update, the fixed point on a table."""
+"""iql.py: expectiles, both extractions, the fixed point on a table."""
 
 import copy
 import math
@@ -12,14 +12,14 @@ import td3_bc
 import torch
 import torch.distributions as D
 from golden.tools import Inject
-from iql import Args, Nets, awr_loss, critic_loss, ddpg_bc_loss, scale_rewards, update, value_loss
+from iql import Args, Nets, awr_loss, ddpg_bc_loss, scale_rewards, update, value_loss
 from oracles import SGD, in_double, rows, stack
 from stand_in import PlainRun
 from torch import nn
 from torch.testing import assert_close
 
 from common import Adam, Data, InputError
-from harness import parse
+from run import parse
 
 EXTRACTIONS = pytest.mark.parametrize("extraction", ["awr", "ddpg_bc"])
 
@@ -68,26 +68,6 @@ def fit_value(q, tau, steps=400):
     return v.item()
 
 
-def test_value_loss_by_hand():
-    """u = q - V is 1, -1, 2: weights tau, 1 - tau, tau."""
-    nets = SimpleNamespace(v=lambda s: torch.tensor([0.0, 3.0, -1.0]))
-    loss = value_loss(nets, None, torch.tensor([1.0, 2.0, 1.0]), Args(tau=0.9))
-    assert_close(loss, torch.tensor((0.9 * 1 + 0.1 * 1 + 0.9 * 4) / 3))
-
-
-def test_gradient_of_the_value_loss_is_a_difference_quotient():
-    v = torch.linspace(-2, 2, 8).double().requires_grad_()
-    q, h = torch.linspace(1.5, -1.3, 8).double(), 1e-6
-
-    def loss(v):
-        return value_loss(SimpleNamespace(v=lambda s: v), None, q, Args(tau=0.8))
-
-    (grad,) = torch.autograd.grad(loss(v), v)
-    for i, step in enumerate(torch.eye(8).double() * h):
-        quotient = (loss(v + step) - loss(v - step)).detach() / (2 * h)
-        assert_close(grad[i], quotient, rtol=1e-6, atol=0)
-
-
 @pytest.mark.parametrize("tau", [0.1, 0.5, 0.7, 0.9, 0.99])
 def test_expectiles_in_closed_form(tau):
     uniform = (torch.arange(2000).double() + 0.5) / 2000
@@ -108,17 +88,6 @@ def test_half_is_the_mean_and_one_the_maximum():
     for tau, v in zip(taus[:-1], found):
         above, below = (q - v).clamp(min=0).mean(), (v - q).clamp(min=0).mean()
         assert_close(tau * above, (1 - tau) * below, atol=1e-5, rtol=0)
-
-
-# ---- critics ---------------------------------------------------------------------------------
-
-
-def test_critic_loss_by_hand():
-    """y = r + 0.9 V(s'), r alone at a terminal: rows y = (1 + 0.9 * 2, 5); summed over critics."""
-    nets = SimpleNamespace(q=lambda s, a: torch.tensor([[1.0, 1.0], [2.0, 5.0]]))
-    r, v2, terminal = torch.tensor([1.0, 5.0]), torch.tensor([2.0, 1e30]), torch.tensor([0.0, 1.0])
-    loss = critic_loss(nets, None, None, r, v2, terminal, Args(gamma=0.9))
-    assert_close(loss, torch.tensor((1.8**2 + 4**2) / 2 + (0.8**2 + 0**2) / 2))
 
 
 # ---- advantage-weighted regression -----------------------------------------------------------
@@ -262,14 +231,6 @@ def test_initial_networks(data):
                 assert_close(m.T @ m, 2 * torch.eye(m.shape[1]), atol=1e-5, rtol=0)
         assert not any(b.any() for b in net.biases)
     assert not nets.log_std.any() and not torch.equal(*nets.q.weights[0])
-    for p, t in zip(nets.q.parameters(), nets.q_target.parameters()):
-        assert torch.equal(p, t) and p is not t and not t.requires_grad
-
-
-def test_mean_is_the_tanh_of_a_stack(data):
-    nets, *_ = make(data)
-    assert_close(nets.pi(data.obs), stack(nets.actor)(data.obs).tanh())
-    assert (nets.pi(1e6 * data.obs).abs() <= 1).all()
 
 
 def test_dropout_zeroes_hidden_units_and_keeps_their_mean(data):
@@ -299,113 +260,22 @@ def test_dropout_is_in_the_actors_loss_only(data, extraction):
     assert not all(torch.equal(p, q) for p, q in pairs)
 
 
-def test_policy_stands_between_raw_observations_and_the_bounds(tiny_data):
-    """Without dropout: nothing is drawn."""
-    data, args = tiny_data(obs_dim=2, act_dim=1), Args(dropout=0.5)
-    data.obs_mean, data.obs_std = torch.tensor([1.0, 2.0]), torch.tensor([0.5, 4.0])
-    data.action_low, data.action_high = torch.tensor([-2.0]), torch.tensor([6.0])
-    nets, raw = Nets(data, args), torch.randn(5, 2)
-    a = stack(nets.actor)((raw - data.obs_mean) / data.obs_std).tanh()
-    with Inject():
-        assert_close(iql.policy(nets, raw, args), 2 + 4 * a)
-
-
 # ---- update ----------------------------------------------------------------------------------
 
 
-def test_which_parameters_each_loss_reaches(data):
-    nets, _, args = make(data)
-    s, a, r, s2, terminal = rows(data)
-    u, v2 = torch.randn(2, 16).double()
-    loss, weight = awr_loss(nets, s, a, u, args)
-    other, bc_loss = ddpg_bc_loss(nets, s, a, args)
-    assert not weight.requires_grad and not bc_loss.requires_grad
-    reached = {
-        "v": value_loss(nets, s, u, args),
-        "actor log_std": loss,
-        "actor q": other,  # its gradient in q is never taken: the next test
-        "q": critic_loss(nets, s, a, r, v2, terminal, args),
-    }
-    online = [(k, p) for k, p in nets.named_parameters() if p.requires_grad]
-    for names, loss in reached.items():
-        grads = torch.autograd.grad(loss, [p for _, p in online], allow_unused=True)
-        found = {k.split(".")[0] for (k, _), g in zip(online, grads) if g is not None}
-        assert found == set(names.split())
-
-
-@EXTRACTIONS
-@pytest.mark.parametrize("frozen", ["v", "actor", "q"])
-def test_each_network_moves_by_its_own_loss_only(data, frozen, extraction):
-    """With its learning rate at 0, an update leaves a network bit for bit, and moves the rest."""
-    nets, opt, args = make(data, extraction=extraction)
-    getattr(opt, frozen).lr.zero_()
-    before = copy.deepcopy(nets)
-    update(nets, opt, data, args)
-    for name in ("v", "actor", "q"):
-        now, then = getattr(nets, name).weights, getattr(before, name).weights
-        for p, q in zip(now, then):
-            assert torch.equal(p, q) == (name == frozen)
-    assert torch.equal(nets.log_std, before.log_std) == (frozen == "actor" or extraction != "awr")
-    for t, o, p in zip(*(x.parameters() for x in (nets.q_target, before.q_target, nets.q))):
-        assert_close(t, 0.005 * p + 0.995 * o, atol=1e-12, rtol=1e-10)
-    assert all(p.grad is None for p in nets.parameters())
-
-
-def test_targets_approach_frozen_critics(data):
-    """After n steps the distance has shrunk by 0.9^n."""
-    nets, opt, args = make(data, polyak=0.1)
-    opt.q.lr.zero_()
-    before = [q - t for q, t in zip(nets.q.parameters(), nets.q_target.parameters())]
-    for _ in range(5):
-        update(nets, opt, data, args)
-    for q, t, gap in zip(nets.q.parameters(), nets.q_target.parameters(), before):
-        assert_close(q - t, 0.9**5 * gap)
-
-
-def descend(params, loss, lr):
-    params = list(params)
-    for p, g in zip(params, torch.autograd.grad(loss, params)):
-        p.data -= lr * g
-
-
-@EXTRACTIONS
-def test_one_update_is_four_steps(data, extraction):
-    """V by the targets' Q; the actor and the critics by V after its step; the targets last."""
-    lr, values = 3e-3, dict(tau=0.8, polyak=0.1, max_weight=1.2, extraction=extraction)
-    nets, opt, args = make(data, SGD, lr, **values)
-    o = copy.deepcopy(nets)
-    s, a, r, s2, terminal = rows(data)
-    q = o.q_target(s, a).amin(0).detach()
-    descend(o.v.parameters(), value_loss(o, s, q, args), lr)
-    u, v2 = q - o.v(s).detach(), o.v(s2).detach()
-    if extraction == "awr":
-        loss, weight = awr_loss(o, s, a, u, args)
-        descend([*o.actor.parameters(), o.log_std], loss, lr)
-    else:
-        loss, bc_loss = ddpg_bc_loss(o, s, a, args)
-        descend(o.actor.parameters(), loss, lr)
-    descend(o.q.parameters(), critic_loss(o, s, a, r, v2, terminal, args), lr)
-    for t, p in zip(o.q_target.parameters(), o.q.parameters()):
-        t.data = 0.1 * p.data + 0.9 * t.data
-
+def test_metrics_of_an_update(data):
+    """Those that no loss holds; the learning rates are 0, so the networks stay."""
+    nets, opt, args = make(data, SGD, 0.0, max_weight=1.2, polyak=0.0)
     with every_row():
         metrics = update(nets, opt, data, args)
-    for (name, found), expected in zip(nets.named_parameters(), o.parameters()):
-        assert_close(found, expected, atol=1e-12, rtol=1e-10, msg=name)
-    assert all(x.ndim == 0 and not x.requires_grad for x in metrics.values())
-    assert_close(metrics["q_mean"], q.mean())
-    assert_close(metrics["advantage"], u.mean())
-    v = o.v(s).detach()
-    found = [metrics[name] for name in ("v_mean", "v_min", "v_max")]
-    assert_close(found, [v.mean(), v.min(), v.max()])
-    if extraction == "awr":
-        capped = (weight == 1.2).float().mean()
-        assert 0 < capped < 1, "some weights are capped, some are not"
-        assert_close(metrics["capped_weights"], capped)
-        share = weight.sum() ** 2 / (16 * weight.square().sum())
-        assert_close(metrics["effective_share"], share)
-    else:
-        assert_close(metrics["bc_loss"], bc_loss)
+    v, q = nets.v(data.obs).detach(), nets.q_target(data.obs, data.action).amin(0)
+    found = [metrics[name] for name in ("q_mean", "advantage", "v_mean", "v_min", "v_max")]
+    assert_close(found, [q.mean(), (q - v).mean(), v.mean(), v.min(), v.max()])
+    weight = (args.beta * (q - v)).exp().clamp(max=1.2)
+    assert 0 < (weight == 1.2).sum() < 16, "some weights are capped, some are not"
+    assert_close(metrics["capped_weights"], (weight == 1.2).float().mean())
+    share = weight.sum() ** 2 / (16 * weight.square().sum())
+    assert_close(metrics["effective_share"], share)
 
 
 def test_weights_that_underflow_leave_finite_metrics(data):
@@ -536,41 +406,6 @@ def test_bandit(tiny_data, method, low, high):
     v = run.nets.v(data.obs[:1]).item()
     assert data.reward.mean() + 0.3 < v < 1 and run.rows[-1]["advantage"] < 0
     assert low < run.act(data.obs[:1]).item() < high
-
-
-def test_actors_learning_rate_is_a_cosine(tiny_data):
-    """lr at the first update, lr / 2 halfway, 0 after the last; the others' never moves."""
-
-    class RatesRun(PlainRun):
-        rates = []
-
-        def after(self, t, metrics, act=None):
-            self.rates.append([getattr(self.opt, k).lr.item() for k in ("v", "actor", "q")])
-
-    run = RatesRun()
-    iql.train(run, tiny_data(), Args(steps=8, lr=0.2, batch_size=4))
-    v, actor, q = zip(*run.rates)
-    assert_close(torch.tensor(v + q), torch.full((16,), 0.2))
-    torch_opt = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.2)
-    schedule, expected = torch.optim.lr_scheduler.CosineAnnealingLR(torch_opt, T_max=8), []
-    for _ in range(8):
-        expected.append(torch_opt.param_groups[0]["lr"])
-        torch_opt.step()
-        schedule.step()
-    assert_close(torch.tensor(actor), torch.tensor(expected))
-    assert_close(actor[0], 0.2)
-    assert_close(actor[4], 0.1, rtol=1e-6, atol=0)
-    assert actor[7] < 0.01
-
-
-@EXTRACTIONS
-def test_optimizers_hold_what_their_losses_reach(tiny_data, extraction):
-    run = PlainRun()
-    iql.train(run, tiny_data(), Args(steps=1, batch_size=4, extraction=extraction))
-    names = {id(p): name for name, p in run.nets.named_parameters()}
-    held = {k: {names[id(p)].split(".")[0] for p in o.params} for k, o in vars(run.opt).items()}
-    std = {"log_std"} if extraction == "awr" else set()
-    assert held == {"v": {"v"}, "actor": {"actor"} | std, "q": {"q"}}
 
 
 # ---- rewards, observations, flags ------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""itrpo.py: the shaped target on tabular problems (Theorem 1, Lemma 1), ratios, whole steps."""
+"""itrpo.py: the shaped target on tabular problems (Theorem 1, Lemma 1), ratios, a bandit."""
 
 import copy
 import math
@@ -10,16 +10,15 @@ import torch
 import torch.distributions as D
 from golden.tools import Inject
 from itrpo import Args, Nets, gaussian_kl, log_ratio, pre_tanh, target_value, train, value
-from oracles import SGD, assert_same, in_double, rows, stack
+from oracles import SGD, in_double, rows
 from stand_in import PlainRun
 from torch import nn
 from torch.testing import assert_close
 
-from common import Adam, Data, InputError, ScalarMLP, orthogonal_
-from harness import parse
+from common import Adam, Data, InputError, ScalarMLP, orthogonal_, parse
 
 INF = math.inf
-NAMES = ("kl_coef", "shape_coef", "bonus", "penalty", "ratio_min", "ratio_max")
+NAMES = ("kl_coef", "shape_coef", "bonus", "lam", "ratio_min", "ratio_max")
 
 
 def resolved(**values):
@@ -35,12 +34,6 @@ def plain(alpha, tau, **more):
 
 def parsed(*words):
     return parse(Args, itrpo.PRESETS, list(words))[0]
-
-
-def optimizers(nets, optimizer, lr):
-    params = {k: getattr(nets, k).parameters() for k in ("behavior", "q", "actor")}
-    params |= {"bc_weight": [nets.log_bc_weight]}
-    return SimpleNamespace(**{k: optimizer(p, lr) for k, p in params.items()})
 
 
 @pytest.fixture
@@ -111,7 +104,7 @@ def test_control_is_the_unshaped_method_at_the_same_limit():
 
 
 def test_training_fills_in_what_was_not_given(tiny_data):
-    args = Args(setting="trust", penalty=0.0, control=True, bc_steps=1, steps=1, batch_size=4)
+    args = Args(setting="trust", lam=0.0, control=True, bc_steps=1, steps=1, batch_size=4)
     run, data = PlainRun(), tiny_data()
     train(run, data, args)
     assert_close(args.kl_coef, 0.9 * 0.1)
@@ -201,13 +194,6 @@ def test_networks_are_gaussians_within_bounds(tiny_data):
 # ---- value and target by hand ----------------------------------------------------------------
 
 
-def test_mean_over_samples_then_minimum_over_critics():
-    """Critics (1, 5) and (4, 4) at two samples: min of means is 3, mean of minima would be 2.5."""
-    q = torch.tensor([[[1.0], [5.0]], [[4.0], [4.0]]])
-    rho = torch.tensor([[0.5], [1.5]])
-    assert_close(value(q, rho, plain(0.5, 0.0)), torch.tensor([3 - 0.5 * 1.0]))
-
-
 def test_target_by_hand():
     """Rows: an ordinary one, a terminal, one whose ratio is clipped, a terminal with such a ratio;
     alpha 2, tau 0.25, gamma 0.9, bonus 5. The clip at -1 comes before the coefficients and spares
@@ -238,17 +224,6 @@ def test_upper_clip():
     assert_close(itrpo.shaping(rho, args), 5 * torch.tensor([-1.0, -0.5, 0.5, 1.0]))
     args = resolved(kl_coef=10.0, shape_coef=0.5)
     assert_close(itrpo.shaping(rho, args), 5 * torch.tensor([-1.0, -0.5, 0.5, 2.0]))
-
-
-def test_loss_is_summed_over_critics():
-    """The policy is the clone and Q' is 0, so that y = r = (1, 4)."""
-    q_data = torch.tensor([[1.0, 2.0], [3.0, 6.0]])
-    nets = SimpleNamespace(q=lambda s, a: q_data, q_target=lambda s, a: torch.zeros(2, len(s)))
-    nets.actor = nets.behavior = lambda s: torch.zeros(2, 2)
-    s, r, zeros = torch.zeros(2, 1), torch.tensor([1.0, 4.0]), torch.zeros(2)
-    loss, q_mean, y = itrpo.critic_loss(nets, s, s, r, s, zeros, zeros, plain(1.0, 0.0))
-    assert_close(loss, torch.tensor((0 + 4) / 2 + (4 + 4) / 2))
-    assert (q_mean, y) == (3, 2.5)
 
 
 def test_policy_equal_to_the_clone_leaves_the_td_target(data):
@@ -479,17 +454,6 @@ def test_gradient_flows_through_the_clones_density():
 # ---- the penalty -----------------------------------------------------------------------------
 
 
-def test_penalty_is_that_of_difference_quotients(data):
-    nets, _ = make(data)
-    h, quotients = 1e-7, []
-    for step in torch.eye(2).double() * h:
-        ahead, behind = (nets.q(data.obs, data.action + k * step) for k in (1, -1))
-        quotients.append((ahead - behind) / (2 * h))
-    expected = sum(q.square() for q in quotients).mean(1).sum()
-    penalty = itrpo.gradient_penalty(nets, data.obs, data.action)
-    assert_close(penalty, expected, rtol=1e-5, atol=0)
-
-
 def test_penalty_of_linear_critics():
     """|w_1|^2 + |w_2|^2 for any batch, not |w_1 + w_2|^2; its gradient is 2 w_i."""
     w = torch.tensor([[1.0, 2.0], [3.0, 0.5]]).double()
@@ -507,190 +471,42 @@ def test_penalty_of_linear_critics():
         assert_close(grad[:, 1:, 0] - grad[:, 1:, 1], 2 * w)
 
 
-# ---- whole steps, written again with torch.nn, torch.optim and torch.distributions ------------
-
-
-def test_which_parameters_each_loss_reaches(data):
-    nets, args = make(data)
-    s, a = data.obs, data.action
-    pi = itrpo.gaussian(nets.actor, s)
-    behavior = itrpo.gaussian(nets.behavior, s)
-    rho = log_ratio(pre_tanh(a, args), pi, behavior)
-    online = [(k, p) for k, p in nets.named_parameters() if p.requires_grad]
-    parts = {k.split(".")[0] for k, _ in online}
-    assert parts == {"behavior", "actor", "q", "log_bc_weight"}
-    losses = {
-        "behavior": itrpo.behavior_loss(nets, s, a, args)[0],
-        "q": itrpo.critic_loss(nets, *rows(data), rho, args)[0]
-        + itrpo.gradient_penalty(nets, s, a),
-        "log_bc_weight": itrpo.temperature_loss(nets.log_bc_weight, 0.3, 2),
-    }
-    for reached, loss in losses.items():
-        grads = torch.autograd.grad(loss, [p for _, p in online], allow_unused=True)
-        found = {k.split(".")[0] for (k, _), g in zip(online, grads) if g is not None}
-        assert found == {reached}
+# ---- training loop ---------------------------------------------------------------------------
 
 
 def same(net, other):
     return all(map(torch.equal, net.parameters(), other.parameters()))
 
 
-class Oracle:
-    """One update of the critics, the actor and the targets, written again with torch.nn,
-    torch.optim and torch.distributions. The coefficients are those of the settings, typed again."""
-
-    def __init__(self, nets, alpha, tau, bonus, penalty, low, high, bound):
-        self.qs = [stack(nets.q, e) for e in range(2)]
-        self.q_targets = [stack(nets.q_target, e) for e in range(2)]
-        self.actor, self.behavior = stack(nets.actor), stack(nets.behavior)
-        self.last = stack(nets.last_actor)
-        self.alpha, self.tau, self.bonus, self.penalty = alpha, tau, bonus, penalty
-        self.low, self.high, self.bound = low, high, bound
-
-    def normal(self, net, s):
-        """A policy before its tanh."""
-        out = net(s)
-        return D.Normal(out[:, :2], out[:, 2:].clamp(-5, 2).exp())
-
-    def rho(self, x, pi, behavior):
-        """log pi - log pi_b at tanh(x)."""
-        a = x.tanh()
-        pi, behavior = (D.TransformedDistribution(d, D.TanhTransform()) for d in (pi, behavior))
-        return (pi.log_prob(a) - behavior.log_prob(a)).sum(-1)
-
-    def value(self, qs, s, noise):
-        """min_i E Q_i - alpha E rho at s, one sample after the other."""
-        pi, behavior = self.normal(self.actor, s), self.normal(self.behavior, s)
-        xs = [pi.mean + pi.stddev * e for e in noise]
-        q = [sum(f(torch.cat([s, x.tanh()], 1))[:, 0] for x in xs) / len(xs) for f in qs]
-        rho = sum(self.rho(x, pi, behavior) for x in xs) / len(xs)
-        return torch.minimum(*q) - self.alpha * rho
-
-    def slopes(self, s, a):
-        """sum_i E |grad_a Q_i|^2."""
-        a, found = a.detach().requires_grad_(), 0
-        for f in self.qs:
-            q = f(torch.cat([s, a], 1)).sum()
-            (slope,) = torch.autograd.grad(q, a, create_graph=True)
-            found = found + slope.square().sum(-1).mean()
-        return found
-
-    def step(self, data, noise, polyak, lr):
-        """The scalars of the step, by the names of the metrics."""
-        s, a, r, s2, terminal = rows(data)
-        with torch.no_grad():
-            pi, behavior = self.normal(self.actor, s), self.normal(self.behavior, s)
-            rho = self.rho(a.clamp(-self.bound, self.bound).atanh(), pi, behavior)
-            shaping = self.tau * self.alpha * rho.clamp(self.low, self.high)
-            next_value = self.value(self.q_targets, s2, noise["next"])
-            y = r + self.bonus + shaping + 0.99 * (1 - terminal) * next_value
-            last = self.normal(self.last, s)
-            self.cut_on_both_sides = (rho < self.low).any() and (rho > self.high).any()
-        q_data = [f(torch.cat([s, a], 1))[:, 0] for f in self.qs]
-        td_loss = sum((q - y).square().mean() for q in q_data)
-        found = {
-            "td_loss": td_loss,
-            "target": y.mean(),
-            "q_data": sum(q.mean() for q in q_data) / 2,
-            "rho_data": rho.mean(),
-            "shaping": shaping.mean(),
-            "clipped": ((rho < self.low) | (rho > self.high)).float().mean(),
-            "kl_behavior": D.kl_divergence(pi, behavior).sum(-1).mean(),
-            "kl_step": D.kl_divergence(pi, last).sum(-1).mean(),
-            "std": pi.stddev.mean(),
-        }
-        q_loss = td_loss
-        if self.penalty:
-            a_pi = (pi.mean + pi.stddev * noise["penalty"][0]).tanh()
-            found["penalty"] = self.slopes(s, a_pi)
-            q_loss = td_loss + self.penalty * found["penalty"]
-        q_loss.backward()
-        for net, target in zip(self.qs, self.q_targets):
-            torch.optim.SGD(net.parameters(), lr=lr).step()
-            for p, t in zip(net.parameters(), target.parameters()):
-                t.data = polyak * p.data + (1 - polyak) * t.data
-        pi_loss = -self.value(self.qs, s, noise["pi"]).mean()  # by the new critics
-        pi_loss.backward()
-        torch.optim.SGD(self.actor.parameters(), lr=lr).step()
-        return found | {"q_loss": q_loss, "pi_loss": pi_loss}
-
-
-COEFFICIENTS = {  # alpha, tau, bonus, penalty, bounds of rho, bound of the data's actions
-    "code": (dict(samples=10), (0.9, 0.03, 5, 0.1, -1.0, INF, 1 - 1e-6)),
-    "trust": (
-        dict(samples=3, ratio_min=-0.1, ratio_max=0.1),
-        (0.9, 0.9, 5, 0.1, -0.1, 0.1, 1 - 1e-6),
-    ),
-    "paper": (dict(samples=3, shape_coef=0.6, clip=0.2), (0.9, 0.6, 0, 0, -INF, INF, 0.8)),
-    "trust, control": (
-        dict(samples=2, control=True),
-        (0.9 * (1 - 0.9), 0, 5, 0.1, -1.0, INF, 1 - 1e-6),
-    ),
-}
-
-
-@pytest.mark.parametrize("case", COEFFICIENTS)
-def test_step_by_hand(data, case):
-    values, coefficients = COEFFICIENTS[case]
-    nets, args = make(data, polyak=0.1, setting=case.split(",")[0], **values)
-    oracle, before = Oracle(nets, *coefficients), copy.deepcopy(nets)
-    shapes = {"penalty": 1, "next": args.samples, "pi": args.samples}
-    noise = {name: torch.randn(m, 16, 2).double() for name, m in shapes.items()}
-    drawn = [noise[name] for name in noise if name != "penalty" or oracle.penalty]
-    with Inject(randint=[torch.arange(16)], randn_like=drawn):
-        metrics = itrpo.update(nets, optimizers(nets, SGD, 0.02), data, args)
-    expected = oracle.step(data, noise, 0.1, 0.02)
-
-    assert_same(nets.q, *oracle.qs)
-    assert_same(nets.q_target, *oracle.q_targets)
-    assert_same(nets.actor, oracle.actor)
-    for name in ("behavior", "last_actor"):
-        assert same(getattr(nets, name), getattr(before, name))
-    assert nets.log_bc_weight == before.log_bc_weight
-    assert all(p.grad is None for p in nets.parameters())
-    assert metrics.keys() == expected.keys()
-    for name, exact in expected.items():
-        assert_close(metrics[name], exact.detach(), atol=1e-8, rtol=1e-6)
-    assert case != "trust" or oracle.cut_on_both_sides
-
-
-def test_clone_step_by_hand(data):
-    nets, args = make(data, clip=0.1)
-    nets.log_bc_weight.data.fill_(-0.4)
-    opt, before = optimizers(nets, SGD, 0.05), copy.deepcopy(nets)
-    noise = torch.full((16, 2), 0.3).double()
-    with Inject(randint=[torch.arange(16)], randn_like=[noise]):
-        metrics = itrpo.update_behavior(nets, opt, data, args)
-
-    behavior, weight = stack(before.behavior), math.exp(-0.4)
-    out = behavior(data.obs)
-    mean, log_std = out[:, :2], out[:, 2:].clamp(-5, 2)
-    dist, drawn = squashed(mean, log_std), (mean + 0.3 * log_std.exp()).tanh()
-    clipped = data.action.clamp(-0.9, 0.9)
-    nll, entropy = (-dist.log_prob(a).sum(-1).mean() for a in (clipped, drawn))
-    (nll - weight * entropy).backward()
-    torch.optim.SGD(behavior.parameters(), lr=0.05).step()
-    assert_same(nets.behavior, behavior)
-    expected = -0.4 - 0.05 * weight * (entropy.item() + 2)
-    assert abs(nets.log_bc_weight.item() - expected) < 1e-8
-    assert_close(metrics["nll"], nll.detach())
-    assert_close(metrics["entropy"], entropy.detach())
-    for name in ("actor", "q", "q_target", "last_actor"):
-        assert same(getattr(nets, name), getattr(before, name))
-
-
 @pytest.mark.parametrize(("entropy", "direction"), [(-2.5, 1), (-1.5, -1)])
 def test_entropy_weight_rises_below_its_target(entropy, direction):
     """The target is -A = -2; the gradient is weight * (entropy + A)."""
     log_weight = nn.Parameter(torch.tensor(0.7))
-    loss = itrpo.temperature_loss(log_weight, torch.tensor(entropy), 2)
+    loss = itrpo.bc_weight_loss(log_weight, torch.tensor(entropy), 2)
     (grad,) = torch.autograd.grad(loss, log_weight)
     assert_close(grad, math.exp(0.7) * torch.tensor(entropy + 2))
     Adam([log_weight], 0.01).step([grad])
     assert (log_weight - 0.7).sign() == direction
 
 
-# ---- training loop ---------------------------------------------------------------------------
+def test_metrics_of_an_update(data):
+    """Those that no loss holds; the learning rates are 0, so the networks stay."""
+    nets, args = make(data, setting="trust", ratio_min=-0.1, ratio_max=0.1, samples=1)
+    params = {k: getattr(nets, k).parameters() for k in ("q", "actor")}
+    opt = SimpleNamespace(**{k: SGD(p, 0.0) for k, p in params.items()})
+    with Inject(randint=[torch.arange(16)], randn_like=list(torch.randn(3, 1, 16, 2).double())):
+        metrics = itrpo.update(nets, opt, data, args)
+    names = ("actor", "behavior", "last_actor")
+    heads = [itrpo.gaussian(getattr(nets, name), data.obs) for name in names]
+    normals = [D.Normal(mean, log_std.exp()) for mean, log_std in heads]
+    log_pi, log_b = (squashed(*head).log_prob(data.action).sum(-1) for head in heads[:2])
+    rho, kl = log_pi - log_b, [D.kl_divergence(normals[0], x).sum(-1) for x in normals[1:]]
+    assert (rho < -0.1).any() and (rho > 0.1).any()
+    expected = {"rho_data": rho, "shaping": 0.9 * 0.9 * rho.clamp(-0.1, 0.1)}
+    expected |= {"clipped_ratios": (rho.abs() > 0.1).double(), "std": normals[0].stddev}
+    expected |= {"kl_behavior": kl[0], "kl_step": kl[1]}
+    for name, values in expected.items():
+        assert_close(metrics[name].double(), values.mean().detach(), rtol=1e-6, atol=1e-8)
 
 
 class Noted(PlainRun):
@@ -708,10 +524,6 @@ class Noted(PlainRun):
         else:
             self.actors.append(copy.deepcopy(self.nets.actor))
             self.copies.append(copy.deepcopy(self.nets.last_actor))
-
-    def cached(self, stage, module, *settings):
-        self.settings = settings
-        return False
 
 
 def test_the_last_actor_is_that_of_the_last_row(tiny_data):
@@ -732,28 +544,6 @@ def test_learning_rate_of_the_clone_falls_twice(tiny_data):
     train(run, tiny_data(), Args(bc_steps=20, steps=1, batch_size=4))
     expected = [1e-3] * 16 + [1e-4] * 2 + [1e-5] * 2
     assert_close(torch.tensor(run.rates), torch.tensor(expected)[:, None].expand(20, 2))
-
-
-def test_a_shared_clone_depends_on_its_own_settings_alone(tiny_data):
-    def settings(**values):
-        run = Noted()
-        train(run, tiny_data(), Args(**dict(bc_steps=2, steps=1, batch_size=4) | values))
-        return run.settings
-
-    for own in ("bc_steps", "bc_lr", "batch_size", "dequantize", "normalize_obs"):
-        assert settings(**{own: 1}) != settings()
-    assert settings(clip=0.5) != settings()
-    assert settings(setting="trust", samples=2, lr=0.1, steps=2) == settings()
-
-
-def test_policy_stands_between_raw_observations_and_the_bounds(data):
-    data.obs_mean, data.obs_std = torch.tensor([1.0, 2.0, 3.0]), torch.tensor([0.5, 4.0, 2.0])
-    data.action_low, data.action_high = torch.tensor([-2.0, 0.0]), torch.tensor([6.0, 1.0])
-    nets, args = make(data)
-    raw = torch.randn(5, 3).double()
-    mean = stack(nets.actor)((raw - data.obs_mean) / data.obs_std)[:, :2].tanh()
-    expected = torch.stack([2 + 4 * mean[:, 0], 0.5 + 0.5 * mean[:, 1]], 1)
-    assert_close(itrpo.policy(nets, raw, args), expected)
 
 
 def play(**method):

@@ -1,16 +1,26 @@
-"""peers.py and drive_peer.py: the meter on work of a known size, what a peer's program finds in
-place of its packages, the table, refusals."""
+"""peers/: the meter on work of a known size, what a program finds in place of its packages, the
+table; CORL's program on our rows, in our evaluation and in our format; refusals."""
 
+import dataclasses
+import importlib
+import json
 import os
 import subprocess
+import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
+import torch
 
 from common import InputError
-from harness import parse
-from tools import drive_peer, peers
+from peers import corl, drive, speed
+from run import evaluate, load, make, parse, score
+from tools import report
+
+ROOT = Path(__file__).resolve().parents[1]
 
 # The parts of a peer's program that touch what stands in for its packages.
 PROGRAM = """
@@ -56,27 +66,29 @@ def checkout(folder, program=PROGRAM) -> str:
 
 
 def flags(*words):
-    return parse(peers.Args, {}, list(words))[0]
+    return parse(speed.Args, {}, list(words))[0]
 
 
 def test_a_program_runs_as_it_lies_there_and_is_counted(tmp_path):
-    args = flags("--corl", checkout(tmp_path / "CORL"), "--seconds", "0.3")
-    result = peers.measure(peers.programs(args)[0], args, str(tmp_path))
+    args = flags(checkout(tmp_path / "CORL"), "--seconds", "0.3")
+    result = speed.measure(speed.programs(args)[0], args, str(tmp_path))
     assert result["rate"] == pytest.approx(200, rel=0.2) and "torch" in result["versions"]
 
 
 def test_ours_runs_with_two_layers_too(tmp_path):
-    args = flags("--jax-corl", "c", "--algorithms", "cql", "--seconds", "0.2")
-    *_, ours, compiled = peers.programs(args)
-    assert (ours.layers, ours.settings, compiled.settings) == (2, {}, {"compile": True})
-    assert peers.measure(ours, args, str(tmp_path))["rate"] > 0
+    (tmp_path / "algos").mkdir()
+    (tmp_path / "algos" / "td3bc.py").touch()
+    args = flags(str(tmp_path), "--algorithms", "cql", "--seconds", "0.2")
+    _, ours, compiled = speed.programs(args)
+    assert (ours.settings["layers"], compiled.settings["compile"]) == (2, True)
+    assert speed.measure(ours, args, str(tmp_path))["rate"] > 0
 
 
 def test_the_meter_leaves_the_warm_up_out():
     """Slow calls at first, as compilation makes them; four updates a call."""
     waited = []
-    meter = drive_peer.Meter(0.3, waited.append)
-    with pytest.raises(drive_peer.Measured):
+    meter = drive.Meter(0.3, waited.append)
+    with pytest.raises(drive.Measured):
         for call in range(10_000):
             end = time.process_time() + (0.1 if call < 3 else 0.01)
             while time.process_time() < end:
@@ -86,47 +98,52 @@ def test_the_meter_leaves_the_warm_up_out():
     assert len(waited) == 2, "at the beginning and at the end, for what is computed meanwhile"
 
 
-def test_programs_of_a_table():
+def test_programs_and_their_table(tmp_path):
     """CQL is compared with as many layers; unifloral's is another method."""
-    found = peers.programs(flags("--corl", "a", "--unifloral", "b", "--jax-corl", "c"))
-    cql = [(x.peer, x.layers) for x in found if x.algorithm == "cql"]
-    assert cql == [("corl", 3)] * 2 + [("ours", 3)] * 2 + [("jax_corl", 2)] + [("ours", 2)] * 2
-    assert sum(x.peer == "unifloral" for x in found) == 2
-    found = peers.programs(flags("--corl", "a", "--algorithms", "iql"))
-    assert [(x.peer, x.algorithm) for x in found] == [("corl", "iql")] * 2 + [("ours", "iql")] * 2
+    places = [tmp_path / name for name in speed.PEERS]
+    for place, peer in zip(places, speed.PEERS.values()):
+        (place / peer.file).parent.mkdir(parents=True)
+        (place / peer.file).touch()
+    found = speed.programs(flags(*map(str, places), "--algorithms", "cql"))
+    assert [(x.peer, x.networks[-1]) for x in found] == [
+        ("corl", "3"), ("jax_corl", "2"), ("ours", "3"), ("ours", "3"), ("ours", "2"), ("ours", "2")
+    ]  # fmt: skip
+    rates = [[90, 110, 100], [200], [300], [400], [500], [600]]
+    lines = speed.table(found, rates)
+    assert lines[2] == "| CQL(H) | CORL | 256 x 3 | 100.0 | 90.0, 110.0 | 3.00 x | 4.00 x |"
+    assert lines[3].endswith("| JAX-CORL | 256 x 2 | 200.0 | 200.0, 200.0 | 2.50 x | 3.00 x |")
+    assert lines[4] == "| CQL(H) | ours | 256 x 3 | 300.0 | 300.0, 300.0 |  |  |"
+    assert len(lines) == 8 and {line.count("|") for line in lines} == {8}
+    assert {x.peer for x in speed.programs(flags(*map(str, places)))} == {*speed.PEERS, "ours"}
 
 
-def test_table_by_hand():
-    found = peers.programs(flags("--corl", "a", "--algorithms", "td3_bc"))
-    lines = peers.table(found, [[90, 110, 100], [200, 200, 260], [300, 280, 320], [400, 400, 400]])
-    assert lines[2] == "| TD3+BC | CORL | 256 x 2 | 100.0 | 90.0, 110.0 | 3.00 x | 4.00 x |"
-    assert lines[3].endswith('"medium" | 256 x 2 | 200.0 | 200.0, 260.0 | 1.50 x | 2.00 x |')
-    assert lines[4] == "| TD3+BC | ours | 256 x 2 | 300.0 | 280.0, 320.0 |  |  |"
-    assert len(lines) == 6 and {line.count("|") for line in lines} == {8}
+def test_every_program_can_be_started():
+    assert {*speed.PEERS, "ours"} == drive.PEERS.keys()
 
 
 def test_the_commit_of_a_checkout(tmp_path):
-    assert peers.commit(tmp_path) == "unknown"
+    assert drive.commit(tmp_path) == "unknown"
     git = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b"]
     for words in (["init", "-q"], ["commit", "-q", "--allow-empty", "-m", "x"]):
         subprocess.run([*git, *words], check=True)
-    assert len(peers.commit(tmp_path)) == 7
+    assert len(drive.commit(tmp_path)) == 7
+    (tmp_path / "file").touch()
+    subprocess.run([*git, "add", "file"], check=True)
+    assert drive.commit(tmp_path).endswith("-dirty")
 
 
 def test_a_program_that_fails_is_named(tmp_path):
     path = checkout(tmp_path / "CORL", "raise RuntimeError('no such thing')")
-    args = flags("--corl", path, "--algorithms", "td3_bc")
+    args = flags(path, "--algorithms", "td3_bc")
     with pytest.raises(InputError, match="CORL, td3_bc: RuntimeError: no such thing; run "):
-        peers.measure(peers.programs(args)[0], args, str(tmp_path))
+        speed.measure(speed.programs(args)[0], args, str(tmp_path))
 
 
 BAD = {
-    "": "name a checkout: --corl PATH",
-    "--corl .": "--corl .: there is no algorithms/offline/td3_bc.py; use the folder of a checkout",
-    "--jax-corl nowhere": "--jax-corl nowhere: there is no algos/td3bc.py",
-    "--corl CORL --core 99999": "--core 99999: use one of",
-    "--corl CORL --rounds 0": "--rounds is 0",
-    "--corl CORL --seconds -1": "--seconds is -1",
+    "": "name a checkout, for example: python peers/speed.py ../CORL",
+    "nowhere": "nowhere: use the folder of a checkout; there is none of algorithms/offline/td3_bc",
+    "CORL --rounds 0": "--rounds is 0",
+    "CORL --seconds -1": "--seconds is -1",
 }
 
 
@@ -134,7 +151,294 @@ BAD = {
 def test_refusals(line, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     checkout("CORL")
-    before = os.sched_getaffinity(0)
     with pytest.raises(InputError, match=BAD[line]):
-        peers.main(flags(*line.split()))
-    assert os.sched_getaffinity(0) == before
+        speed.main(flags(*line.split()))
+
+
+# ---- CORL on our rows ------------------------------------------------------------------------
+
+# The parts of CORL's programs that touch what is replaced. Its policy is linear and never learns.
+CORL = """
+from dataclasses import asdict, dataclass
+import d4rl, gym, json, numpy as np, pyrallis, torch, wandb
+
+@dataclass
+class TrainConfig:
+    device: str = "cuda"
+    env: str = ""
+    seed: int = 0
+    eval_freq: int = 5
+    n_episodes: int = 1
+    max_timesteps: int = 7
+    buffer_size: int = 1
+    batch_size: int = 1
+    discount: float = 0.0
+    tau: float = 0.0
+    normalize: bool = False
+    normalize_reward: bool = True
+    OWN
+
+class Actor:
+    mode = "train"
+    def act(self, state, device):
+        assert self.mode == "eval" and state.ndim == 1 and state.dtype == np.float32
+        return np.tanh(state[:3])
+    def eval(self):
+        self.mode = "eval"
+    def train(self):
+        self.mode = "train"
+
+def eval_actor(env, actor, device, n_episodes, seed):
+    raise RuntimeError("CORL's own evaluation runs")
+
+@pyrallis.wrap()
+def train(config: TrainConfig):
+    env = gym.make(config.env)
+    data = d4rl.qlearning_dataset(env)
+    np.savez("seen.npz", **data)
+    json.dump(asdict(config), open("flags.json", "w"))
+    assert env.observation_space.shape == (data["observations"].shape[1],)
+    assert env.action_space.shape == (3,) and float(env.action_space.high[0]) == 1
+    assert len(data["rewards"]) == config.buffer_size and config.device == "cpu"
+    env = gym.wrappers.TransformObservation(env, lambda state: (state - 1) / 2)
+    env.seed(config.seed), env.action_space.seed(config.seed)
+    torch.manual_seed(config.seed)
+    actor = Actor()
+    wandb.init(project="x"), wandb.run.save()
+    for t in range(config.max_timesteps):
+        wandb.log({"loss": torch.rand(1).item()}, step=t + 1)
+        if (t + 1) % config.eval_freq == 0:
+            scores = eval_actor(env, actor, config.device, config.n_episodes, config.seed)
+            print("this is not shown", env.get_normalized_score(scores.mean()) * 100.0)
+            assert actor.mode == "train"
+            wandb.log({"d4rl_normalized_score": 0.0}, step=t + 1)
+
+if __name__ == "__main__":
+    train()
+"""
+OWN = {
+    "td3_bc": "alpha: float = 0.0; policy_noise: float = 0.0; noise_clip: float = 0.0; "
+    "policy_freq: int = 0",
+    "iql": "beta: float = 0.0; iql_tau: float = 0.0; vf_lr: float = 0.0; qf_lr: float = 0.0; "
+    "actor_lr: float = 0.0",
+}
+SHORT = "--steps 20 --eval-every 10 --eval-episodes 2 --device cpu --precision highest".split()
+
+
+def corl_checkout(folder, change=lambda text: text) -> str:
+    """A folder that looks like a checkout of CORL."""
+    for algorithm, own in OWN.items():
+        path = Path(folder) / "algorithms" / "offline" / f"{algorithm}.py"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(change(CORL.replace("OWN", own)))
+    return str(folder)
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch, capsys):
+    """Factory of a run in an empty folder: command line -> (what it printed, the line of an error
+    that it left by). The modules that the tool replaces come back at the end."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("d4rl", "gym", "pyrallis", "wandb"):
+        monkeypatch.setitem(sys.modules, name, None)
+
+    def call(*words):
+        words = [str(word) for word in words]
+        monkeypatch.setattr(sys, "argv", [str(ROOT / "peers" / "corl.py"), *words])
+        error = None
+        try:
+            corl.main(corl_flags(*words))
+        except SystemExit as left:
+            error = left.code
+        return capsys.readouterr().out, error
+
+    return call
+
+
+def corl_flags(*words):
+    return parse(corl.Args, {}, list(words))[0]
+
+
+def expected(task, seed) -> np.ndarray:
+    """Returns of the stand-in's policy by our own evaluation."""
+
+    def act(obs):
+        return torch.tanh((obs[:, :3] - 1) / 2)
+
+    envs = [make(task) for _ in range(2)]
+    return evaluate(act, envs, 1000 * seed + 100, torch.device("cpu"))
+
+
+@pytest.mark.parametrize(
+    "algorithm, env", [("td3_bc", "hopper-medium-expert-demo"), ("iql", "hopper-replay-demo")]
+)
+def test_a_run_is_on_our_rows_in_our_evaluation_and_in_our_format(algorithm, env, tmp_path, run):
+    place = corl_checkout(tmp_path / "CORL")
+    line = ["--corl", place, "--algorithm", algorithm, "--env", env, "--seed", 3, *SHORT]
+    line += ["--out", tmp_path / "runs"]
+    out, error = run(*line)
+    assert error is None
+    assert "this is not shown" not in out and f"corl_{algorithm} score" in out
+    assert "note: the checkout is unknown, and this tool was made for 6afec90" in out
+
+    data, task = load(env)
+    module = importlib.import_module(algorithm)
+    ours, _ = parse(module.Args, module.PRESETS, ["--env", env])
+    if algorithm == "iql":
+        assert ours.normalize_reward
+        module.scale_rewards(data, ours)
+    names = dict(observations="obs", actions="action", next_observations="next_obs")
+    names |= dict(rewards="reward", terminals="terminal")
+    with np.load(tmp_path / "seen.npz") as seen:
+        for name, field in names.items():
+            own = getattr(data, field).numpy()
+            assert seen[name].dtype == own.dtype and seen[name].tobytes() == own.tobytes(), name
+
+    given = json.loads((tmp_path / "flags.json").read_text())
+    assert (given["max_timesteps"], given["eval_freq"], given["n_episodes"]) == (20, 10, 2)
+    assert given["seed"] == 3 and given["normalize"] == ours.normalize_obs
+    assert given["discount"] == ours.gamma and given["tau"] == ours.polyak
+    assert not given["normalize_reward"], "our rows hold it already"
+
+    (folder,) = (tmp_path / "runs").glob("hopper*")
+    assert folder.name == f"{env}__corl_{algorithm}__3"
+    result = report.read_run(folder)
+    assert result["finished"] and result["method"] == f"corl_{algorithm}"
+    assert result["dataset"] == env and result["references"]["data"] > 0
+    assert result["curve"].steps.tolist() == [10, 20]
+    returns = expected(task, 3)
+    assert np.allclose(result["curve"].score, score(task, returns), rtol=1e-6)
+    for path in folder.iterdir():
+        assert str(tmp_path).encode() not in path.read_bytes(), f"a path in {path.name}"
+        assert str(ROOT).encode() not in path.read_bytes(), f"a path in {path.name}"
+    config = json.loads((folder / "config.json").read_text())
+    assert config["corl"]["commit"] == "unknown" and config["corl"]["args"]["max_timesteps"] == 20
+    assert {"algorithm", "common", "run", "tool"} == config["code"].keys()
+
+
+def test_a_finished_run_is_repeated_by_overwrite_alone(tmp_path, run):
+    line = ["--corl", corl_checkout(tmp_path / "CORL"), *SHORT, "--name", "again"]
+    folder = tmp_path / "runs" / "hopper-medium-expert-demo__corl_td3_bc-again__0"
+    out, error = run(*line)
+    assert error is None and "corl_td3_bc score" in out
+    before = (folder / "eval.csv").stat().st_mtime_ns
+    out, error = run(*line)
+    assert error == 0 and out.endswith("is finished: there is nothing to resume\n")
+    out, error = run(*line, "--eval-every", 20)
+    assert "is finished, with eval_every 10, not 20" in error
+    assert (folder / "eval.csv").stat().st_mtime_ns == before
+    out, error = run(*line, "--overwrite")
+    assert error is None and (folder / "eval.csv").stat().st_mtime_ns > before
+    (folder / "summary.json").unlink()
+    out, error = run(*line)
+    assert error is None and (folder / "summary.json").exists(), "a stopped run starts again"
+
+
+def test_ctrl_c_leaves_with_a_line(tmp_path, run):
+    line = '        wandb.log({"loss"'
+    stop = "        if t == 4:\n            import os; os.kill(os.getpid(), 2)\n"
+    place = corl_checkout(tmp_path / "CORL", lambda text: text.replace(line, stop + line))
+    out, error = run("--corl", place, *SHORT)
+    assert error == 130 and "stopped at step 5; repeat the command to start again" in out
+    (folder,) = (tmp_path / "runs").glob("hopper*")
+    assert not (folder / "summary.json").exists()
+
+
+@pytest.mark.parametrize("algorithm", OWN)
+def test_every_setting_of_our_file_reaches_corl_or_is_refused(algorithm):
+    known = {*corl.NAMES[algorithm], *corl.FIXED[algorithm], "reward_shift"}  # in the rows already
+    known |= {"env", "seed", "steps", "eval_every"}  # what every program has
+    if algorithm == "iql":  # in the rows, too; the other is of an extraction that is refused
+        known |= {"normalize_reward", "alpha_bc"}
+    module = importlib.import_module(algorithm)
+    shared = {field.name for field in dataclasses.fields(module.RunArgs)}
+    own = {field.name for field in dataclasses.fields(module.Args)} - shared
+    assert own == known
+    ours, _ = corl.our_args(corl_flags("--algorithm", algorithm, "--env", "pointmaze-medium-demo"))
+    settings = corl.corl_settings(algorithm, ours, 100, "cpu")
+    assert settings["tau"] == ours.polyak == 0.02 and settings["n_episodes"] == 20
+    assert settings["max_timesteps"] == ours.steps and settings["buffer_size"] == 100
+
+
+@pytest.mark.parametrize("algorithm", OWN)
+def test_rewards_are_those_that_our_file_trains_on(algorithm, tiny_data):
+    """Our own `train` is stopped where it starts, and its rewards are compared."""
+    module = importlib.import_module(algorithm)
+    values = dict(reward_shift=-1.0)
+    values |= dict(normalize_reward=True) if algorithm == "iql" else {}
+    ours, own, given = module.Args(**values), tiny_data(), tiny_data()
+
+    class Started(Exception):
+        pass
+
+    def start(*_, **__):
+        raise Started
+
+    with pytest.raises(Started):
+        module.train(SimpleNamespace(device="cpu", start=start), own, ours)
+    corl.scale_rewards(algorithm, given, ours)
+    assert torch.equal(own.reward, given.reward)
+    assert not torch.equal(own.reward, tiny_data().reward)
+
+
+def test_actions_are_mapped_to_the_bounds_of_the_task(tiny_data):
+    data = tiny_data()
+    data.action_low, data.action_high = torch.tensor([-1.0, 0.0]), torch.tensor([3.0, 1.0])
+    found = []
+    stand_in = SimpleNamespace(
+        scaling=corl.Scaling(data),
+        rows={"eval": [{"return": 7.0}]},
+        advance=lambda act: found.append(act(torch.zeros(2, 3))),
+    )
+    actor = SimpleNamespace(eval=lambda: None, train=lambda: None)
+    actor.act = lambda state, device: np.array([1.0, -1.0], np.float32)
+    returns = corl.CorlRun.judge(stand_in, corl.Environment(data), actor, "cpu", 2, 0)
+    assert found[0].tolist() == [[3.0, 0.0]] * 2 and returns.mean() == 7
+
+
+def test_paths_of_this_machine_are_cut():
+    words = ["--out", os.path.abspath("runs"), f"--corl={os.path.abspath('CORL')}", "../x", "--a=b"]
+    cut = [corl.portable(word) for word in words]
+    assert cut == ["--out", "runs", "--corl=CORL", "../x", "--a=b"]
+
+
+CORL_BAD = {
+    "": "name a checkout of tinkoff-ai/CORL: --corl PATH",
+    "--corl nowhere": "--corl nowhere: there is no algorithms/offline/td3_bc.py; use the folder",
+    "--corl . --algorithm iql": "there is no algorithms/offline/iql.py",
+    "--corl CORL --env hoper-replay-demo": "unknown dataset 'hoper-replay-demo' (did you mean",
+    "--corl CORL --env log.npz": "--env log.npz: use the name of a dataset",
+    "--corl CORL --steps 25 --eval-every 10": "--steps 25 is no multiple of --eval-every 10",
+    "--corl CORL --algorithm iql --env pen-human-v0": "iql.py has dropout 0.1 for pen",
+    "--corl CORL --steps 0": "--steps is 0",
+    "--corl CORL --name a/b": "--name is 'a/b'",
+}
+
+
+@pytest.mark.parametrize("line", CORL_BAD)
+def test_corls_refusals(line, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    corl_checkout("CORL")
+    with pytest.raises(InputError) as error:
+        corl.main(corl_flags(*line.split()))
+    assert CORL_BAD[line] in str(error.value) and "\n" not in str(error.value)
+    assert not Path("runs").exists()
+
+
+CHANGES = {
+    "td3_bc.py of CORL has no tau, eval_actor": lambda text: text.replace(
+        "    tau:", "    rho:"
+    ).replace("eval_actor", "evaluation"),
+    "td3_bc.py of CORL needs no_such_package": lambda text: "import no_such_package\n" + text,
+    "td3_bc.py of CORL left before its last step": lambda text: text.replace(
+        "range(config.max", "range(-3 + config.max"
+    ),
+}
+
+
+@pytest.mark.parametrize("words", CHANGES)
+def test_another_version_of_corl_is_refused(words, tmp_path, run):
+    _, error = run("--corl", corl_checkout(tmp_path / "CORL", CHANGES[words]), *SHORT)
+    assert words in error and "\n" not in error
+    assert error.endswith("use a checkout of commit 6afec90")
+    assert not [*tmp_path.glob("runs/*/summary.json")]

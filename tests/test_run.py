@@ -1,9 +1,7 @@
-"""harness/run.py: flags and presets, evaluation, phases, what a run says and when it stops."""
+"""run.py: flags and presets, evaluation, phases, what a run says and when it stops."""
 
-import inspect
 import json
 import math
-import multiprocessing
 import os
 import re
 import shlex
@@ -49,12 +47,12 @@ from common import (
     RunArgs,
     Seed,
     Share,
+    number_type,
     sample,
 )
-from harness import main, parse
-from harness.folder import load_tensors
-from harness.run import Run, averaged, evaluate, number_type, number_types, seed_everything
+from harness import board
 from harness.tasks import Task
+from run import Run, evaluate, main, parse
 
 TD3_BC = ROOT / "algorithms" / "td3_bc.py"
 
@@ -84,8 +82,6 @@ class Args(RunArgs):
     """any whole number"""
     widths: tuple[Count, ...] = (8, 8)
     """hidden units of each layer"""
-    betas: tuple[float, Share] = (0.9, 0.99)
-    """any number, and a share"""
     bc_steps: Count = 2000
     """gradient steps of the clone"""
 
@@ -119,6 +115,15 @@ def test_presets_match_by_pattern_and_later_rows_win():
     assert preset == dict(alpha=9.0) and args.env == "ant2"
     for path in ("logs.npz", "ant1.hdf5", "hopper-logs.NPZ", "hopper-medium/x.h5"):
         assert parse(Args, PRESETS, ["--env", path])[1] == {}, "a file's name says nothing"
+
+
+@pytest.mark.parametrize(
+    ("env", "steps"),
+    [("antmaze-umaze-v2", 1), ("antmaze-navigate-singletask-v0", 2), ("maze-singletask-v0", None)],
+)
+def test_rows_for_d4rl_do_not_match_ogbench(env, steps):
+    presets = {"*maze-*": dict(steps=1), "antmaze-*-singletask*": dict(steps=2)}
+    assert parse(Args, presets, ["--env", env])[1].get("steps") == steps
 
 
 def test_typed_flag_wins_even_at_its_default():
@@ -206,9 +211,6 @@ ROWS, ABOVE = "a whole number from 1 to 1e6", "a finite number above 0"
         ("--whole 1.5", "--whole is 1.5: use a whole number"),
         ("--widths x", f"--widths is x: use {WHOLE} for each of its values"),
         ("--widths 8 1e2 2.5 8", f"--widths is 2.5: use {WHOLE} for each of its values"),
-        ("--widths 8 0 --seed 1", f"--widths is 0: use {WHOLE} for each of its values"),
-        ("--betas x 1", "--betas is x: use a number for each of its values"),
-        ("--betas 2 2", "--betas is 2: use a number from 0 to 1 for each of its values"),
         ("--eval-episodes 1e9", "--eval-episodes is 1e9: use a whole number from 1 to 10,000"),
     ],
 )
@@ -217,12 +219,6 @@ def test_numbers_that_cannot_be_are_one_line(line, says):
         parsed(line)
     assert isinstance(caught.value, SystemExit)
     assert str(caught.value) == says
-
-
-def test_every_value_of_a_tuple_is_read():
-    args = parsed("--widths 1e2 2e2 3 --betas=-1e-1 0.5 --steps 1e2")
-    assert (args.widths, args.betas, args.steps) == ((100, 200, 3), (-0.1, 0.5), 100)
-    assert all(type(width) is int for width in args.widths)
 
 
 def test_a_preset_out_of_range_is_one_line():
@@ -238,45 +234,45 @@ def test_types_of_numbers_are_found_in_every_annotation():
     assert number_type(float | None) == (float, None)
     assert number_type(Annotated[int, allowed]) == (int, allowed)
     assert number_type(Annotated[float, allowed] | None) == (float, allowed)
-    assert number_types(int, 1) == [(int, None)] and number_types(str, 2) == [(None, None)] * 2
-    assert number_types(tuple[Annotated[int, allowed], ...], 3) == [(int, allowed)] * 3
-    assert number_types(tuple[int, str], 2) == [(int, None), (None, None)]
+    assert number_type(tuple[Annotated[int, allowed], ...]) == (int, allowed)
 
 
-def test_help_shows_the_defaults_of_the_env_and_the_rule_of_lengths(capsys):
+def test_help_begins_with_the_papers_flags_and_shows_the_values_of_the_env(capsys):
     with pytest.raises(SystemExit) as caught:
         parsed("--env ant1 --help")
     out = " ".join(capsys.readouterr().out.split())
-    assert caught.value.code == 0
-    assert "flags and presets" in out and "weight of Q" in out and "9.0" in out
-    assert "Where --steps is typed and --bc-steps is not, that phase is at most as long." in out
+    assert caught.value.code == 0 and "flags and presets" in out
+    assert "weight of Q (default: 9.0)" in out
+    assert "a share, or None (default: 0.5)" in out, "a field that is filled in shows its value"
+    assert out.index("--bc-steps") < out.index("--device") < out.index("--track")
 
 
-@pytest.mark.parametrize("line", ["--nonsense 3", "--precision half", "--steps"])
+@pytest.mark.parametrize(
+    ("line", "says"),
+    [
+        ("--nonsense 3", "there is no --nonsense: use --help"),
+        ("--alpa 3", "there is no --alpa: use --alpha"),
+        ("--batchsize=3", "there is no --batchsize: use --batch-size"),
+        ("--max-timesteps 3", "there is no --max-timesteps: use --steps"),
+        ("--n_episodes 3", "there is no --n-episodes: use --eval-episodes"),
+        (f"--{'x' * 99}", f"there is no --{'x' * 40}: use --help"),
+    ],
+)
+def test_an_unknown_flag_is_answered_with_the_one_that_is_meant(line, says):
+    with pytest.raises(InputError) as caught:
+        parsed(line)
+    assert str(caught.value) == says
+
+
+@pytest.mark.parametrize("line", ["--precision half", "--env", "--resume 3"])
 def test_flags_that_cannot_be_read_exit_nonzero(line, capsys):
     with pytest.raises(SystemExit) as caught:
         parsed(line)
     assert caught.value.code not in (0, None)
-    assert line.split()[0].strip("-") in "".join(capsys.readouterr())
-
-
-def test_command_line_is_the_default(monkeypatch):
-    monkeypatch.setattr("sys.argv", ["script.py", "--seed", "4"])
-    assert parse(Args, {})[0].seed == 4
-    assert inspect.signature(parse).parameters["argv"].default is None
+    assert line.split()[-1].strip("-") in "".join(capsys.readouterr())
 
 
 # ---- seeds and evaluation --------------------------------------------------------------------
-
-
-def test_seed_everything():
-    def draws(seed):
-        seed_everything(seed)
-        return torch.rand(3).tolist() + np.random.rand(3).tolist()
-
-    assert draws(5) == draws(5)
-    assert not set(draws(5)) & set(draws(6))
-    draws(2**40)  # numpy alone takes 32 bits
 
 
 class FakeEnv:
@@ -393,14 +389,15 @@ def test_few_environments_return_the_bits_of_many(task, episodes):
 def test_a_run_makes_as_many_environments_as_its_task_says(here):
     made = []
 
-    def few(run):
-        make = run.task.make
-        run.task.make = lambda: made.append(make()) or made[-1]
-        run.task.envs_for = lambda episodes: 2
-
     def loaded(run):
         load = run.load
-        run.load = lambda: (load(), few(run))[0]
+
+        def few():
+            data, own = load(), run.task["make"]
+            run.task |= {"most_envs": 2, "make": lambda: made.append(own()) or made[-1]}
+            return data
+
+        run.load = few
 
     values = dict(eval_env=None, eval_every=10, eval_episodes=5)
     start("bc", out="many", **values)
@@ -439,23 +436,22 @@ gymnasium.register("Paying-v0", Paying)
 @pytest.mark.parametrize(("log", "last"), [("log.npz", 10), ("log-singletask-v0.npz", 3)])
 def test_scores_are_means_of_as_many_as_they_say(here, monkeypatch, capsys, log, last):
     """Of an evaluation's episodes, and of the last evaluations: returns are so skewed that no
-    median, and no other number of them, gives the same. The name of the dataset decides how many
-    evaluations count, as in tools/report.py."""
+    median, and no other number of them, gives the same. The dataset's name decides how many."""
     monkeypatch.setattr(Paying, "seeds", [])
     write_log(log)
     values = dict(eval_env="Paying-v0", eval_every=1, eval_episodes=3, steps=12)
     final, run = start("bc", env=log, **values)
     returns = (40.0 - np.arange(36).reshape(12, 3)) ** 3
-    table = rows(run.folder.path / "eval.csv")
+    table = rows(run.folder / "eval.csv")
     assert [int(row["step"]) for row in table] == list(range(1, 13))
     episodes = [[float(x) for key, x in row.items() if "episode_" in key] for row in table]
     assert episodes == returns.tolist()
     means = returns.mean(1)
     for key in ("return", "score"):
         np.testing.assert_allclose([float(row[key]) for row in table], means)
-    summary = json.loads((run.folder.path / "summary.json").read_text())
+    summary = json.loads((run.folder / "summary.json").read_text())
     assert final == summary["score"] == pytest.approx(means[-last:].mean())
-    assert (summary["averaged"], summary["evaluations"]) == (last, 12) and averaged(log) == last
+    assert (summary["averaged"], summary["evaluations"]) == (last, 12)
     assert (summary["last"], summary["best"]) == pytest.approx((means[-1], means[0]))
     assert f"bc return {final:.1f} | " in capsys.readouterr().out.splitlines()[-1]
 
@@ -490,7 +486,6 @@ def drawn(seed, name, first_steps):
         for phase, steps in {"behavior": first_steps, "train": 2}.items():
             for t in run.loop(steps, phase):
                 new = {"batch": sample(data, 8, ["reward"])[0], "noise": torch.randn(8)}
-                new |= {"numpy's noise": np.random.rand(8)}
                 if t <= 2:
                     draws.update({(phase, t, key): x.tolist() for key, x in new.items()})
                 run.after(t, {"loss": torch.zeros(())})
@@ -506,7 +501,7 @@ def test_batches_and_noise_are_those_of_the_seed_and_the_phase(here):
     one, again, other = drawn(3, "one", 2), drawn(3, "again", 5), drawn(4, "other", 2)
     assert one == again
     different = [tuple(x) for x in (*one.values(), *other.values())]
-    assert len(set(different)) == len(different) == 2 * (1 + 2 * 2 * 3)
+    assert len(set(different)) == len(different) == 2 * (1 + 2 * 2 * 2)
 
 
 def test_evaluation_leaves_the_random_stream_alone(here):
@@ -518,15 +513,17 @@ def test_evaluation_leaves_the_random_stream_alone(here):
 # ---- lengths and lines -----------------------------------------------------------------------
 
 
-def test_the_first_line_names_every_phase_and_its_length(here, capsys):
-    words = ["--env", "log.npz", "--eval-env", "none", "--batch-size", 4, "--precision", "highest"]
-    run_main("fisher_brc", *words, "--steps", 3)
-    capped = "steps: behavior 3, train 3 (without --bc-steps, at most --steps); seed 0"
-    assert capped in capsys.readouterr().out
-    run_main("fisher_brc", *words, "--steps", 3, "--bc-steps", 5, "--seed", 1)
-    assert "steps: behavior 5, train 3; seed 1" in capsys.readouterr().out
+def test_the_first_lines_name_every_phase_and_its_length(here, capsys):
+    words = ["--env", "log.npz", "--eval-env", "none", "--batch-size", 4]
+    for more, says in (("", "behavior 3, train 3"), ("--bc-steps 5", "behavior 5, train 3")):
+        run_main("fisher_brc", *words, "--steps", 3, "--overwrite", *more.split())
+        assert f"steps:      {says}; seed 0\n" in capsys.readouterr().out
     run_main("bc", *words, "--steps", 3)
-    assert "steps: train 3; seed 0" in capsys.readouterr().out
+    lines = capsys.readouterr().out.splitlines()[:5]
+    assert lines[0].startswith("data:       log.npz, 120 transitions, 4 episodes, return ")
+    assert lines[1:3] == ["steps:      train 3; seed 0", "preset:     none"]
+    assert lines[3] == "folder:     runs/log__bc__0"
+    assert re.fullmatch(r"arithmetic: \w+, threads: 1, fp32 products: highest, eager", lines[4])
 
 
 def test_the_printed_preset_is_what_is_in_force(here, capsys):
@@ -535,72 +532,34 @@ def test_the_printed_preset_is_what_is_in_force(here, capsys):
     presets = {"hopper-replay-demo": dict(steps=4, alpha=1.5, policy_freq=3)}
     words = "--env hopper-replay-demo --eval-env none --batch-size 4 --policy-freq 1".split()
     main(td3_bc.Args, presets, td3_bc.train, words)
-    assert "; preset steps=4, alpha=1.5\n" in capsys.readouterr().out
+    assert "preset:     steps=4, alpha=1.5\n" in capsys.readouterr().out
     config = json.loads(Path("runs/hopper-replay-demo__td3_bc__0/config.json").read_text())
     assert config["preset"] == dict(steps=4, alpha=1.5) and config["args"]["policy_freq"] == 1
 
 
-def test_every_phase_says_how_far_it_is_also_on_a_pipe(here, capsys):
+def test_every_phase_says_how_far_it_is_also_on_a_pipe(here, capsys, monkeypatch):
     """The first line after seconds, then every half minute."""
-    assert Run.first_line_after <= 10 and Run.line_every <= 60
-
-    def often(run):
-        run.first_line_after = run.line_every = 0
-
-    start("fisher_brc", prepare=often, log_every=1000)
+    assert board.Guest.first_line_after <= 10 and board.Guest.line_every <= 60
+    start("bc")
+    assert "1/20" not in capsys.readouterr().out
+    for name in ("first_line_after", "line_every"):
+        monkeypatch.setattr(board.Guest, name, 0)
+    start("fisher_brc", log_every=1000)
     out = capsys.readouterr().out
     assert re.search(r"^behavior 1/10 \d+/s, \d+ s left$", out, re.M), out
     assert re.search(r"^train 0/20$", out, re.M), "a phase whose first step is long says so"
     assert re.search(r"^train 19/20 \d+/s, \d+ s left$", out, re.M), out
-    start("bc")
-    assert "1/20" not in capsys.readouterr().out
 
 
-# ---- shared stages ---------------------------------------------------------------------------
+def test_names_of_folders():
+    def path(**values):
+        return Run(Args(device="cpu", **values)).folder.as_posix()
 
-
-def final_nets(name):
-    """Weights, less the clone's entropy weight: phase one alone uses it, so it is not cached."""
-    nets = load_tensors(Path("runs") / f"log__fisher_brc-{name}__3" / "checkpoint.pt")["nets"]
-    return {k: v for k, v in nets.items() if k != "log_bc_weight"}
-
-
-def test_cached_clone_changes_nothing(here, capsys):
-    start("fisher_brc", name="first")
-    cache = list(Path("runs/cache").iterdir())
-    assert len(cache) == 1
-    _, run = start("fisher_brc", name="second")
-    assert not run.count("behavior") and "clone: read from" in capsys.readouterr().out
-    assert same(final_nets("first"), final_nets("second"))
-    for key, value in (("bc_lr", 5e-4), ("bc_steps", 5), ("batch_size", 6), ("seed", 4)):
-        _, run = start("fisher_brc", name=key, **{key: value})
-        assert run.count("behavior"), f"another {key} read the cached clone"
-    write_log("log.npz", seed=1)
-    _, run = start("fisher_brc", name="data")
-    assert run.count("behavior"), "other data read the cached clone"
-    write_log("log.npz")
-    start("fisher_brc", name="lam", lam=9.0)
-    assert len(list(Path("runs/cache").iterdir())) == 6
-    assert not same(final_nets("first"), final_nets("lam"))
-    cache[0].write_bytes(b"damaged")
-    with pytest.raises(InputError, match=rf"{cache[0].name} cannot be read .*delete it"):
-        start("fisher_brc", name="third")
-
-
-def test_two_processes_share_one_cache(here):
-    """Both train the clone at once, or one of them reads it: the result is the same."""
-
-    def work(name):
-        start("fisher_brc", name=name)
-
-    jobs = [multiprocessing.get_context("fork").Process(target=work, args=(x,)) for x in "ab"]
-    for job in jobs:
-        job.start()
-    for job in jobs:
-        job.join()
-    assert [job.exitcode for job in jobs] == [0, 0]
-    assert same(final_nets("a"), final_nets("b"))
-    assert len(list(Path("runs/cache").iterdir())) == 1  # and no temporary file
+    name = Path(__file__).stem
+    assert path(env="hopper-medium-v2", seed=4) == f"runs/hopper-medium-v2__{name}__4"
+    due = f"runs/mujoco-hopper-medium-v0__{name}-x.1__0"
+    assert path(env="mujoco/hopper/medium-v0", name="x.1") == due
+    assert path(env="a/b/log.HDF5", out="o") == f"o/log__{name}__0"
 
 
 # ---- values ----------------------------------------------------------------------------------
@@ -718,9 +677,8 @@ BAD = {
     "unknown-task": ("--eval-env Pendulun-v1", r"no task Pendulun-v1.*Pendulum-v1"),
     "both": ("--resume --overwrite", r"--resume .*--overwrite .*use one"),
     "device": ("--device gpu7", r"--device gpu7: .*use cpu, cuda or auto"),
-    "no-such-device": ("--device cuda:99", r"--device cuda:99: "),
     "batch": ("--batch-size 0", r"--batch-size is 0: use a whole number from 1 to 1e6"),
-    "out-is-a-file": ("--out log.npz", r"log\.npz"),
+    "out-is-a-file": ("--out log.npz", r"log\.npz/log.*: Not a directory; use another --out"),
     "name": ("--name a/b", r"--name is 'a/b': use letters, digits"),
 }
 ONE = [x if x.stem == "td3_bc" else pytest.param(x, marks=pytest.mark.soak) for x in SCRIPTS]
@@ -737,14 +695,6 @@ def test_bad_input_is_one_line(path, case, here):
     assert re.search(says, lines[0]), lines[0]
     files = {p.name for p in here.rglob("*")}
     assert files == {"log.npz", "half.npz", "car.npz"}, "written before the input was checked"
-
-
-def test_bad_input_in_a_process_of_its_own(here):
-    """The interpreter's own exit: one line, no traceback, status 1."""
-    command = [sys.executable, str(TD3_BC), "--env", "hopper-medum-v2"]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 1 and not Path("runs").exists()
-    assert len(done.stderr.splitlines()) == 1 and "hopper-medium-v2" in done.stderr
 
 
 def test_networks_beyond_the_memory_are_one_line(here):
@@ -818,8 +768,9 @@ def test_the_printed_command_continues_the_run(here, monkeypatch, capsys):
 
 def test_second_signal_does_not_wait(here):
     twice = lambda run, metrics: [os.kill(os.getpid(), signal.SIGINT) for _ in range(2)] and None
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(SystemExit):
         start("bc", at("train", 5, twice))
+    assert not (folder("bc") / "checkpoint.pt").exists()
 
 
 @pytest.mark.parametrize("saved", [False, True])
@@ -837,14 +788,6 @@ def test_ctrl_c_outside_the_loop_says_what_is_saved(here, capsys, saved):
     assert stopped.value.code == 130
     assert last.startswith("stopped; continue with: ") == saved
     assert saved or last == "stopped before anything was saved"
-
-
-def test_ctrl_c_during_the_imports_is_one_line(tmp_path):
-    (tmp_path / "numpy.py").write_text("raise KeyboardInterrupt")  # no Python has it built in
-    code = f"import sys; sys.path[:0] = [{str(tmp_path)!r}, {str(ROOT)!r}]; import harness"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert done.returncode == 130 and done.stderr == ""
-    assert done.stdout.strip() == "stopped before anything was saved"
 
 
 def test_a_reader_that_leaves_is_no_error(here):
@@ -870,12 +813,3 @@ def test_stop_before_the_first_step_of_a_later_phase(here):
         start("fisher_brc", at("behavior", 10, stop_by(signal.SIGTERM)))
     saved = checkpoint("fisher_brc")
     assert (saved["phase"], saved["step"]) == ("behavior", 10)
-
-
-def test_rows_for_d4rl_do_not_match_ogbench():
-    from harness.run import preset_of
-
-    presets = {"antmaze-*": dict(steps=1), "antmaze-*-singletask*": dict(steps=2)}
-    assert preset_of(presets, "antmaze-umaze-v2") == dict(steps=1)
-    assert preset_of(presets, "antmaze-large-navigate-singletask-task2-v0") == dict(steps=2)
-    assert preset_of({"*maze-*": dict(steps=1)}, "pointmaze-giant-stitch-singletask-v0") == {}

@@ -3,7 +3,6 @@
 import csv
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import cql
 import pytest
@@ -11,7 +10,7 @@ import torch
 from short_runs import ROOT, outcome
 
 from common import InputError
-from harness import parse
+from run import parse
 from tools import speed
 
 CPU = torch.device("cpu")
@@ -50,25 +49,32 @@ def test_seconds_of_an_update(steps):
     assert watched(update, seconds=0.5, steps=steps) == pytest.approx(500, rel=0.2)
 
 
-def test_operations_of_an_update(capsys):
-    """Two products a step and a third in every second one; a kernel's number does not split it."""
+def test_operations_of_an_update():
+    """Two products a step and a third in every second one, in the profiler's table."""
     a = torch.randn(50, 50)
-
-    def update(t):
-        for _ in range(2 + t % 2):
-            a @ a
-
     watch = speed.Stopwatch(CPU, 0.05, operations=True)
     for t in watch.loop(10_000):
-        update(t)
-    rows = {name: (calls, spent) for name, calls, spent in watch.operations["train"]}
-    assert rows["aten::mm"][0] == 2.5 and rows["aten::mm"][1] > 0
-    event = SimpleNamespace(count=240, self_cpu_time_total=1200.0, self_device_time_total=0.0)
-    events = [SimpleNamespace(key=f"graph_{i}_cpp_fused_relu_{i}", **vars(event)) for i in (0, 12)]
-    assert speed.operation_times(events) == [("cpp_fused_relu", 4.0, 20.0)]
-    speed.print_operations("a file", [("x", 1.0, 995.0), ("y", 2.0, 5.0)])
-    out = capsys.readouterr().out
-    assert "| x | 1.0 | 995 | 100% |\n| everything else | 2.0 | 5 | 0% |\n| all |  | 1000 |" in out
+        for _ in range(2 + t % 2):
+            a @ a
+    (line,) = (x for x in watch.tables["train"].splitlines() if "aten::mm " in x)
+    assert line.split()[-1] == str(round(2.5 * speed.PROFILED))
+
+
+def rounded(a, b):
+    return (a.bfloat16() @ b.bfloat16()).float()
+
+
+def test_speed_and_error_of_the_words_of_precision(capsys):
+    """bf16 has 8 bits, fp32 has 24: rounding shows."""
+    before = torch.get_float32_matmul_precision()
+    assert speed.error_of(torch.matmul, CPU) < 1e-5 < 1e-4 < speed.error_of(rounded, CPU) < 1e-2
+    try:
+        speed.print_precisions(CPU, time.perf_counter)
+    finally:
+        torch.set_float32_matmul_precision(before)
+    rows = [line.split("|")[1:-1] for line in capsys.readouterr().out.splitlines()]
+    assert [row[0].strip() for row in rows[2:]] == ["highest", "high", "medium"]
+    assert all(float(row[1]) > 0 for row in rows[2:]) and 0 < float(rows[2][2]) < 1e-5
 
 
 @pytest.mark.parametrize(("threads", "clock"), [(1, time.process_time), (2, time.perf_counter)])
@@ -93,7 +99,7 @@ def test_table_and_csv(tmp_path, capsys):
     line = f"--algorithms bc fisher_brc --seconds 0.05 --obs-dim 5 --act-dim 2 --csv {tmp_path}/x"
     speed.main(parse(speed.Args, {}, line.split())[0])
     out = capsys.readouterr().out
-    assert "| algorithm | phase | batch | updates/s | minutes per million | MFLOP |" in out
+    assert "| algorithm | phase | batch_size | updates_per_second | minutes_per_million |" in out
     assert "cpu, 1 thread, torch " in out and "eager" in out
     with open(tmp_path / "x", newline="") as file:
         rows = list(csv.DictReader(file))

@@ -30,19 +30,21 @@ levels can be cut from it without training again.
 import copy
 import io
 import json
+import math
 import re
 import shlex
 import signal
 import sys
-from collections import deque
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
-from typing import ClassVar, Literal
+from typing import Literal
 
 import numpy as np
 import torch
 from torch import nn
+from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from common import (
@@ -50,29 +52,30 @@ from common import (
     Adam,
     Count,
     CountOrZero,
+    Flags,
     InputError,
     Number,
     ScalarMLP,
     Seed,
     graphed,
+    in_one_line,
     minimize,
     polyak,
+    prepare_device,
     sample_tanh_normal,
 )
-from harness.device import prepare_device, set_precision
-from harness.folder import load_tensors, save_tensors, write_atomic
-from harness.run import evaluate, parse, seed_everything
-from harness.tasks import near, reference_scores, register
+from harness.resume import load_tensors, to_bytes, write_atomic
+from harness.tasks import reference_scores, register
+from run import evaluate, parse
 
-AGENT_LEVELS = ("medium-replay", "full-replay", "medium", "expert", "medium-expert")
+WITHOUT_AGENT = ("random", "controller")
+COLUMNS = ("obs", "action", "reward", "next_obs", "terminal", "cut")
 GAMMA, POLYAK, LR, BATCH = 0.99, 0.005, 3e-4, 256  # SAC's own settings
 EVAL_EVERY, EVAL_EPISODES, SAVE_EVERY = 5_000, 10, 20_000
 
 
 @dataclass
-class Args:
-    phases: ClassVar[dict] = {}
-
+class Args(Flags):
     env: str = "Hopper-v5"
     """Gymnasium id of the task"""
     level: Literal[
@@ -109,13 +112,10 @@ class Args:
     """replace an existing dataset"""
     device: str = "auto"
     """cpu, cuda or auto"""
-    precision: Literal["auto", "highest", "high", "medium"] = "auto"
-    """how fp32 products are computed; auto takes the fastest way that does not round"""
+    precision: Literal["highest", "high", "medium"] = "highest"
+    """how fp32 products are computed"""
     compile: bool = False
     """compile the agent's update: it runs faster on a CPU, after half a minute of compilation"""
-
-    def resolve(self):
-        pass
 
 
 class Nets(nn.Module):
@@ -143,40 +143,42 @@ def update(nets, opt, s, a, r, s2, terminal):
 
 
 class Recorder:
-    """Transitions in the order they happened; `final` holds each episode's last observation."""
+    """Transitions in the order they happened. An episode ends at a row that is terminal or cut."""
 
     def __init__(self, obs_dim, act_dim, capacity):
-        self.obs = torch.zeros(capacity, obs_dim)
-        self.next_obs = torch.zeros(capacity, obs_dim)
+        self.obs, self.next_obs = torch.zeros(2, capacity, obs_dim)
         self.action = torch.zeros(capacity, act_dim)  # in [-1, 1]
-        self.reward, self.terminal = torch.zeros(capacity), torch.zeros(capacity)
-        self.cut = torch.zeros(capacity, dtype=torch.bool)
+        self.reward, self.terminal, self.cut = torch.zeros(3, capacity)
         self.size = 0
 
     def add(self, obs, action, reward, next_obs, terminal, timeout):
-        i = self.size
-        self.obs[i], self.action[i] = torch.as_tensor(obs), action
-        self.next_obs[i] = torch.as_tensor(next_obs)
-        self.reward[i], self.terminal[i], self.cut[i] = reward, terminal, timeout and not terminal
+        values = obs, action, reward, next_obs, terminal, timeout and not terminal
+        for name, value in zip(COLUMNS, values):
+            getattr(self, name)[self.size] = torch.as_tensor(value)
         self.size += 1
 
     def sample(self, batch_size, device):
         i = torch.randint(self.size, (batch_size,))
-        rows = (self.obs, self.action, self.reward, self.next_obs, self.terminal)
-        return [x[i].to(device) for x in rows]
+        return [getattr(self, name)[i].to(device) for name in COLUMNS[:-1]]
 
     def close(self):
         """Cut the episode in progress."""
-        self.cut[self.size - 1] |= self.terminal[self.size - 1] == 0
+        last = self.size - 1
+        self.cut[last] = 1 - self.terminal[last]
 
     def state(self):
-        names = ("obs", "next_obs", "action", "reward", "terminal", "cut")
-        return {name: getattr(self, name)[: self.size].clone() for name in names}
+        return {name: getattr(self, name)[: self.size].clone() for name in COLUMNS}
 
     def restore(self, state):
         self.size = len(state["obs"])
         for name, value in state.items():
             getattr(self, name)[: self.size] = value
+
+    def episodes(self):
+        """Slices of the rows."""
+        ended = (self.terminal + self.cut)[: self.size]
+        ends = (torch.nonzero(ended).flatten() + 1).tolist()
+        return [slice(a, b) for a, b in zip([0, *ends], ends)]
 
 
 class Collector:
@@ -184,35 +186,32 @@ class Collector:
 
     def __init__(self, args):
         self.args, self.stopped = args, False
-        self.device = prepare_device(args.device)
-        set_precision(args.precision, self.device)
-        seed_everything(args.seed)
+        self.device = prepare_device(args.device, args.precision)
+        seed(args.seed)
         self.kwargs = {}  # of the task, for gymnasium.make
         self.env = make_env(args.env)
-        space, act_space = self.env.observation_space, self.env.action_space
-        self.low, self.high = torch.tensor(act_space.low), torch.tensor(act_space.high)
-        self.dims = space.shape[0], act_space.shape[0]
+        space = self.env.action_space
+        self.low, self.high = torch.tensor(space.low), torch.tensor(space.high)
+        self.dims = self.env.observation_space.shape[0], space.shape[0]
         self.nets = Nets(*self.dims).to(self.device)
         self.opt = SimpleNamespace(
             q=Adam(self.nets.q.parameters(), LR),
             actor=Adam(self.nets.actor.parameters(), LR),
             alpha=Adam([self.nets.log_alpha], LR),
         )
-        on_cpu = self.device.type == "cpu"
-        compile = args.compile and on_cpu
-        self.update = graphed(update, self.nets, self.opt, compile=compile) if on_cpu else (
-            lambda *rows: update(self.nets, self.opt, *rows)
-        )  # fmt: skip
-        self.replay = Recorder(*self.dims, args.train_steps if args.level in AGENT_LEVELS else 0)
+        self.update = partial(update, self.nets, self.opt)
+        if self.device.type == "cpu":
+            self.update = graphed(update, self.nets, self.opt, compile=args.compile)
         self.returns, self.snapshots = [], {}  # of the agent every EVAL_EVERY steps
-        beside = (args.flat or args.dataset_id.replace("/", "-")) + ".agent.pt"
-        self.path = Path(args.agent or beside)
-        names = ("env", "seed", "random_steps")  # the others may change on the way
-        self.settings = json.dumps({name: getattr(args, name) for name in names})
-        if args.level in AGENT_LEVELS:
+        beside = args.flat or args.dataset_id.replace("/", "-")
+        self.path = Path(args.agent or f"{beside}.agent.pt")
+        same = dict(env=args.env, seed=args.seed, random_steps=args.random_steps)
+        self.settings = json.dumps(same)  # the others may change on the way
+        if args.level not in WITHOUT_AGENT:
+            self.replay = Recorder(*self.dims, args.train_steps)
+            self.eval_envs = [make_env(args.env) for _ in range(EVAL_EPISODES)]
             if self.path.exists():
                 self.restore(load_tensors(self.path))
-            self.eval_envs = [make_env(args.env) for _ in range(EVAL_EPISODES)]
 
     def act(self, actor, obs, deterministic=False):
         """Observations (n, S) -> actions (n, A) in [-1, 1]."""
@@ -225,9 +224,8 @@ class Collector:
     @torch.no_grad()
     def step(self, recorder, obs, actor):
         """One environment step into `recorder`; returns the next observation, None at an end.
-        Without an actor, actions are uniform."""
-        if obs is None:
-            obs = self.env.reset(seed=self.args.seed if not recorder.size else None)[0]
+        Without an actor, actions are uniform; without an observation, an episode begins."""
+        obs = self.env.reset()[0] if obs is None else obs
         row = torch.as_tensor(obs, dtype=torch.float32)[None]
         if actor is None:
             action = 2 * torch.rand(len(self.low)) - 1
@@ -237,62 +235,59 @@ class Collector:
         recorder.add(row[0], action, reward, next_obs, terminal, timeout)
         return None if terminal or timeout else next_obs
 
-    def train(self, goal_return=None, last_step=None):
-        """Train until the deterministic return reaches `goal_return`, or to `last_step`; returns
-        the step that is reached, None where the goal is not."""
-        reached = [t for t, mean in self.returns if goal_return is not None and mean >= goal_return]
+    def train(self, last_step, goal=math.inf):
+        """Train until the deterministic return reaches `goal`, or to `last_step`; returns the step
+        at which it was reached, None where it was not."""
+        reached = [t for t, mean in self.returns if mean >= goal]
         if reached:
             return reached[0]
-        if goal_return is not None:
-            last_step = self.args.train_steps
-        obs, bar = None, self.bar(last_step, self.replay.size)
-        if self.replay.size:
+        obs, size = None, self.replay.size
+        if size:
             self.replay.close()  # the environment starts afresh
-        for t in range(self.replay.size + 1, last_step + 1):
+        else:
+            obs = self.env.reset(seed=self.args.seed)[0]
+        bar = progress(last_step, size)
+        for t in range(size + 1, last_step + 1):
             warm = t <= self.args.random_steps
             obs = self.step(self.replay, obs, None if warm else self.nets.actor)
             if not warm:
                 self.update(*self.replay.sample(BATCH, self.device))
             bar.update()
             if t % EVAL_EVERY == 0:
-                returns = evaluate(
-                    lambda s: self.to_bounds(self.act(self.nets.actor, s, deterministic=True)),
-                    self.eval_envs,
-                    10_000 + self.args.seed,
-                    self.device,
-                )
-                self.returns.append((t, float(returns.mean())))
-                state = self.nets.actor.state_dict()
-                self.snapshots[t] = {name: x.clone() for name, x in state.items()}
-                bar.set_postfix_str(f"return {returns.mean():.0f}")
-                bar.disable and print(f"agent {t:,}: return {returns.mean():.0f}", flush=True)
-                if goal_return is not None and returns.mean() >= goal_return:
-                    self.save()
-                    return t
-            if t % SAVE_EVERY == 0 or t == last_step or self.stopped:
+                self.evaluate(t, bar)
+            reached_now = t % EVAL_EVERY == 0 and self.returns[-1][1] >= goal
+            if reached_now or t % SAVE_EVERY == 0 or t == last_step or self.stopped:
                 self.save()
-        return last_step if goal_return is None else None
+            if reached_now:
+                return t
 
-    def roll_out(self, step: int | None, steps: int):
-        """`steps` transitions of the agent as it was after online step `step` (None: of uniform
-        actions), in a Recorder."""
+    def evaluate(self, t, bar):
+        """Keep the agent's policy and its deterministic return after step t."""
+
+        def act(obs):
+            return self.to_bounds(self.act(self.nets.actor, obs, deterministic=True))
+
+        returns = evaluate(act, self.eval_envs, 10_000 + self.args.seed, self.device)
+        mean = float(returns.mean())
+        self.returns.append((t, mean))
+        state = self.nets.actor.state_dict()
+        self.snapshots[t] = {name: x.clone() for name, x in state.items()}
+        bar.set_postfix_str(f"return {mean:.0f}")
+        bar.disable and print(f"agent {t:,}: return {mean:.0f}", flush=True)
+
+    def roll_out(self, recorder, step: int | None) -> None:
+        """Add --steps transitions of the agent as it was after online step `step` (None: of uniform
+        actions)."""
         actor = None
         if step is not None:
             actor = copy.deepcopy(self.nets.actor)
             actor.load_state_dict(self.snapshots[step])
-        seed_everything(self.args.seed + (step or 0))
-        recorder, obs, bar = Recorder(*self.dims, steps), None, self.bar(steps, 0)
-        while recorder.size < steps:
+        seed(self.args.seed + (step or 0))
+        obs = self.env.reset(seed=self.args.seed)[0]
+        for _ in progress(self.args.steps):
             obs = self.step(recorder, obs, actor)
-            bar.update()
             self.leave_if_stopped()
         recorder.close()
-        return recorder
-
-    def bar(self, total, initial):
-        from tqdm import tqdm
-
-        return tqdm(total=total, initial=initial, disable=None, unit="step")
 
     def leave_if_stopped(self, state="the recording is lost; the same command starts it again"):
         if self.stopped:
@@ -311,7 +306,7 @@ class Collector:
         }
         saved = f"saved to {self.path}"
         try:
-            save_tensors(self.path, state)
+            write_atomic(self.path, to_bytes(state))
         except OSError as error:
             saved = f"{self.path} not saved ({error.strerror}): free some space"
             print(saved, file=sys.stderr)
@@ -325,20 +320,29 @@ class Collector:
             )
         self.nets.load_state_dict(state["nets"])
         for optimizer, saved in zip(vars(self.opt).values(), state["opt"]):
-            for tensor, value in zip(optimizer.state(), saved):
-                tensor.copy_(value)
-        if len(state["replay"]["obs"]) > len(self.replay.obs):  # trained further than asked for
-            self.replay = Recorder(*self.dims, len(state["replay"]["obs"]))
+            torch._foreach_copy_(optimizer.state(), saved)
+        trained = len(state["replay"]["obs"])  # maybe further than this command asks for
+        self.replay = Recorder(*self.dims, max(trained, self.args.train_steps))
         self.replay.restore(state["replay"])
         self.returns, self.snapshots = state["returns"], state["snapshots"]
         torch.set_rng_state(state["rng"])
         print(f"continuing after {self.replay.size:,} online steps", flush=True)
 
 
+def seed(number):
+    torch.manual_seed(number)
+    np.random.seed(number)  # OGBench's mazes draw from it
+
+
 def squashed(actor, s):
     """Mean and log-std (B, A) of the agent's tanh-Gaussian."""
     mean, log_std = actor(s).chunk(2, -1)
     return mean, log_std.clamp(-20, 2)
+
+
+def progress(total, initial=0):
+    """A bar over the numbers of the steps that are left."""
+    return tqdm(range(initial, total), total=total, initial=initial, disable=None, unit="step")
 
 
 # ---- the maze's controller -------------------------------------------------------------------
@@ -349,22 +353,21 @@ MAZE_START, MAZE_GOAL = (1, 1), (4, 6)  # of the task, eight cells apart
 
 def maze_with(maze, start_cells, goal_cell):
     """A copy of the map in which episodes begin at `start_cells` and the goal is `goal_cell`."""
-    marked = [[1 if cell == 1 else 0 for cell in row] for row in maze]
-    for row, column in start_cells:
-        marked[row][column] = "r"
-    marked[goal_cell[0]][goal_cell[1]] = "g"
-    return marked
+    marks = dict.fromkeys(start_cells, "r") | {goal_cell: "g"}
+    return [
+        [marks.get((i, j), int(cell == 1)) for j, cell in enumerate(row)]
+        for i, row in enumerate(maze)
+    ]
 
 
 def paths_from(maze, start):
     """{cell: its shortest path from `start`, without `start`} of all free cells; `maze` is rows of
     1 (wall) and anything else (free)."""
-    paths, queue = {start: []}, deque([start])
-    while queue:
-        cell = queue.popleft()
-        for row, column in ((0, 1), (1, 0), (0, -1), (-1, 0)):
-            neighbor = cell[0] + row, cell[1] + column
-            if neighbor not in paths and maze[neighbor[0]][neighbor[1]] != 1:
+    paths, queue = {start: []}, [start]
+    for cell in queue:  # which grows on the way
+        for down, right in ((0, 1), (1, 0), (0, -1), (-1, 0)):
+            neighbor = row, column = cell[0] + down, cell[1] + right
+            if neighbor not in paths and maze[row][column] != 1:
                 paths[neighbor] = [*paths[cell], neighbor]
                 queue.append(neighbor)
     return paths
@@ -373,11 +376,9 @@ def paths_from(maze, start):
 def drive_maze(env, steps: int, seed: int, after_step) -> Recorder:
     """`steps` transitions of the noisy controller in a gymnasium-robotics point maze;
     `after_step()` is called after each."""
-    from tqdm import tqdm
-
     point, rng = env.unwrapped, np.random.default_rng(seed)
-    recorder = Recorder(env.observation_space.shape[0], 2, steps)
-    bar = tqdm(total=steps, disable=None, unit="step")
+    recorder = Recorder(*env.observation_space.shape, 2, steps)
+    bar = progress(steps)
     while recorder.size < steps:
         obs = env.reset(seed=seed if not recorder.size else None)[0]
         start = tuple(point.maze.cell_xy_to_rowcol(maze_position(point)))
@@ -419,12 +420,11 @@ def make_env(env_id, **kwargs):
     import gymnasium as gym
 
     register(env_id)
-    if ":" not in env_id and env_id not in gym.registry:
-        raise InputError(f"--env {env_id}: there is no such task{near(env_id, gym.registry)}")
     try:
         env = gym.make(env_id, **kwargs)
     except (gym.error.Error, ImportError) as error:
-        raise InputError(f"--env {env_id}: {str(error).splitlines()[0]}") from None
+        line = str(error).splitlines()[0]
+        raise InputError(f"--env {env_id}: {line} Use the id of a task of Gymnasium") from None
     if not isinstance(env.action_space, gym.spaces.Box):
         raise InputError(
             f"--env {env_id} has {env.action_space} actions: use a task whose actions "
@@ -438,39 +438,18 @@ def make_env(env_id, **kwargs):
     return env
 
 
-def episodes(recorder):
-    """Slices of the recorder's episodes."""
-    n = recorder.size
-    ends = torch.nonzero((recorder.terminal[:n] > 0) | recorder.cut[:n]).flatten() + 1
-    return [slice(a, b) for a, b in zip([0, *ends[:-1].tolist()], ends.tolist())]
-
-
-def join(recorders):
-    """The transitions of several recorders, one after the other."""
-    if len(recorders) == 1:
-        return recorders[0]
-    first = recorders[0]
-    dims = first.obs.shape[1], first.action.shape[1]
-    joined = Recorder(*dims, sum(part.size for part in recorders))
-    states = [part.state() for part in recorders]
-    joined.restore({name: torch.cat([state[name] for state in states]) for name in states[0]})
-    return joined
-
-
 def write_flat(path, recorder, to_bounds, metadata):
-    n, last = recorder.size, [e.stop - 1 for e in episodes(recorder)]
+    rows, last = recorder.state(), [e.stop - 1 for e in recorder.episodes()]
     arrays = {
-        "observations": recorder.obs[:n],
-        "actions": to_bounds(recorder.action[:n]),
-        "rewards": recorder.reward[:n],
-        "terminals": recorder.terminal[:n].bool(),
-        "timeouts": recorder.cut[:n],
-        "final_observations": recorder.next_obs[last],
+        "observations": rows["obs"],
+        "actions": to_bounds(rows["action"]),
+        "rewards": rows["reward"],
+        "terminals": rows["terminal"].bool(),
+        "timeouts": rows["cut"].bool(),
+        "final_observations": rows["next_obs"][last],
     }
     buffer = io.BytesIO()
-    np.savez_compressed(
-        buffer, metadata=np.array(json.dumps(metadata)), **{k: v.numpy() for k, v in arrays.items()}
-    )
+    np.savez_compressed(buffer, metadata=json.dumps(metadata), **arrays)
     write_atomic(Path(path), buffer.getbuffer())
 
 
@@ -478,7 +457,7 @@ def write_minari(dataset_id, recorder, to_bounds, metadata, env):
     import minari
 
     buffer = []
-    for e in episodes(recorder):
+    for e in recorder.episodes():
         obs = torch.cat([recorder.obs[e], recorder.next_obs[e.stop - 1 : e.stop]])
         buffer.append(
             minari.data_collector.EpisodeBuffer(
@@ -486,7 +465,7 @@ def write_minari(dataset_id, recorder, to_bounds, metadata, env):
                 actions=list(to_bounds(recorder.action[e]).numpy()),
                 rewards=recorder.reward[e].tolist(),
                 terminations=recorder.terminal[e].bool().tolist(),
-                truncations=recorder.cut[e].tolist(),
+                truncations=recorder.cut[e].bool().tolist(),
             )
         )
     if dataset_id in minari.list_local_datasets():  # --overwrite: the old one goes last
@@ -503,30 +482,12 @@ def write_minari(dataset_id, recorder, to_bounds, metadata, env):
     )
 
 
-def check_target(args):
-    """InputError where the dataset could not be written in the end."""
-    if args.flat:
-        if Path(args.flat).exists() and not args.overwrite:
-            raise InputError(f"{args.flat} exists: add --overwrite or use another name")
-        if Path(args.flat).suffix != ".npz" or not Path(args.flat).absolute().parent.is_dir():
-            raise InputError(
-                f"--flat {args.flat}: use a name ending in .npz in a folder that exists"
-            )
-        return
-    import minari
-
-    if not re.fullmatch(r"([\w-]+/)*[\w-]+-v\d+", args.dataset_id):
-        raise InputError(f"--dataset-id {args.dataset_id}: use one like hopper/medium-replay-v0")
-    if args.dataset_id in minari.list_local_datasets() and not args.overwrite:
-        raise InputError(f"{args.dataset_id} exists: add --overwrite or use another id")
-
-
 def step_of_medium(job, args, goal):
     """Online step after which the agent is medium, trained as far as that needs."""
     if args.medium_step:
-        job.train(last_step=args.medium_step)
+        job.train(args.medium_step)
         return args.medium_step
-    step = job.train(goal_return=goal)
+    step = job.train(args.train_steps, goal)
     if step is None:
         raise InputError(
             f"no policy reached a return of {goal:.0f} in {args.train_steps:,} steps (the agent is "
@@ -537,7 +498,7 @@ def step_of_medium(job, args, goal):
 
 def record_maze(job, args):
     """The controller's transitions: it starts in every cell, the task only in one corner."""
-    maze = job.env.unwrapped.maze.maze_map
+    maze = job.env.unwrapped.maze.maze_map if args.env.startswith("PointMaze") else [[1] * 3] * 3
     paths = paths_from(maze, MAZE_START)
     if len(paths.get(MAZE_GOAL, ())) != 8:
         raise InputError(f"--level controller drives PointMaze_Medium-v3, not {args.env}")
@@ -551,40 +512,48 @@ def record_maze(job, args):
 def record(job, args, goal):
     """The transitions that the level asks for."""
     if args.level == "controller":
-        if not args.env.startswith("PointMaze"):
-            raise InputError(f"--level controller drives PointMaze tasks, not {args.env}")
         return record_maze(job, args)
-    if args.level == "random":
-        return job.roll_out(None, args.steps)
-    if args.level in ("medium-replay", "full-replay"):
-        medium = args.level == "medium-replay"
-        size = step_of_medium(job, args, goal) if medium else job.train(last_step=args.train_steps)
-        job.replay.size = size
+    if args.level == "full-replay":
+        job.train(args.train_steps)
+        job.replay.size = args.train_steps
+    if args.level == "medium-replay":
+        job.replay.size = step_of_medium(job, args, goal)
+    if args.level.endswith("replay"):
         job.replay.close()
         return job.replay
-    parts = []
+    recorder = Recorder(*job.dims, args.steps * (1 + (args.level == "medium-expert")))
+    if args.level == "random":
+        job.roll_out(recorder, None)
     if args.level.startswith("medium"):
-        parts.append(job.roll_out(step_of_medium(job, args, goal), args.steps))
+        job.roll_out(recorder, step_of_medium(job, args, goal))
     if args.level.endswith("expert"):
         step = args.expert_step or args.train_steps
-        job.train(last_step=step)
-        parts.append(job.roll_out(step, args.steps))
-    return join(parts)
+        job.train(step)
+        job.roll_out(recorder, step)
+    return recorder
 
 
 def check(args):
-    """InputError for flags that do not work together; returns the return that is "medium"."""
+    """InputError for flags that do not work together or a dataset that could not be written in the
+    end; returns the return that is "medium"."""
     make_env(args.env).close()
     if bool(args.flat) == bool(args.dataset_id):
         raise InputError("use --flat FILE.npz or --dataset-id NAMESPACE/NAME-v0, one of the two")
     for flag in ("train_steps", "medium_step", "expert_step"):
         value = getattr(args, flag)
-        if args.level in AGENT_LEVELS and value and value % EVAL_EVERY:
+        if args.level not in WITHOUT_AGENT and value and value % EVAL_EVERY:
             flag = flag.replace("_", "-")
             raise InputError(f"--{flag} is {value}: use a multiple of {EVAL_EVERY:,}")
-    if args.agent and not Path(args.agent).absolute().parent.is_dir():
-        raise InputError(f"--agent {args.agent}: use a file's name in a folder that exists")
-    check_target(args)
+    for flag in ("agent", "flat"):
+        path = getattr(args, flag)
+        if path and not Path(path).absolute().parent.is_dir():
+            raise InputError(f"--{flag} {path}: use a file's name in a folder that exists")
+    if args.flat and Path(args.flat).suffix != ".npz":
+        raise InputError(f"--flat {args.flat}: use a name ending in .npz")
+    if args.dataset_id and not re.fullmatch(r"([\w-]+/)*[\w-]+-v\d+", args.dataset_id):
+        raise InputError(f"--dataset-id {args.dataset_id}: use one like hopper/medium-replay-v0")
+    if exists(args) and not args.overwrite:
+        raise InputError(f"{args.flat or args.dataset_id} exists: add --overwrite or another name")
     ref_min, ref_max = reference_scores(args.env)
     goal = args.medium_return
     if goal is None and args.level.startswith("medium") and not args.medium_step:
@@ -592,6 +561,14 @@ def check(args):
             raise InputError(f"{args.env} has no reference score: use --medium-return")
         goal = ref_min + (ref_max - ref_min) / 3
     return goal
+
+
+def exists(args) -> bool:
+    if args.flat:
+        return Path(args.flat).exists()
+    import minari
+
+    return args.dataset_id in minari.list_local_datasets()
 
 
 def collect(args):
@@ -618,24 +595,20 @@ def collect(args):
         "command": shlex.join(["python", "tools/collect.py", *sys.argv[1:]]),
         "versions": {"torch": torch.__version__, "gymnasium": gymnasium.__version__},
     }
-    try:
+    name = args.flat or args.dataset_id
+    with in_one_line(name, "free some space and repeat the command, which has kept the agent"):
         if args.flat:
-            write_flat(args.flat, recorder, job.to_bounds, metadata)
+            write_flat(name, recorder, job.to_bounds, metadata)
         else:
-            write_minari(args.dataset_id, recorder, job.to_bounds, metadata, job.env)
-    except OSError as error:
-        raise InputError(
-            f"{args.flat or args.dataset_id} not written ({error.strerror or error}): free some "
-            "space and repeat the command, which continues from the saved agent"
-        ) from None
+            write_minari(name, recorder, job.to_bounds, metadata, job.env)
     if not args.agent:
         job.path.unlink(missing_ok=True)
-    returns = [float(recorder.reward[e].sum()) for e in episodes(recorder)]
+    returns = [float(recorder.reward[e].sum()) for e in recorder.episodes()]
     print(
-        f"{args.flat or args.dataset_id}: {recorder.size:,} transitions, {len(returns):,} "
+        f"{name}: {recorder.size:,} transitions, {len(returns):,} "
         f"episodes, return mean {np.mean(returns):.0f}, best {np.max(returns):.0f}"
     )
 
 
 if __name__ == "__main__":
-    collect(parse(Args, {})[0])
+    collect(parse(Args, {}, sys.argv[1:])[0])

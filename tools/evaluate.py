@@ -32,9 +32,7 @@ import json
 import sys
 import typing
 from pathlib import Path
-from typing import ClassVar
 
-import gymnasium
 import numpy as np
 import torch
 import tyro
@@ -47,24 +45,22 @@ from common import (
     Adam,
     CountOrZero,
     Data,
+    Flags,
     InputError,
     ScalarMLP,
     Seed,
     ShareBelow1,
     minimize,
     polyak,
+    prepare_device,
 )
-from harness.datasets import load_dataset
-from harness.device import prepare_device, set_precision
-from harness.folder import load_tensors, read_json, write_atomic
-from harness.run import evaluate, parse, seed_everything
+from harness.resume import load_tensors, read_json, write_atomic
+from run import evaluate, load, make, parse, score
 
 
 @dataclasses.dataclass
-class Args:
-    phases: ClassVar[dict] = {}
-
-    run: tyro.conf.Positional[str]
+class Args(Flags):
+    run: tyro.conf.Positional[str] = ""
     """folder of a run that has reached its last phase"""
     env: str = ""
     """the data, where it lies at another place than the run's own --env says"""
@@ -83,9 +79,6 @@ class Args:
     export: str = ""
     """write the policy to this file for torch.export.load; needs no data by itself"""
 
-    def resolve(self):
-        pass
-
 
 # ---- a finished run --------------------------------------------------------------------------
 
@@ -98,7 +91,7 @@ class LoadedRun:
     nets: nn.Module  # its networks, frozen
     args: object
     data: Data | None
-    task: object
+    task: dict | None  # as run.make and run.score take it
     step: int  # of the checkpoint
 
     @torch.no_grad()
@@ -108,9 +101,17 @@ class LoadedRun:
 
     def inputs(self, obs, action):
         """Raw observations (B, S) and actions (B, A) in the task's bounds, as the networks take
-        them: `run.nets.q(*run.inputs(obs, action))`. Networks do not understand raw numbers."""
+        them: `run.nets.actor(run.inputs(obs, action)[0])`. They do not understand raw numbers."""
         scaling = self.nets.scaling
         return scaling.obs(obs), (action - scaling.action_center) / scaling.action_half_range
+
+    @torch.no_grad()
+    def q(self, obs, action):
+        """The value (E, B) of every critic at raw observations (B, S) and actions (B, A) in the
+        task's bounds. Raises InputError for a file that learns no Q."""
+        if not hasattr(self.module, "q"):
+            raise InputError(f"{self.module.__name__}.py learns no Q: use a run of another file")
+        return self.module.q(self.nets, *self.inputs(obs, action))
 
 
 def fits(kind, value) -> bool:
@@ -150,8 +151,7 @@ def load_run(folder, eval_env: str | None = None, env: str = "", with_data: bool
     saved = load_tensors(folder / "checkpoint.pt")
     if not isinstance(saved, dict) or saved.get("phase") != "train":
         raise InputError(f"{folder} has not reached its last phase: continue it with --resume")
-    device = prepare_device("cpu")
-    set_precision(args.precision, device)
+    device = prepare_device("cpu", args.precision)
     try:
         nets = module.Nets(blank_data(saved["nets"]), args)
         nets.load_state_dict(saved["nets"])
@@ -164,7 +164,7 @@ def load_run(folder, eval_env: str | None = None, env: str = "", with_data: bool
             "--eval-env with this name if you trust it, or --eval-env none"
         )
     if with_data:
-        data, task = load_dataset(env or args.env, device, eval_env or args.eval_env)
+        data, task = load(env or args.env, device, eval_env or args.eval_env)
         if data.digest != digest:
             raise InputError(f"{env or args.env} is not the data that {folder} was trained on")
     return LoadedRun(module, nets.requires_grad_(False), args, data, task, saved.get("step"))
@@ -200,7 +200,7 @@ def fqe(data, act, gamma: float, steps: int, seed: int, batch_size: int = 256) -
 
     Returns the estimate, its interval, the held-out data's own discounted return, and the
     root-mean-square TD error and action distance on held-out transitions. Raises InputError."""
-    seed_everything(seed)
+    torch.manual_seed(seed)
     episodes = int(data.episode[-1]) + 1
     if episodes < 2:
         raise InputError(f"{data.name} is one episode, none can be held out: --fqe-steps 0")
@@ -259,15 +259,15 @@ def discounted_return(data, chosen, gamma: float) -> float:
 # ---- with a simulator ------------------------------------------------------------------------
 
 
-class Discounted(gymnasium.Wrapper):
-    """Adds up the discounted return of its one episode."""
+class Discounted:
+    """An environment that adds up the discounted return of its one episode."""
 
     def __init__(self, env, gamma):
-        super().__init__(env)
-        self.gamma, self.weight, self.discounted = gamma, 1.0, 0.0
+        self.env, self.gamma, self.reset = env, gamma, env.reset
+        self.weight, self.discounted = 1.0, 0.0
 
     def step(self, action):
-        obs, reward, *rest = super().step(action)
+        obs, reward, *rest = self.env.step(action)
         self.discounted += self.weight * float(reward)
         self.weight *= self.gamma
         return obs, reward, *rest
@@ -277,20 +277,14 @@ def film(act, task, path: str, seed: int) -> float:
     """One episode into a .gif or .mp4; returns its return. Raises InputError."""
     try:
         import imageio
-        from PIL import Image
 
         env = with_camera(task)
-        fps, gif = env.metadata.get("render_fps", 30), path.lower().endswith(".gif")
-        every = max(1, round(fps / 12)) if gif else 1
-        obs, frames, total, ended, t = env.reset(seed=seed)[0], [], 0.0, False, 0
-        while not ended:
-            if t % every == 0:
-                frames.append(env.render())
-            action = act(torch.as_tensor(obs, dtype=torch.float32)[None])[0].numpy()
-            obs, reward, terminal, timeout, _ = env.step(action)
-            total, ended, t = total + float(reward), terminal or timeout, t + 1
-        if gif:
-            write(path, small_gif([Image.fromarray(x) for x in frames], every / fps))
+        fps = env.metadata.get("render_fps", 30)
+        (total,) = evaluate(act, [env], seed, torch.device("cpu"))
+        frames = env.render()  # of the whole episode: Gymnasium's own recorder
+        if path.lower().endswith(".gif"):
+            every = max(1, round(fps / 12))
+            write(path, gif(frames[::every], every / fps))
         else:
             imageio.mimwrite(path, frames, fps=fps)
     except Exception as error:  # no display, no ffmpeg, no such folder: each library has its own
@@ -301,52 +295,42 @@ def film(act, task, path: str, seed: int) -> float:
 
 
 def with_camera(task):
-    """The task with pictures, seen by the camera that follows the body where there is one."""
-    env = task.make(render_mode="rgb_array")
+    """The task, keeping the pictures of an episode, seen by the camera that follows the body where
+    there is one."""
+    env = with_options(task, render_mode="rgb_array_list")
     model = getattr(env.unwrapped, "model", None)
     cameras = [model.camera(i).name for i in range(getattr(model, "ncam", 0))]
     if "track" not in cameras:
         return env
     env.close()
-    return task.make(render_mode="rgb_array", camera_name="track")
+    return with_options(task, render_mode="rgb_array_list", camera_name="track")
 
 
-def follow(env) -> None:
-    """Let a MuJoCo model's camera "track" take the film; Gymnasium's own stays where it begins."""
-    renderer = getattr(env.unwrapped, "mujoco_renderer", None)
-    if renderer:
-        names = [renderer.model.camera(i).name for i in range(renderer.model.ncam)]
-        if "track" in names:
-            renderer.camera_id = names.index("track")
+def with_options(task, **options):
+    """The task's environment, made with more keywords for gymnasium.make."""
+    if "make" in task:
+        return task["make"](**options)
+    return make(task | {"env_kwargs": task.get("env_kwargs", {}) | options})
 
 
-def small_gif(images: list, seconds: float, most: int = 1_000_000) -> bytes:
-    """Images, `seconds` apart, as an endless animation of at most `most` bytes: 240 pixels high in
-    64 colors, or as much smaller, and with as many images left out, as that takes."""
-    height, every = 240, 1
-    while True:
-        content = gif(images[::every], height, every * seconds)
-        if len(content) <= most or every >= len(images):
-            return content
-        if height > 150:
-            height = height * 4 // 5
-        else:
-            every *= 2
-
-
-def gif(images: list, height: int, seconds: float) -> bytes:
-    """An endless animation of images that are at most `height` pixels high."""
+def gif(frames: list, seconds: float, most: int = 1_000_000) -> bytes:
+    """Frames, `seconds` apart, as an endless animation of at most `most` bytes: 240 pixels high in
+    64 colors, or as much smaller as that takes."""
     from PIL import Image
 
-    width = round(images[0].width * height / images[0].height)
-    if height < images[0].height:
-        images = [image.resize((width, height), Image.Resampling.LANCZOS) for image in images]
+    images = [Image.fromarray(frame) for frame in frames]
+    width, height = images[0].size
     palette = images[len(images) // 2].quantize(64)  # one for all, so that still parts stay still
-    first, *rest = (image.quantize(palette=palette, dither=0) for image in images)
-    buffer = io.BytesIO()
-    duration = 10 * round(100 * seconds)  # in ms; the format counts hundredths of a second
-    first.save(buffer, "GIF", save_all=True, append_images=rest, duration=duration, loop=0)
-    return buffer.getvalue()
+    scale, content = min(1.0, 240 / height), bytes(most + 1)
+    while len(content) > most and scale * height > 20:
+        size = round(scale * width), round(scale * height)
+        first, *rest = (x.resize(size).quantize(palette=palette, dither=0) for x in images)
+        buffer = io.BytesIO()
+        first.save(
+            buffer, "GIF", save_all=True, append_images=rest, duration=1000 * seconds, loop=0
+        )
+        content, scale = buffer.getvalue(), 0.8 * scale
+    return content
 
 
 # ---- taking the policy away ------------------------------------------------------------------
@@ -373,46 +357,38 @@ class Draws(TorchFunctionMode):
 class Deployed(nn.Module):
     """Raw observations (B, S), and the noise of a policy that samples, to actions (B, A)."""
 
-    def __init__(self, module, nets, args):
+    def __init__(self, nets, act):
         super().__init__()
-        self.nets, self.act = nets, lambda obs: module.policy(nets, obs, args)
+        self.nets, self.act = nets, act
 
     def forward(self, obs, *noise):
-        with Draws(noise):
-            return self.act(obs)
-
-
-class DeployedWithNoise(nn.Module):
-    """Raw observations (B, S) and noise (B, A) to actions (B, A), for a file that offers
-    policy_with_noise(nets, obs, noise, args)."""
-
-    def __init__(self, module, nets, args):
-        super().__init__()
-        self.nets, self.act = nets, lambda *inputs: module.policy_with_noise(nets, *inputs, args)
-
-    def forward(self, obs, noise):
-        return self.act(obs, noise)
+        return self.act(obs, *noise)
 
 
 def export(module, nets, args, path: str) -> list[str]:
     """Write the policy for torch.export.load; returns what it takes, in words. A policy that draws
     takes its noise as an input. The batch size is free, except for one that draws and does not
     offer policy_with_noise: there it is 1."""
-    obs = torch.zeros(2, len(nets.scaling.obs_mean))
+    obs, free = torch.zeros(2, len(nets.scaling.obs_mean)), True
     with Draws() as draws, torch.no_grad():
         module.policy(nets, obs[:1], args)
-    policy, inputs, names = Deployed(module, nets, args), (obs,), ["observations (B, S)"]
-    free = True
+
+    def act(obs, *noise):
+        with Draws(noise):
+            return module.policy(nets, obs, args)
+
+    inputs, names = (obs,), ["observations (B, S)"]
     if draws.taken and hasattr(module, "policy_with_noise"):
-        policy = DeployedWithNoise(module, nets, args)
+        act = lambda obs, noise: module.policy_with_noise(nets, obs, noise, args)
         inputs = obs, torch.zeros(2, len(nets.scaling.action_center))
         names.append("standard normal noise (B, A)")
     elif draws.taken:
         inputs, free = (obs[:1], *draws.taken), False
         names = ["observations (1, S)", *(f"noise {tuple(x.shape)}" for x in draws.taken)]
-    shapes = tuple({0: torch.export.Dim("batch")} for _ in inputs) if free else None
+    batch = {0: torch.export.Dim("batch")}
+    shapes = (batch, (batch,))[: len(inputs)] if free else None
     with torch.no_grad():
-        program = torch.export.export(policy, inputs, dynamic_shapes=shapes)
+        program = torch.export.export(Deployed(nets, act), inputs, dynamic_shapes=shapes)
     buffer = io.BytesIO()
     torch.export.save(program, buffer)
     write(path, buffer.getbuffer())
@@ -420,13 +396,14 @@ def export(module, nets, args, path: str) -> list[str]:
 
 
 def main(args):
+    if not args.run:
+        raise InputError("use the folder of a run, for example runs/hopper-replay-demo__td3_bc__0")
     for path in filter(None, (args.export, args.video)):
         if not Path(path).absolute().parent.is_dir():
             raise InputError(f"no folder {Path(path).parent} for {path}: make it first")
         if Path(path).is_dir():
             raise InputError(f"{path} is a folder: use a file's name")
-    only_export = args.export and not (args.env or args.video or args.eval_env)
-    if only_export:  # the data may be far away
+    if args.export and not (args.env or args.video or args.eval_env):  # the data may be far away
         run = load_run(args.run, with_data=False)
         try:
             run = load_run(args.run)
@@ -441,19 +418,19 @@ def main(args):
         inputs = export(run.module, run.nets, run.args, args.export)
         print(f"{args.export}: torch.export.load(...).module()({', '.join(inputs)}) -> actions")
     if task and args.episodes:
-        envs = [Discounted(task.make(), args.gamma) for _ in range(args.episodes)]
+        envs = [Discounted(make(task), args.gamma) for _ in range(args.episodes)]
         returns = evaluate(act, envs, 10_000 * args.seed, torch.device("cpu"))
         error = returns.std(ddof=1) / np.sqrt(len(returns)) if len(returns) > 1 else None
         found |= {"return": returns.mean(), "return_standard_error": error}
-        discounted = float(np.mean([env.discounted for env in envs]))
-        found |= {"score": task.score(returns), "returns": list(returns)}
-        found |= {"discounted_return": discounted}
-        score = f"score {found['score']:.1f}, " if task.ref_min is not None else ""
+        found |= {"score": score(task, returns), "returns": list(returns)}
+        found["discounted_return"] = float(np.mean([env.discounted for env in envs]))
+        raw = score(task, [1e9]) == 1e9  # there are no references
+        first = "" if raw else f"score {found['score']:.1f}, "
         spread = "" if error is None else f" ± {error:.1f} (standard error)"
         print(
-            f"{args.episodes} episode{'s' * (args.episodes > 1)} in {task.id}: "
-            f"{score}return {returns.mean():.1f}{spread}, "
-            f"discounted return {discounted:.1f}"
+            f"{args.episodes} episode{'s' * (args.episodes > 1)} in {task['env_id']}: "
+            f"{first}return {returns.mean():.1f}{spread}, "
+            f"discounted return {found['discounted_return']:.1f}"
         )
     if args.video:
         if not task:
@@ -478,4 +455,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    main(parse(Args, {})[0])
+    main(parse(Args, {}, sys.argv[1:])[0])

@@ -5,9 +5,13 @@
     python tools/speed.py --device cuda                   # CUDA graphs
     python tools/speed.py --algorithms iql --operations   # where the time of an update goes
 
-Every file's own `train` runs on synthetic data (200,000 transitions, 17 observations, 6 actions)
-with its default settings, or with the preset of --env, and is measured instead of logged. A method
-with a first phase has a row for each.
+First comes a table of the words of --precision: how fast this machine multiplies fp32 matrices
+with each of them, and the largest error, relative to the sum of the absolute terms. A word that is
+faster at a like error costs nothing; a larger error says that the processor rounds.
+
+Then every file's own `train` runs on synthetic data (200,000 transitions, 17 observations, 6
+actions) with its default settings, or with the preset of --env, and is measured instead of logged.
+A method with a first phase has a row for each.
 
 Efficiency is floor time / measured time. The floor is the time that the matrix products of one
 update take at the rate of a 256 x 256 x 256 fp32 product, measured in the same process. Times are
@@ -17,32 +21,30 @@ best of five blocks counts.
 
 import csv
 import importlib
-import math
 import platform
 import re
 import sys
 import time
-from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import Literal
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "algorithms")]
-from common import Count, Data, InputError, Positive
-from harness.device import prepare_device, set_precision
-from harness.run import parse, seed_everything
+from common import Count, Data, Flags, InputError, Positive, in_one_line, prepare_device
+from run import parse
 
-PROFILED = 120  # updates in which --operations looks
+PROFILED = 120  # updates in the tables of --operations
+SHOWN = ("algorithm", "phase", "batch_size", "updates_per_second", "minutes_per_million")
+SHOWN += ("mflop_per_update", "efficiency")  # columns of the CSV that are printed
+SHAPES = ((256, 32, 256), (256, 256, 256), (1024, 256, 256))  # rows, inputs, outputs of a layer
 
 
 @dataclass
-class Args:
-    phases: ClassVar[dict] = {}
-
+class Args(Flags):
     algorithms: tuple[str, ...] = ()
     """files of algorithms/ to measure; none given: all of them"""
     env: str = ""
@@ -53,12 +55,12 @@ class Args:
     """CPU threads; efficiency compares with the rate of as many"""
     compile: bool = False
     """compile each update whole"""
-    precision: Literal["auto", "highest", "high", "medium"] = "auto"
-    """how fp32 products are computed; auto takes the fastest way that does not round"""
+    precision: Literal["highest", "high", "medium"] = "highest"
+    """how fp32 products are computed"""
     seconds: Positive = 5.0
     """seconds to measure each phase for"""
     operations: bool = False
-    """print a table of the operations of an update, too"""
+    """print the profiler's table of the operations of an update, too"""
     obs_dim: Count = 17
     """observation numbers"""
     act_dim: Count = 6
@@ -66,34 +68,26 @@ class Args:
     csv: str = ""
     """write the table to this file too"""
 
-    def resolve(self):
-        pass
-
 
 def synthetic(args, device):
     """Random transitions; one episode of 1,000 after the other."""
-    seed_everything(0)
+    torch.manual_seed(0)
     n, s, a = 200_000, args.obs_dim, args.act_dim
-    return Data(
-        obs=torch.randn(n, s).to(device),
-        action=(torch.rand(n, a) * 2 - 1).to(device),
-        reward=torch.randn(n).to(device),
-        next_obs=torch.randn(n, s).to(device),
-        terminal=(torch.rand(n) < 0.002).float().to(device),
-        episode=(torch.arange(n) // 1000).to(device),
-        name="synthetic",
-        digest="synthetic",
-    )
+    obs, next_obs = torch.randn(2, n, s)
+    action, reward = torch.rand(n, a) * 2 - 1, torch.randn(n)
+    terminal, episode = (torch.rand(n) < 0.002).float(), torch.arange(n) // 1000
+    rows = obs, action, reward, next_obs, terminal, episode
+    return Data(*(x.to(device) for x in rows))
 
 
 class Stopwatch:
     """Stands where a run does: the same loop, measured instead of logged. Without `seconds` it
     counts the floating-point operations of the matrix products. With `operations` it also keeps
-    the times of an update's operations."""
+    the profiler's table of PROFILED updates."""
 
     def __init__(self, device, seconds: float | None, operations: bool = False):
         self.device, self.seconds, self.phases = device, seconds, {}
-        self.operations = {} if operations else None  # of each phase
+        self.profiled, self.tables = operations, {}  # of each phase
 
     def start(self, nets, opt, **largest):
         pass
@@ -104,14 +98,8 @@ class Stopwatch:
     def reference(self, label, act):
         pass
 
-    def cached(self, stage, module, *settings):
-        return False
-
-    def share(self, stage, module):
-        pass
-
-    def chunks(self, stage, shape, count, *settings):
-        return torch.zeros(shape), torch.zeros(count)
+    def kept(self, name, compute):
+        return compute()
 
     def loop(self, steps, phase="train"):
         t = steps // 2  # past any warm start
@@ -134,10 +122,11 @@ class Stopwatch:
             if t + block > steps:
                 break
         self.phases[phase] = 1 / best
-        if self.operations is not None:
+        if self.profiled:
             with torch.profiler.profile() as profiler:
                 yield from range(t + 1, t + 1 + PROFILED)
-            self.operations[phase] = operation_times(profiler.key_averages())
+            longest = f"self_{self.device.type}_time_total"
+            self.tables[phase] = profiler.key_averages().table(longest, row_limit=20)
 
     def clock(self):
         if self.device.type == "cuda":
@@ -147,42 +136,44 @@ class Stopwatch:
         return time.perf_counter()
 
 
-def operation_times(events) -> list[tuple[str, float, float]]:
-    """(name, calls, microseconds) of the operations of one update, the longest first. Kernels of
-    Inductor that fuse the same operations are one row."""
-    found = defaultdict(lambda: [0.0, 0.0])
-    for event in events:
-        name = re.sub(r"^graph_\d+_|_\d+$", "", event.key)
-        name = "calls of the kernels" if "CompiledFxGraph" in name else name
-        spent = event.self_device_time_total or event.self_cpu_time_total
-        found[name][0] += event.count / PROFILED
-        found[name][1] += spent / PROFILED
-    rows = [(name, *values) for name, values in found.items()]
-    return sorted(rows, key=lambda row: -row[2])
-
-
-def print_operations(title, rows):
-    """The table of `operation_times`; what takes less than 1% is one row."""
-    total = sum(row[2] for row in rows)
-    large = [row for row in rows if row[2] >= 0.01 * total]
-    rest = [sum(row[i] for row in rows if row not in large) for i in (1, 2)]
-    print(f"\n{title}, one update:\n")
-    print("| operation | calls | microseconds | share |\n|---|---|---|---|")
-    for name, calls, spent in [*large, ("everything else", *rest), ("all", math.nan, total)]:
-        count = "" if math.isnan(calls) else f"{calls:.1f}"
-        print(f"| {name[:60]} | {count} | {spent:.0f} | {spent / total:.0%} |")
-
-
 def product_rate(device, clock):
     """FLOP/s of a 256 x 256 x 256 fp32 product, best of 20 blocks."""
-    a, b = torch.randn(2, 256, 256, device=device)
-    best = float("inf")
+    (a, b), times = torch.randn(2, 256, 256, device=device), []
     for _ in range(20):
         start = clock()
         for _ in range(100):
             a @ b
-        best = min(best, (clock() - start) / 100)
-    return 2 * 256**3 / best
+        times.append(clock() - start)
+    return 100 * 2 * 256**3 / min(times)
+
+
+def error_of(product, device) -> float:
+    """Largest error of `product` relative to sum |a||b|, against float64, over SHAPES."""
+    draw, errors = torch.Generator().manual_seed(0), []
+    for rows, n_in, n_out in SHAPES:
+        a, b = (torch.randn(n, n_in, generator=draw).to(device) for n in (rows, n_out))
+        exact = a.double() @ b.double().T
+        size = a.double().abs() @ b.double().abs().T
+        errors.append(((product(a, b.T) - exact).abs() / size).max().item())
+    return max(errors)
+
+
+def print_row(*cells):
+    print(f"| {' | '.join(map(str, cells))} |", flush=True)
+
+
+def print_head(*names):
+    print_row(*names)
+    print("|---" * len(names) + "|")
+
+
+def print_precisions(device, clock):
+    """Rate and error of fp32 products with each word of --precision."""
+    print_head("--precision", "products, GFLOP/s", "largest error")
+    for word in ("highest", "high", "medium"):
+        torch.set_float32_matmul_precision(word)
+        rate, error = product_rate(device, clock), error_of(torch.matmul, device)
+        print_row(word, f"{rate / 1e9:.1f}", f"{error:.1e}")
 
 
 def settings_of(module, env: str):
@@ -192,7 +183,7 @@ def settings_of(module, env: str):
 
 
 def measure(name, args, device):
-    """Rows of one algorithm, one for each phase, and the operations of each phase."""
+    """Rows of one algorithm, one for each phase, and the profiler's table of each phase."""
     module = importlib.import_module(name)
     results = []
     for seconds in (None, args.seconds):
@@ -201,41 +192,38 @@ def measure(name, args, device):
         settings.compile = args.compile and not counting
         place = torch.device("cpu") if counting else device
         watch = Stopwatch(place, seconds, args.operations and not counting)
-        seed_everything(0)
-        module.train(watch, synthetic(args, watch.device), settings)
+        data = synthetic(args, place)
+        torch.manual_seed(0)
+        module.train(watch, data, settings)
         results.append(watch.phases)
-    flops, rates = results
-    floor = product_rate(device, watch.clock)
+    flops, floor = results[0], product_rate(device, watch.clock)
     rows = [
         {
             "algorithm": name,
             "phase": phase,
             "batch_size": settings.batch_size,
-            "updates_per_second": round(rates[phase], 1),
-            "minutes_per_million": round(1e6 / rates[phase] / 60, 1),
+            "updates_per_second": round(rate, 1),
+            "minutes_per_million": round(1e6 / rate / 60, 1),
             "mflop_per_update": round(flops[phase] / 1e6),
+            "efficiency": round(flops[phase] * rate / floor, 3),
             "product_gflops": round(floor / 1e9, 1),
-            "efficiency": round(flops[phase] * rates[phase] / floor, 3),
             "device": args.device,
             "processor": processor(),
             "threads": args.threads,
             "compile": args.compile,
-            "precision": torch.get_float32_matmul_precision(),
+            "precision": args.precision,
             "torch": torch.__version__,
         }
-        for phase in rates
+        for phase, rate in watch.phases.items()
     ]
-    return rows, watch.operations or {}
+    return rows, watch.tables
 
 
 def processor() -> str:
     """The processor's name, as Linux or Python knows it."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    except OSError:
-        names = []
-    return names[0] if names else platform.processor() or platform.machine()
+    info = Path("/proc/cpuinfo")
+    name = re.search(r"model name\s*: (.*)", info.read_text()) if info.exists() else None
+    return name[1].strip() if name else platform.processor() or platform.machine()
 
 
 def check(args, names):
@@ -251,42 +239,35 @@ def main(args):
     names = sorted(path.stem for path in (ROOT / "algorithms").glob("*.py"))
     check(args, names)
     torch.set_num_threads(args.threads)
-    device = prepare_device(args.device)
-    precision, reason = set_precision(args.precision, device)
+    device = prepare_device(args.device, args.precision)
+    print(f"{processor()}\n")
+    print_precisions(device, Stopwatch(device, None).clock)
+    torch.set_float32_matmul_precision(args.precision)
     if args.operations:
         torch._inductor.config.cpp.enable_kernel_profile = True
-    print(f"{processor()}; precision {precision} ({reason})\n")
-    rows, tables = [], []
-    print("| algorithm | phase | batch | updates/s | minutes per million | MFLOP | efficiency |")
-    print("|---" * 7 + "|")
+    print(f"\nprecision {args.precision}:\n")
+    print_head(*SHOWN)
+    rows, tables = [], {}
     for name in args.algorithms or names:
-        measured, operations = measure(name, args, device)
+        measured, found = measure(name, args, device)
         rows += measured
-        tables += [(f"{name}, {phase}", found) for phase, found in operations.items()]
+        tables |= {f"{name}, {phase}": table for phase, table in found.items()}
         for row in measured:
-            print(
-                f"| {name} | {row['phase']} | {row['batch_size']} | {row['updates_per_second']} | "
-                f"{row['minutes_per_million']} | {row['mflop_per_update']} | "
-                f"{row['efficiency']:.2f} |",
-                flush=True,
-            )
+            print_row(*(row[column] for column in SHOWN))
     threads = f"{args.threads} thread{'s' * (args.threads > 1)}"
     print(
         f"\n{args.device}, {threads}, torch {torch.__version__}, products at "
         f"{rows[-1]['product_gflops']} GFLOP/s, {'compiled' if args.compile else 'eager'}"
     )
-    for title, found in tables:
-        print_operations(title, found)
-    if not args.csv:
-        return
-    try:
-        with open(args.csv, "w", newline="") as file:
-            writer = csv.DictWriter(file, list(rows[0]))
-            writer.writeheader()
-            writer.writerows(rows)
-    except OSError as error:
-        raise InputError(f"--csv {args.csv}: {error.strerror}; the numbers are above") from None
+    for title, table in tables.items():
+        print(f"\n{title}, {PROFILED} updates:\n{table}")
+    if args.csv:
+        with in_one_line(f"--csv {args.csv}", "the numbers are above"):
+            with open(args.csv, "w", newline="") as file:
+                writer = csv.DictWriter(file, list(rows[0]))
+                writer.writeheader()
+                writer.writerows(rows)
 
 
 if __name__ == "__main__":
-    main(parse(Args, {})[0])
+    main(parse(Args, {}, sys.argv[1:])[0])

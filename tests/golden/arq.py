@@ -162,7 +162,7 @@ def likelihoods(inputs, nets, args, recorded):
     slopes = {}
     for t in recorded["divergence"]:
         beta, _, sigma = arq.schedule(torch.tensor(float(t)))
-        out, trace = arq.divergence(raw, x, float(t), vectors)
+        out, trace = arq.raw_and_trace(raw, x, float(t), vectors)
         drift = -0.5 * beta * (x + out / sigma)
         slopes[t] = {"drift": drift, "div": -0.5 * beta * (ACT + trace / sigma)}
     data = arq.log_likelihood(raw, nets.z_action(inputs.action[:BATCH]), vectors)
@@ -191,7 +191,7 @@ def clone(inputs, record):
         yield from compare(f"score_training {version}", found, take("score_training"))
         raw = arq.raw_at(nets, inputs.obs[:BATCH], 1, args)
         with Inject(randn=list(inputs.noise)):
-            x = arq.sample_pc(raw, inputs.x0, 25, "sample")
+            x = arq.sample_pc(raw, inputs.x0, 25)
         found = {"sample": nets.z_action.inverse(x)}
         yield from compare(f"predictor_corrector {version}", found, take("predictor_corrector"))
         found = likelihoods(inputs, nets, args, take("log_likelihood"))

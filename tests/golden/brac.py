@@ -102,7 +102,7 @@ def clone_losses(label, rows, record):
     for t, row in enumerate(rows):
         found = {"loss": row["nll"] - weight * row["entropy"]}
         found["weight_loss"] = weight * (row["entropy"] + ACT)
-        found["weight"] = weight = row["weight"]
+        found["weight"] = weight = row["bc_weight"]
         for name, ours in found.items():
             yield f"{label}, clone's {name} {t + 1}", ours, record[name][t]
 

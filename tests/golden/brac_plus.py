@@ -1,15 +1,19 @@
-"""BRAC+'s golden numbers; brac_plus.md says how they were computed and how the inputs are drawn."""
+"""Golden numbers of both files of BRAC+, brac_plus.py and brac_plus_acml.py; brac_plus.md says how
+they were computed and how the inputs are drawn."""
 
 from types import SimpleNamespace
 
 import brac_plus
+import brac_plus_acml
 import numpy as np
 import torch
 
 from common import Data, tanh_log_det
 from golden.tools import Inject, KerasAdam, draw_network, in_float64, load_network
 
-REFERENCE = "rlutils 3a90a38 (iclr) and bracp 6ac8c2d (acml), the authors' code"
+REFERENCE = (
+    "the authors' code: rlutils 3a90a38 for brac_plus.py, bracp 6ac8c2d for brac_plus_acml.py"
+)
 TOLERANCE = 5e-9
 COMPARED = (
     "three phases: losses of 10 updates, first gradients, parameters after 1 and 10; four cases"
@@ -60,38 +64,41 @@ class Case:
     def __init__(self, name, record):
         self.settings = settings = record["settings"]
         version, divergence = name.split("_")
+        self.acml = version == "acml"
+        self.file = brac_plus_acml if self.acml else brac_plus
         self.sign = 1 if divergence == "kl" else -1  # of the entropy's bracket in Eq. 8
         rng, members = np.random.default_rng(0), settings["members"]
         self.drawn = draw_networks(rng, members)
         self.updates = [draw_update(rng, members, divergence) for _ in range(UPDATES)]
         self.act_noise = rng.standard_normal((20, ACT))
         self.data = [Data(*map(torch.tensor, rows.values())) for rows, _ in self.updates]
-        same = ("gamma", "polyak", "lr", "actor_lr", "dual_lr", "eps", "h0", "members")
-        self.args = brac_plus.Args(
-            env="pen-human-v0" if divergence == "mmd" else "hopper-medium-v0",
-            version=version,
+        same = ("gamma", "polyak", "lr", "actor_lr", "eps", "h0", "members")
+        own = ("dual_lr", "dual_start", "gp_target") if self.acml else ("alpha_lr",)
+        values = settings | dict(dual_start=settings["beta_start"])
+        adroit = {"gate", "mmd_width"} & self.file.ADROIT.keys() if divergence == "mmd" else ()
+        self.args = self.file.Args(
             divergence=divergence,
             batch_size=BATCH,
             samples=ACTIONS,
-            dual_start=settings["beta_start"],
             lam=settings["lambda_floor"],
-            **{key: settings[key] for key in same},
-            **{key: settings[key] for key in ("alpha_lr", "gp_target") if key in settings},
+            **{key: values[key] for key in (*same, *own)},
+            **{key: self.file.ADROIT[key] for key in adroit},
         )
-        self.args.resolve()  # fills in gate, backup, mmd_width, ...
         assert divergence == "kl" or self.args.mmd_width == settings["mmd_width"]
 
     def start(self):
         """Networks as drawn and new optimizers."""
         settings = self.settings
         with in_float64():
-            nets = brac_plus.Nets(self.data[0], self.args)
+            nets = self.file.Nets(self.data[0], self.args)
             for name, net in self.networks(nets).items():
                 load_network(net, self.drawn[name])
             with torch.no_grad():
-                start = settings.get("alpha_start", settings["beta_start"])
-                nets.alpha.copy_(brac_plus.before_softplus(start))
-                nets.lam.copy_(brac_plus.before_softplus(settings["lambda_start"]))
+                nets.beta.copy_(self.file.before_softplus(settings["beta_start"]))
+                if self.acml:
+                    start = settings.get("alpha_start", settings["beta_start"])
+                    nets.alpha.copy_(self.file.before_softplus(start))
+                    nets.lam.copy_(self.file.before_softplus(settings["lambda_start"]))
             for key in ("eps", "eps_gp", "h0"):
                 getattr(nets, key).fill_(settings[key])
             nets.noise.copy_(torch.tensor(self.act_noise))
@@ -101,18 +108,21 @@ class Case:
                 init_beta=KerasAdam([nets.beta], settings["dual_lr"]),
                 q=KerasAdam(nets.q.parameters(), settings["lr"]),
                 actor=KerasAdam(nets.actor.parameters(), settings["actor_lr"]),
-                alpha=KerasAdam([nets.alpha], settings["dual_lr"]),
                 beta=KerasAdam([nets.beta], settings["dual_lr"]),
-                lam=KerasAdam([nets.lam], settings["dual_lr"]),
             )
-            if self.args.multiplier == "state":
-                opt.alpha = KerasAdam(nets.alpha_net.parameters(), settings["alpha_lr"])
+            if self.acml:
+                opt.alpha = KerasAdam([nets.alpha], settings["dual_lr"])
+                opt.lam = KerasAdam([nets.lam], settings["dual_lr"])
+            else:
+                opt.alpha = KerasAdam(nets.alpha.parameters(), settings["alpha_lr"])
         return nets, opt
 
     def networks(self, nets):
+        """By name; acml has no network alpha(s)."""
         behavior = nets.behavior
         found = (behavior.encoder, behavior.decoder, nets.actor, nets.actor_target)
-        return dict(zip(NETWORKS, (*found, nets.q, nets.q_target, nets.alpha_net), strict=True))
+        found = dict(zip(NETWORKS, (*found, nets.q, nets.q_target, nets.alpha), strict=True))
+        return {name: net for name, net in found.items() if not (self.acml and name == "alpha")}
 
     def draws(self, t, actions, target=False):
         """What update t (from 0) draws: its rows, `actions` of the policy, those of the target."""
@@ -174,8 +184,8 @@ def heads(case, recorded):
     """Deviations of the Gaussians; acml's policy has a lowest one that ours has not."""
     raw = torch.tensor(recorded["raw"], dtype=torch.float64)
     for name, floor in {"policy": -20, "encoder": -10, "decoder": -10}.items():
-        _, log_std = brac_plus.gaussian(torch.cat([raw, raw]), floor)
-        keep = (raw >= -10) | (case.args.version == "iclr")
+        _, log_std = case.file.gaussian(torch.cat([raw, raw]), floor)
+        keep = (raw >= -10) | (not case.acml)
         expected = torch.tensor(recorded[f"{name}_std"], dtype=torch.float64)[keep]
         yield f"{name}_std", log_std.exp()[keep], expected.tolist()
 
@@ -188,27 +198,27 @@ def clone(case, recorded):
     noise = [noise["clone"] for _, noise in case.updates]
     x = [torch.atanh(rows.action.clamp(-1 + 1e-6, 1 - 1e-6)) for rows in data]
     log_det = [tanh_log_det(each).sum(-1).mean() for each in x]
-    if args.version == "acml":  # whose loss has it, as ours
+    if case.acml:  # whose loss has it, as ours
         log_det = [0.0] * UPDATES
     with Inject(randn_like=[noise[0]]):
-        minus_elbo = brac_plus.behavior_loss(nets, data[0].obs, data[0].action, args).mean()
-    q_mean, q_log_std = brac_plus.gaussian(nets.behavior.encoder(x[0], data[0].obs))
-    latent_kl = brac_plus.normal_kl(q_mean, q_log_std).mean()
+        minus_elbo = case.file.behavior_loss(nets, data[0].obs, data[0].action, args).mean()
+    q_mean, q_log_std = case.file.gaussian(nets.behavior.encoder(x[0], data[0].obs))
+    latent_kl = case.file.normal_kl(q_mean, q_log_std).mean()
     yield "clone minus_elbo", minus_elbo, recorded["minus_elbo"]
     yield "clone kl_mean", latent_kl, recorded["kl_mean"]
     yield "clone nll_mean", minus_elbo - latent_kl - log_det[0], recorded["nll_mean"]
-    if args.version == "acml":
+    if case.acml:
         by_state = []
         for i in range(BATCH):
             one = slice(i, i + 1)
             with Inject(randn_like=[noise[0][:, one]]):
-                loss = brac_plus.behavior_loss(nets, data[0].obs[one], data[0].action[one], args)
+                loss = case.file.behavior_loss(nets, data[0].obs[one], data[0].action[one], args)
             by_state.append(loss.mean())
         yield "clone by state", torch.stack(by_state), pair(recorded["minus_elbo_by_state"])
     losses = []
     for t in range(UPDATES):
         with Inject(randint=[torch.arange(BATCH)], randn_like=[noise[t]]):
-            metrics = brac_plus.update_behavior(nets, opt, data[t], args)
+            metrics = case.file.update_behavior(nets, opt, data[t], args)
         losses.append(args.members * (metrics["minus_elbo"] - log_det[t]))
         if t + 1 in (1, UPDATES):
             yield from compare_parameters("clone", case, nets, before, recorded, t + 1)
@@ -227,16 +237,16 @@ def first_policy(case, recorded):
     actions = ACTIONS if args.divergence == "mmd" else 1
     with case.draws(0, actions) as draws:
         draws.queues["randint"] = []
-        _, log_prob, d = brac_plus.divergence(nets, data[0].obs, actions, args)
+        _, log_prob, d = case.file.divergence(nets, data[0].obs, actions, args)
     beta = torch.nn.functional.softplus(nets.beta)
-    loss = brac_plus.beta_loss(nets, beta, log_prob, args)
+    loss = case.file.beta_loss(nets, beta, log_prob, args)
     yield "first policy d", d.mean(0), pair(recorded["d"])
     yield "first policy log_pi", log_prob.mean(0), pair(recorded["log_pi"])
     yield "first policy beta_loss", loss, recorded["beta_loss"]
     found = {"loss": [], "d_mean": [], "log_pi_mean": []}
     for t in range(UPDATES):
         with case.draws(t, actions):
-            metrics = brac_plus.update_first_policy(nets, opt, data[t], args)
+            metrics = case.file.update_first_policy(nets, opt, data[t], args)
         constant = case.sign * metrics["beta"] * args.h0  # ours has it, theirs has not
         found["loss"].append(metrics["pi_loss"] + constant)
         found["d_mean"].append(metrics["d_mean"])
@@ -261,17 +271,15 @@ def rl_parts(case, recorded):
     args, data = case.args, case.data[0]
     with case.draws(0, ACTIONS, target=True) as draws:
         draws.queues["randint"] = []
-        a_pi, log_prob, d = brac_plus.divergence(nets, data.obs, ACTIONS, args)
+        a_pi, log_prob, d = case.file.divergence(nets, data.obs, ACTIONS, args)
         rows = data.reward, data.next_obs, data.terminal
-        y = brac_plus.target_value(nets, *rows, args)
-    _, q = brac_plus.critic_loss(nets, data.obs, data.action, y)
+        y = case.file.target_value(nets, *rows, args)
+    _, q = case.file.critic_loss(nets, data.obs, data.action, y)
     a_gp = a_pi if args.divergence == "mmd" else a_pi[:1]
-    norm = brac_plus.gradient_norm(nets, data.obs, a_gp.detach())
-    gate = brac_plus.penalty_gate(nets, d[0].detach(), args)
-    raw_alpha = nets.alpha_net(data.obs) if args.multiplier == "state" else nets.alpha
-    alpha = torch.nn.functional.softplus(raw_alpha)
+    norm = case.file.gradient_norm(nets, data.obs, a_gp.detach())
+    gate = case.file.penalty_gate(nets, d[0].detach(), *([args] if case.acml else []))
+    alpha = torch.nn.functional.softplus(nets.alpha if case.acml else nets.alpha(data.obs))
     beta = torch.nn.functional.softplus(nets.beta)
-    lam = torch.nn.functional.softplus(nets.lam)
     penalty = (gate * norm).mean().detach()
     yield "y", y, pair(recorded["y"])
     yield "q1", q[0], pair(recorded["q1"])
@@ -280,19 +288,22 @@ def rl_parts(case, recorded):
     yield "d", d.mean(0), pair(recorded["d"])
     yield "log_pi", log_prob.mean(0), pair(recorded["log_pi"])
     yield "alpha", alpha, pair(recorded["alpha"])
-    yield "alpha_loss", brac_plus.alpha_loss(nets, alpha, d.mean(0)), recorded["alpha_loss"]
-    yield "beta_loss", brac_plus.beta_loss(nets, beta, log_prob, args), recorded["beta_loss"]
-    yield "act", brac_plus.policy(nets, data.obs, args), pair(recorded["act"])
-    if args.version == "acml":
+    yield "alpha_loss", case.file.alpha_loss(nets, alpha, d.mean(0)), recorded["alpha_loss"]
+    yield "beta_loss", case.file.beta_loss(nets, beta, log_prob, args), recorded["beta_loss"]
+    yield "act", case.file.policy(nets, data.obs, args), pair(recorded["act"])
+    if case.acml:
         yield "penalty by state", gate * norm, pair(recorded["penalty_by_state"])
-        yield "lambda_loss", brac_plus.lam_loss(lam, penalty, args), recorded["lambda_loss"]
+        lam = torch.nn.functional.softplus(nets.lam)
+        yield "lambda_loss", case.file.lam_loss(lam, penalty, args), recorded["lambda_loss"]
 
 
 def rl(case, recorded):
     """RL: losses and multipliers of ten updates, first gradients, parameters."""
     nets, opt = case.start()
     before = {name: layers(net) for name, net in case.networks(nets).items()}
-    scalars = {"alpha": nets.alpha, "beta": nets.beta, "lambda": nets.lam}
+    scalars = {"beta": nets.beta}
+    if case.acml:
+        scalars |= {"alpha": nets.alpha, "lambda": nets.lam}
     names = {  # theirs: ours
         "td_loss": "td_loss",
         "penalty": "penalty",
@@ -300,13 +311,14 @@ def rl(case, recorded):
         "d_mean": "d_mean",
         "alpha_mean": "alpha",
         "beta": "beta",
-        "lambda": "lam",
         "violations": "violations",
     }
+    if case.acml:
+        names["lambda"] = "lam"
     found = {name: [] for name in (*names, "policy_loss", "log_pi_mean")}
     for t in range(UPDATES):
         with case.draws(t, ACTIONS, target=True):
-            metrics = brac_plus.update(nets, opt, case.data[t], case.args)
+            metrics = case.file.update(nets, opt, case.data[t], case.args)
         for theirs, ours in names.items():
             found[theirs].append(metrics[ours])
         constant = case.sign * metrics["beta"] * case.args.h0  # ours has it, theirs has not
@@ -324,7 +336,7 @@ def rl(case, recorded):
     for name, grad in recorded["grad"].items():
         net = case.networks(nets)[name]
         yield from compare_gradient(f"rl {name}", adams[name], net, grad)
-    adams = {"alpha": opt.alpha, "beta": opt.beta, "lambda": opt.lam}
+    adams = {"alpha": opt.alpha, "beta": opt.beta, "lambda": vars(opt).get("lam")}
     for name, slope in recorded["raw_grad"].items():
         yield f"rl gradient of {name}", adams[name].first[0], slope
 

@@ -58,6 +58,8 @@ class Case:
     def __init__(self, case):
         drawn, self.data, self.noises = draw()
         settings = {name: float(value) for name, value in case["args"].items()}
+        if "penalty" in settings:
+            settings["lam"] = settings.pop("penalty")
         settings |= dict(batch_size=BATCH, samples=SAMPLES)
         self.args = args = itrpo.Args(**settings)
         args.resolve()
@@ -100,7 +102,7 @@ class Case:
         inputs = nets, self.data.obs[i], self.data.action[i], self.args
         with Inject(randn_like=[self.noises[t]["n_clone"]]):
             _, nll, entropy = itrpo.behavior_loss(*inputs)
-        minimize(opt.bc_weight, itrpo.temperature_loss(nets.log_bc_weight, entropy, ACT))
+        minimize(opt.bc_weight, itrpo.bc_weight_loss(nets.log_bc_weight, entropy, ACT))
         with Inject(randn_like=[self.noises[t]["n_clone"]]):
             loss, _, _ = itrpo.behavior_loss(*inputs)
         minimize(opt.behavior, loss)
@@ -124,7 +126,7 @@ class Case:
     def step(self, t):
         """One update; its scalars, by the names of the record."""
         found = {"kl_next": self.kl_next(t)}
-        names = ("n_penalty", "n_next", "n_actor") if self.args.penalty else ("n_next", "n_actor")
+        names = ("n_penalty", "n_next", "n_actor") if self.args.lam else ("n_next", "n_actor")
         with self.inject(t, *names):
             metrics = itrpo.update(self.nets, self.opt, self.data, self.args)
         same = ("td_loss", "penalty", "q_data", "target", "shaping")

@@ -2,7 +2,7 @@
 
     git clone https://github.com/tinkoff-ai/CORL ../CORL
     git -C ../CORL checkout 6afec90
-    python tools/corl.py --corl ../CORL --algorithm td3_bc --env hopper-medium-expert-demo --seed 0
+    python peers/corl.py --corl ../CORL --algorithm td3_bc --env hopper-medium-expert-demo --seed 0
     python algorithms/td3_bc.py --env hopper-medium-expert-demo --seed 0
     python tools/report.py runs
 
@@ -17,7 +17,7 @@ that the report shows CORL in the same tables and figures as ours. Two things ar
 
 Everything else is CORL's program as it lies in its folder: networks, initialization, losses,
 optimizers, order of updates, batches, normalization of observations. d4rl, gym, wandb and pyrallis
-are not needed; what stands in for them is in tools/drive_peer.py. Fp32 products are computed as for
+are not needed; what stands in for them is in peers/drive.py. Fp32 products are computed as for
 our files (--precision).
 
 Settings are those of our file and its preset for the dataset, handed to CORL under CORL's names. A
@@ -32,52 +32,33 @@ stopped starts from the beginning when the command is repeated.
 """
 
 import dataclasses
-import hashlib
 import importlib
+import re
 import runpy
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
-from typing import ClassVar, Literal
+from typing import Literal
 
 import numpy as np
 import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "algorithms")]
-from common import Count, Episodes, InputError, Scaling, Seed
-from harness.device import prepare_device, set_precision
-from harness.folder import DATA_FILES, Folder, code_hash, code_hashes
-from harness.run import Run, parse, seed_everything
-from tools import drive_peer, peers
+from common import Count, Episodes, Flags, InputError, Scaling, Seed
+from harness import resume
+from peers import drive
+from run import FILES, Run, parse
 
 COMMIT = "6afec90"
-BLOBS = {  # what `git hash-object` says of CORL's files at that commit
-    "td3_bc": "a78bda300fa5a7ecd041467e83dda57490cfbd2e",
-    "iql": "257184f589b7edf6e2fedd3974e029b1430026dc",
-}
 # A field of our Args -> CORL's fields of the same meaning.
+SHARED = dict(batch_size=["batch_size"], gamma=["discount"], polyak=["tau"])
+SHARED |= dict(normalize_obs=["normalize"])
 NAMES = {
-    "td3_bc": {
-        "batch_size": ("batch_size",),
-        "alpha": ("alpha",),
-        "gamma": ("discount",),
-        "polyak": ("tau",),
-        "policy_noise": ("policy_noise",),
-        "noise_clip": ("noise_clip",),
-        "policy_freq": ("policy_freq",),
-        "normalize_obs": ("normalize",),
-    },
-    "iql": {
-        "batch_size": ("batch_size",),
-        "tau": ("iql_tau",),
-        "beta": ("beta",),
-        "gamma": ("discount",),
-        "polyak": ("tau",),
-        "lr": ("vf_lr", "qf_lr", "actor_lr"),
-        "normalize_obs": ("normalize",),
-    },
+    "td3_bc": SHARED
+    | {name: [name] for name in ("alpha", "policy_noise", "noise_clip", "policy_freq")},
+    "iql": SHARED | dict(tau=["iql_tau"], beta=["beta"], lr=["vf_lr", "qf_lr", "actor_lr"]),
 }
 # What CORL's code fixes, in the names of our Args. Its IQL has a flag for dropout, but the Gaussian
 # actor ignores it.
@@ -85,14 +66,12 @@ FIXED = {
     "td3_bc": {"lr": 3e-4, "critics": 2},
     "iql": {"extraction": "awr", "max_weight": 100.0, "dropout": 0.0},
 }
-# What our rows already hold when CORL reads them, so that CORL need not know it.
-IN_ROWS = {"td3_bc": ("reward_shift",), "iql": ("normalize_reward", "reward_shift")}
+ROWS = dict(observations="obs", actions="action", rewards="reward", terminals="terminal")
+ROWS |= dict(next_observations="next_obs")
 
 
 @dataclass
-class Args:
-    phases: ClassVar[dict] = {}
-
+class Args(Flags):
     corl: str = ""
     """checkout of tinkoff-ai/CORL"""
     algorithm: Literal["td3_bc", "iql"] = "td3_bc"
@@ -109,17 +88,14 @@ class Args:
     """episodes per evaluation; None: those of our file's preset"""
     device: str = "auto"
     """cpu, cuda, or auto: cuda where there is one"""
-    precision: Literal["auto", "highest", "high", "medium"] = "auto"
-    """how fp32 products are computed; auto takes a faster way only where it is about as exact"""
+    precision: Literal["highest", "high", "medium"] = "highest"
+    """how fp32 products are computed"""
     out: str = "runs"
     """folder that holds the folders of all runs"""
     name: str = ""
     """suffix of the run's folder; it tells variants apart"""
     overwrite: bool = False
     """replace the run's folder although that run is finished"""
-
-    def resolve(self):
-        pass
 
 
 # ---- settings --------------------------------------------------------------------------------
@@ -146,7 +122,7 @@ def check(args, ours) -> Path:
         raise InputError("name a checkout of tinkoff-ai/CORL: --corl PATH")
     if not (Path(args.corl) / file).is_file():
         raise InputError(f"--corl {args.corl}: there is no {file}; use the folder of a checkout")
-    if args.env.lower().endswith(DATA_FILES):
+    if re.search(FILES, args.env, re.I):
         raise InputError(
             f"--env {args.env}: use the name of a dataset; our presets, whose settings CORL "
             "takes over, are not made for files"
@@ -190,19 +166,6 @@ def scale_rewards(algorithm: str, data, ours) -> None:
         data.reward += ours.reward_shift
 
 
-def version(path: Path) -> str:
-    """The commit of the checkout that holds CORL's file; the file itself shows the one that this
-    tool was made for."""
-    content = path.read_bytes()
-    blob = hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
-    if blob == BLOBS[path.stem]:
-        return COMMIT
-    root = path.parents[2]
-    found = peers.commit(root) if (root / ".git").exists() else "unknown"
-    print(f"note: CORL's {path.name} is not that of commit {COMMIT}, for which this tool was made")
-    return f"{found}, with another {path.name} than {COMMIT}"
-
-
 def portable(word: str) -> str:
     """A word of a command line, where a path of this machine is cut to its last part."""
     flag, equals, value = word.rpartition("=") if word.startswith("--") else ("", "", word)
@@ -212,55 +175,70 @@ def portable(word: str) -> str:
 # ---- CORL's program --------------------------------------------------------------------------
 
 
-class Environment(drive_peer.Task):
+class Environment(drive.Task):
     """What CORL reads of an environment: sizes and bounds. Actions are in [-1, 1], as our loader
     gives them. It takes no step, because our evaluation does."""
 
     def __init__(self, data):
-        self.observation_space = drive_peer.Space(data.obs.shape[1])
-        self.action_space = drive_peer.Space(data.action.shape[1])
+        self.observation_space = drive.Space(data.obs.shape[1])
+        self.action_space = drive.Space(data.action.shape[1])
         self.change = None  # CORL's normalization of observations
 
     def get_normalized_score(self, value):
         return value / 100  # CORL prints it, which is left out
 
 
+class CorlGuest(resume.Guest):
+    """The files of a run of CORL's program. It cannot be continued, so nothing but results is kept,
+    and a stopped run starts again."""
+
+    def __init__(self, run, path):
+        super().__init__(run)
+        self.file = path
+
+    def code(self):
+        """The hash "algorithm" is of CORL's file."""
+        tool = resume.code_hash(__file__, drive.__file__)
+        return super().code() | {"tool": tool}
+
+    def config(self):
+        config, run = super().config(), self.run
+        file = f"algorithms/offline/{self.file.name}"
+        return config | {
+            "args": config["args"] | {"out": portable(run.args.out), "resume": False},
+            "versions": config["versions"] | {"CORL": run.commit},
+            "corl": {"commit": run.commit, "file": file, "args": run.corl_args},
+        }
+
+    def step(self, t):
+        if self.stopped:
+            print(f"\nstopped at step {t}; repeat the command to start again", flush=True)
+            raise SystemExit(130)
+
+
 class CorlRun(Run):
     """A run whose loop is in CORL's program. That program logs after every update, then evaluates
     where it is due: both end here."""
 
-    def __init__(self, args, ours, preset, path, words):
-        self.args, self.preset, self.words = ours, preset, [portable(word) for word in words]
-        self.file, self.program = path, args.algorithm
-        self.algorithm = f"corl_{args.algorithm}"
-        self.folder = Folder(ours, self.algorithm)
-        self.commit = version(path)
-        hidden = ("device", "out", "resume", "overwrite", "log_every", "save_every", "track")
-        self.settings = {k: v for k, v in vars(ours).items() if k not in hidden}
-        self.settings |= {"algorithm": self.algorithm, "torch": torch.__version__}
-        self.settings |= {f"code of {part}": value for part, value in self.hashes().items()}
-        self.device = prepare_device(ours.device)
-        self.precision, self.precision_reason = set_precision(ours.precision, self.device)
-        seed_everything(ours.seed)
+    def __init__(self, args, ours, preset, path):
+        words, self.program = [portable(word) for word in sys.argv], args.algorithm
+        super().__init__(ours, preset, words, f"corl_{args.algorithm}")
+        self.guests[0], self.file = CorlGuest(self, path), path
+        self.commit = drive.commit(args.corl)
+        if self.commit != COMMIT:
+            print(f"note: the checkout is {self.commit}, and this tool was made for {COMMIT}")
 
-    def hashes(self) -> dict:
-        """Hashes of all code that this run's numbers depend on: "algorithm" is CORL's file."""
-        return code_hashes(self.file) | {"tool": code_hash(__file__, drive_peer.__file__)}
-
-    def train(self, data) -> None:
+    def train(self, data, args) -> None:
         """Run CORL's program until it has made all its steps."""
+        if self.task is None:
+            raise InputError(f"{args.env} has no task to evaluate a policy in: use another dataset")
+        scale_rewards(self.program, data, args)
         self.environment, self.scaling = Environment(data), Scaling(data)
-        rows = {
-            "observations": data.obs.cpu().numpy(),
-            "actions": data.action.cpu().numpy(),
-            "rewards": data.reward.cpu().numpy(),
-            "next_observations": data.next_obs.cpu().numpy(),
-            "terminals": data.terminal.cpu().numpy(),
-        }
-        self.corl_args = corl_settings(self.program, self.args, len(data.obs), self.device)
-        drive_peer.put_all(self.log, make=lambda name: self.environment, load=lambda env: rows)
-        drive_peer.put_flags(self.call)
-        self.rows, self.t = {"eval": []}, None
+        rows = {name: getattr(data, field).cpu().numpy() for name, field in ROWS.items()}
+        self.corl_args = corl_settings(self.program, args, len(data.obs), self.device)
+        drive.put_all(self.log, make=lambda name: self.environment, load=lambda env: rows)
+        drive.put_flags(self.call)
+        self.t = None
         try:
             runpy.run_path(str(self.file), run_name="__main__")
         except ModuleNotFoundError as error:
@@ -309,39 +287,14 @@ class CorlRun(Run):
         self.after(self.t, self.metrics, act)
         self.t = next(self.counter, None)
 
-    def _save_checkpoint(self, t):
-        """CORL's networks are not ours to continue or to export."""
-
-    def _leave(self, t):
-        self.folder.close()
-        print(f"\nstopped at step {t}; repeat the command to start again", flush=True)
-        raise SystemExit(130)
-
-    def _config(self):
-        config = super()._config()
-        corl_file = f"algorithms/offline/{self.file.name}"
-        return config | {
-            "args": config["args"] | {"out": portable(self.args.out), "resume": False},
-            "code": self.hashes(),
-            "versions": config["versions"] | {"CORL": self.commit},
-            "corl": {"commit": self.commit, "file": corl_file, "args": self.corl_args},
-        }
-
 
 OTHER = f"use a checkout of commit {COMMIT}"
 
 
 def main(args):
     ours, preset = our_args(args)
-    path = check(args, ours)
-    run = CorlRun(args, ours, preset, path, sys.argv)
-    data = run.load()
-    if run.task is None:
-        raise InputError(f"{args.env} has no task to evaluate a policy in: use another dataset")
-    scale_rewards(args.algorithm, data, ours)
-    run.train(data)
-    run.finish()
+    CorlRun(args, ours, preset, check(args, ours)).whole(CorlRun.train)
 
 
 if __name__ == "__main__":
-    main(parse(Args, {})[0])
+    main(parse(Args, {}, sys.argv[1:])[0])

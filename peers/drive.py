@@ -1,19 +1,24 @@
-"""Measure one training program in this process; tools/peers.py starts one process for each.
+"""Measure one training program in this process; peers/speed.py starts one process for each.
 
-    python tools/drive_peer.py corl td3_bc CORL '{"seconds": 5}'
+    python peers/drive.py corl td3_bc CORL '{"seconds": 5, "precision": "highest"}'
 
 A peer's own main program runs as it lies in its folder, with its default settings, until enough
 processor time has passed. Its rows are synthetic; d4rl, gym, wandb and pyrallis are replaced by
 modules that hold just what these programs touch, so neither a simulator nor a download is needed.
 Each program logs after every few updates, and what stands in wandb's place counts them.
 
-One line of JSON is printed. This file imports neither torch nor JAX before it knows the peer: the
-Python that runs it may have one of them alone.
+A function of the table PEERS makes a program ready to run: (algorithm, folder, settings) -> the
+Meter that counts its updates, versions of its packages, and a function that runs it until the Meter
+has measured. One line of JSON is printed. This file imports neither torch nor JAX before it knows
+the peer: the Python that runs it may have one of them alone.
 """
 
+import copy
+import importlib
 import json
 import os
 import runpy
+import subprocess
 import sys
 import tempfile
 import time
@@ -36,23 +41,19 @@ class Meter:
     three calls. `wait(values)` returns when the updates that `values` come from are over."""
 
     def __init__(self, seconds: float, wait=lambda values: None):
-        self.seconds, self.wait = seconds, wait
+        self.seconds, self.wait, self.first = seconds, wait, time.process_time()
         self.calls, self.updates, self.start, self.rate = 0, 0, None, None
 
     def __call__(self, updates: int, values=None):
         now = time.process_time()
         self.calls += 1
         self.updates += updates
-        if self.calls == 1:
-            self.first = now
-        elif self.start is None:
-            if self.calls > 3 and now - self.first > self.seconds / 3:
-                self.wait(values)
-                self.start, self.before = time.process_time(), self.updates
-        elif now - self.start > self.seconds:
+        if self.start is None and self.calls > 3 and now - self.first > self.seconds / 3:
             self.wait(values)
-            elapsed = time.process_time() - self.start
-            self.rate = (self.updates - self.before) / elapsed
+            self.start, self.updates = time.process_time(), 0
+        elif self.start is not None and now - self.start > self.seconds:
+            self.wait(values)
+            self.rate = self.updates / (time.process_time() - self.start)
             raise Measured
 
 
@@ -146,6 +147,16 @@ def put_flags(call) -> None:
     put("pyrallis", wrap=wrap)
 
 
+def commit(folder) -> str:
+    """The commit of a checkout, in short, with "-dirty" where files are changed."""
+    line = ["git", "-C", str(folder), "describe", "--always", "--dirty", "--abbrev=7"]
+    try:
+        finished = subprocess.run([*line, "--exclude=*"], capture_output=True, text=True)
+    except OSError:  # no git
+        return "unknown"
+    return finished.stdout.strip() or "unknown"
+
+
 def start(path, *flags) -> None:
     """Run a program as its user does, in an empty folder."""
     os.chdir(tempfile.mkdtemp(dir=os.environ.get("TMPDIR")))
@@ -162,7 +173,7 @@ def corl(algorithm, folder, settings):
     import torch
 
     torch.set_num_threads(1)
-    torch.set_float32_matmul_precision(settings.get("precision", "highest"))
+    torch.set_float32_matmul_precision(settings["precision"])
     meter = Meter(settings["seconds"])
     put_all(lambda values: meter(1))
     put_flags(lambda train, Config: train(Config(device="cpu", eval_freq=10**12)))
@@ -203,28 +214,23 @@ def unifloral(algorithm, folder, settings):
 
 def ours(algorithm, folder, settings):
     """This repository's own `train`, with default settings; CQL in two layers where asked for."""
-    import importlib
-
     import torch
 
     sys.path[:0] = [str(folder), str(folder / "algorithms")]
-    from common import MLP, Data, ScalarMLP
-    from harness.device import prepare_device, set_precision
+    from common import MLP, Data, ScalarMLP, prepare_device
     from tools.speed import Stopwatch
 
     torch.set_num_threads(1)
-    device = prepare_device("cpu")
-    set_precision("auto", device)
+    device = prepare_device("cpu", settings["precision"])
     module, meter = importlib.import_module(algorithm), Meter(settings["seconds"])
-    if algorithm == "cql" and settings.get("layers") == 2:  # the file's networks have three
+    if algorithm == "cql" and settings["layers"] == 2:  # the file's networks have three
 
         class Nets(module.Nets):
             def __init__(self, data, args):
                 super().__init__(data, args)
                 self.actor = MLP(OBS_DIM, 256, 256, 2 * ACT_DIM)
                 self.q = ScalarMLP(OBS_DIM + ACT_DIM, 256, 256, members=2)
-                self.q_target = ScalarMLP(OBS_DIM + ACT_DIM, 256, 256, members=2)
-                self.q_target.requires_grad_(False)
+                self.q_target = copy.deepcopy(self.q).requires_grad_(False)
 
         module.Nets = Nets
 
@@ -236,7 +242,7 @@ def ours(algorithm, folder, settings):
 
     def run():
         data = Data(*(torch.from_numpy(x) for x in rows().values()))
-        args = module.Args(compile=settings.get("compile", False))
+        args = module.Args(compile=settings["compile"])
         module.train(Counted(device, None), data, args)
 
     return meter, {"torch": torch.__version__}, run

@@ -1,0 +1,334 @@
+"""Files with D4RL's key names, checked before a value is used: a name of this folder's forms, or a
+path, becomes arrays in the README's format.
+
+    logs.hdf5, logs.npz        arrays with D4RL's key names, or saved from an OGBench singletask
+
+A transition bootstraps through a time limit, never through a terminal; its next observation never
+comes from another episode. Where the next observation is not known (time limit, cut, end of file),
+a row holds NaN, and a note says how many do. Stored next_observations are believed: where they
+differ from the next row, an episode was cut; where they equal it at a time limit, they are the next
+episode's first observation, so unknown, as a row of NaN is. Two observations differ where a number
+does by more than a millionth of its column's deviation and the rounding of the file's floats, so
+that units change nothing. Nothing is normalized or clipped, and nothing is ever unpickled.
+
+File keys: observations (N, S), actions (N, A), rewards (N,), terminals (N,); optional timeouts,
+next_observations, final_observations (E, S: the true last observation of each episode, in order),
+metadata (JSON text: env_id, env_kwargs, ref_min_score, ref_max_score, max_episode_steps,
+action_low, action_high).
+
+A file can come from anybody, so nothing that it names is run: its pickles are not loaded, its task
+is made only if its id is a registered one, and an HDF5 file that refers to other files is refused.
+"""
+
+import json
+import math
+import os
+import re
+import stat
+import subprocess
+import sys
+import zipfile
+import zlib
+from contextlib import contextmanager
+from types import SimpleNamespace
+
+import numpy as np
+import torch
+
+from common import InputError
+from harness.tasks import choose, complete, near, require, table
+
+KEYS = ("observations", "actions", "rewards", "next_observations")
+UNREADABLE = (OSError, EOFError, LookupError, OverflowError, RuntimeError, TypeError, ValueError)
+UNREADABLE += (zipfile.BadZipFile, zlib.error)
+METADATA = {
+    "env_id": "a Gymnasium id",
+    "env_kwargs": "an object of plain values for gymnasium.make",
+    "max_episode_steps": "a whole number from 1",
+    "ref_min_score": "a number",
+    "ref_max_score": "a number",
+    "action_low": "a number, or one for each action",
+    "action_high": "a number, or one for each action",
+}
+ANY = "1 or more"  # in a shape
+SAME = 1e-6  # of a column's deviation: so near is the next row to stored next_observations
+ROWS = 1 << 16  # rows compared at a time, which bounds memory
+TEXT_SECONDS, TEXT_PATIENCE = 10, 600  # for metadata: of computing, of waiting
+
+
+def read_file(path, eval_env, task=None, d4rl=None, derive=None) -> tuple[dict, dict]:
+    """(arrays, metadata) of a file. task: the evaluation task where it is known already; d4rl: a
+    row of d4rl_tasks.csv; derive(columns): columns that follow from those of the file."""
+    kind = path.suffix[1:].lower()
+    require_regular(path)
+    try:
+        with open_columns(path) as (columns, raw):
+            columns |= derive(columns) if derive else {}
+            return read_columns(path.name, columns, raw, eval_env, task, d4rl)
+    except UNREADABLE as e:
+        magic = b"PK" if kind == "npz" else b"\x89HDF"
+        with path.open("rb") as file:
+            begun = magic.startswith(file.read(len(magic)))
+        own = not (d4rl or derive)  # what was downloaded can only be damaged
+        require(begun or not own, f"{path} is not an {kind} file; README shows how to make one")
+        raise InputError(
+            f"{path} is not a complete {kind} file ({e!s:.200}); delete it and download or write "
+            "it again"
+        ) from e
+
+
+def require_regular(path):
+    """Raises InputError where there is no ordinary file; nothing waits for a pipe's writer."""
+    try:
+        mode = path.stat().st_mode
+        require(
+            stat.S_ISREG(mode), f"{path} is a folder, a pipe or a device; use the path of a file"
+        )
+        path.open("rb").close()
+    except PermissionError:
+        raise InputError(f"{path} may not be read; chmod it or ask its owner") from None
+    except OSError:
+        names = os.listdir(path.parent) if path.parent.is_dir() else []
+        raise InputError(f"no file {path}; correct the path{near(path.name, names)}") from None
+
+
+@contextmanager
+def open_hdf5(path):
+    """An open HDF5 file. Raises InputError where it refers to other files: it could read any of
+    them into the data."""
+    import h5py
+    from h5py import h5d, h5l, h5o
+
+    def is_outside(name, link):
+        return None if link.type in (h5l.TYPE_HARD, h5l.TYPE_SOFT) else name
+
+    def is_stored_outside(name):
+        item = h5o.open(file.id, name)
+        if not isinstance(item, h5d.DatasetID):
+            return None
+        how = item.get_create_plist()
+        return name if how.get_external_count() or how.get_layout() == h5d.VIRTUAL else None
+
+    require_regular(path)
+    with h5py.File(path, "r") as file:
+        name = file.id.links.visit(is_outside, info=True) or h5o.visit(file.id, is_stored_outside)
+        require(
+            name is None,
+            f"{path}: {(name or b'').decode(errors='replace'):.60} refers to another file, which "
+            "is not followed; copy the values into this file",
+        )
+        yield file
+
+
+@contextmanager
+def open_columns(path):
+    """(columns, raw metadata) of the top-level arrays; a column has shape, dtype and read()."""
+    import h5py
+
+    if path.suffix.lower() == ".npz":
+        with np.lib.npyio.NpzFile(path, allow_pickle=False) as file:
+            keys = [x[:-4] for x in file.zip.namelist() if x.endswith(".npy")]
+            columns = {key: npz_column(file, key) for key in keys}
+            meta = columns.pop("metadata", None)  # a pickled one is no text
+            yield columns, "" if meta and meta.dtype.hasobject else meta and meta.read()
+    else:
+        with open_hdf5(path) as file:
+            require("episode_0" not in file, f"{path} is a Minari file; use its Minari id")
+            columns = {k: hdf5_column(x) for k, x in file.items() if isinstance(x, h5py.Dataset)}
+            has_text = columns.pop("metadata", None)  # in D4RL's own files it is a group
+            if has_text or "metadata" in file.attrs:
+                try_text(path)
+            yield columns, file["metadata"][()] if has_text else file.attrs.get("metadata")
+
+
+def npz_column(file, key):
+    with file.zip.open(f"{key}.npy") as f:
+        version, _ = np.lib.format.read_magic(f)
+        shape, _, dtype = vars(np.lib.format)[f"read_array_header_{version}_0"](f)
+    return SimpleNamespace(shape=shape, dtype=dtype, read=lambda: file[key])
+
+
+def hdf5_column(x):
+    """Floats of another width are converted by HDF5 itself, chunk by chunk."""
+    read = lambda: (x.astype(np.float32) if x.dtype.kind == "f" else x)[()]
+    return SimpleNamespace(shape=x.shape or (), dtype=x.dtype, read=read)
+
+
+READ_TEXT = """
+import h5py, sys, time
+limit = int(time.process_time()) + int(sys.argv[2])
+try:
+    import resource
+    resource.setrlimit(resource.RLIMIT_CPU, (limit, limit))
+except ImportError:
+    pass
+file = h5py.File(sys.argv[1])
+file.attrs.get("metadata") or file["metadata"][()]
+"""
+
+
+def try_text(path, computing=TEXT_SECONDS, waiting=TEXT_PATIENCE):
+    """libhdf5 can loop for ever on damaged text, deaf to signals: a process of its own reads it.
+
+    More than `computing` seconds of a processor are such a loop, and raise OSError: intact text
+    takes microseconds. Seconds of `waiting`, for a busy machine or a slow disk, are no damage."""
+    line = [sys.executable, "-c", READ_TEXT, str(path), str(computing)]
+    try:
+        child = subprocess.run(line, capture_output=True, timeout=waiting)
+    except subprocess.TimeoutExpired:
+        raise InputError(
+            f"{path}: its metadata was not read within {waiting:g} s, so this machine or its disk "
+            "is very slow or busy; repeat the command later, or write the file as .npz"
+        ) from None
+    if child.returncode < 0:  # ended by the limit, or libhdf5 itself broke down
+        raise OSError("its metadata cannot be read")
+
+
+def metadata_of(name, raw, act_dim) -> dict:
+    """Keys of JSON text that are not null; those in METADATA are checked."""
+    try:
+        if isinstance(raw, np.ndarray):  # JSON as text, or as its bytes
+            raw = raw.tobytes() if raw.dtype == np.uint8 else raw.item()
+        meta = dict(json.loads("{}" if raw is None else raw).items())
+    except (ValueError, TypeError, AttributeError, RecursionError) as e:
+        raise InputError(f"{name}: metadata is not a JSON object; write it with json.dumps") from e
+    return check_metadata(name, meta, act_dim)
+
+
+def check_metadata(name, meta, act_dim) -> dict:
+    """The keys of `meta` that are not null. Raises InputError for a wrong value under METADATA."""
+    meta = {k: x for k, x in meta.items() if x is not None}
+    for key in [k for k in METADATA if k in meta]:
+        x, want = meta[key], METADATA[key]
+        many = "action" in key and isinstance(x, list) and len(x) == act_dim
+        numbers = x if many else [x]  # below 1e30: finite in float32 too
+        good = all(type(i) in (int, float) and abs(i) < 1e30 for i in numbers)
+        if key == "env_id":
+            good = isinstance(x, str)
+        elif key == "env_kwargs":
+            good = isinstance(x, dict)
+        elif key == "max_episode_steps":
+            good = good and x >= 1 and x % 1 == 0
+        require(good, f"{name}: metadata {key} is {x!r:.60}, not {want}; correct it")
+    return meta
+
+
+def check_columns(name, columns):
+    """Raises InputError for a name, type, shape or size that does not fit; reads no value."""
+    if is_ogbench(columns) and not {"rewards", "masks"} <= columns.keys():
+        data = re.sub(r"^visual-|(-v0)?(-val)?\.npz$", "", name)
+        example = data if data in table("ogbench_sets.csv") else "cube-single-play"
+        raise InputError(
+            f"{name}: an OGBench file without rewards and masks states no task; "
+            f"use --env {example}-singletask-v0 or the name of another task"
+        )
+    missing = [key for key in (*KEYS[:3], "terminals") if key not in columns]
+    found = ", ".join(sorted(map(str, columns)))  # bytes, where HDF5's text is damaged
+    require(
+        not missing, f"{name}: no {', '.join(missing)} (found: {found:.200}); use D4RL's key names"
+    )
+    n, s = (*columns["observations"].shape, 0, 0)[:2]
+    require(n, f"{name}: the dataset is empty; use one with at least one transition")
+    wants = dict.fromkeys(("observations", "next_observations"), (n, s or ANY))
+    wants |= dict.fromkeys(("rewards", "terminals", "timeouts", "masks"), (n,))
+    wants |= {"actions": (n, ANY), "final_observations": (ANY, s or ANY)}
+    wants = {key: want for key, want in wants.items() if key in columns}
+    for key, want in wants.items():
+        shape, dtype = columns[key].shape, columns[key].dtype
+        line = "; only continuous actions are supported" if key == "actions" else ""
+        kinds = "f" if line else "fiub"
+        require(dtype.kind in kinds, f"{name}: {key} has dtype {dtype}; store floats{line}")
+        fits = len(shape) == len(want) and 0 not in shape
+        fits = fits and all(x in (ANY, size) for x, size in zip(want, shape, strict=True))
+        require(
+            fits,
+            f"{name}: {key} has shape {shape}, not {want}; reshape it, or make the columns agree",
+        )
+    need = 4 * sum(math.prod(columns[key].shape) for key in wants)
+    sysconf = getattr(os, "sysconf", lambda _: 1 << 30)  # Windows has none
+    memory = sysconf("SC_PAGE_SIZE") * sysconf("SC_PHYS_PAGES")
+    if need > memory:
+        raise MemoryError(f"{n} rows take {need >> 30} of {memory >> 30} GiB")
+
+
+def is_ogbench(columns) -> bool:
+    """Whether `terminals` are the ends of recordings, as OGBench's are."""
+    own = "masks" in columns or {"qpos", "qvel"} <= columns.keys()
+    return own and "timeouts" not in columns
+
+
+def read_columns(name, columns, raw, eval_env, task, d4rl):
+    """(arrays, metadata). Every check that needs no values comes before the first value is read."""
+    check_columns(name, columns)
+    size, count = (columns[key].shape[1] for key in KEYS[:2])
+    meta = metadata_of(name, raw, count)
+    task = task or choose(name, eval_env, meta)
+    found = complete(name, task, meta, size, count)
+
+    def numbers(key):
+        with np.errstate(over="ignore"):  # an overflow to inf is reported with its row later
+            return columns[key].read().astype(np.float32, copy=False)
+
+    def flags(key):
+        x = columns[key].read()
+        for row in np.flatnonzero((x != 0) & (x != 1))[:1]:
+            raise InputError(f"{name}: {key} row {row} is neither 0 nor 1; store only these")
+        return x.astype(bool)
+
+    obs, action, reward = map(numbers, KEYS[:3])
+    terminal = flags("terminals")
+    end = terminal.copy()
+    if is_ogbench(columns):  # a recording runs on where its task is solved
+        print(f"note: {name}: OGBench's terminals end recordings, its masks end the MDP")
+        terminal = ~flags("masks")
+        if "next_observations" not in columns:
+            terminal[end], reward[end] = False, 0  # the last row is a state, no transition
+    elif "timeouts" in columns:
+        end |= flags("timeouts")
+    elif "next_observations" not in columns:
+        limit = (d4rl or meta).get("max_episode_steps") or (task and task.spaces.limit)
+        limit, first = int(limit or len(end)), 0
+        for last in [*np.flatnonzero(terminal), len(end) - 1]:
+            end[first + limit - 1 : last : limit] = True
+            first = last + 1
+        print(f"note: {name}: no timeouts, so episodes end at terminals and after {limit} steps")
+    if d4rl and d4rl["maze"]:  # v0's timeouts are out of step; an ant moves less than 1 m in one
+        end[:-1] |= np.linalg.norm(obs[1:, :2] - obs[:-1, :2], axis=1) > 1
+    end[-1] = True
+    if "next_observations" in columns:
+        kinds = [columns[key].dtype for key in ("observations", "next_observations")]
+        kinds = [np.dtype(np.float32), *(kind for kind in kinds if kind.kind == "f")]
+        precision = max(kinds, key=lambda kind: np.finfo(kind).eps)
+        next_obs = link(name, obs, numbers("next_observations"), precision, end)
+    else:
+        next_obs = np.roll(obs, -1, axis=0)
+        next_obs[end] = np.nan
+        if "final_observations" in columns:
+            final = numbers("final_observations")
+            require(
+                len(final) == end.sum(),
+                f"{name}: {len(final)} final_observations, but the flags mark {end.sum()} "
+                "episodes; store one for each",
+            )
+            next_obs[end] = final
+    arrays = dict(zip(KEYS, (obs, action, reward, next_obs), strict=True))
+    return arrays | {"terminals": terminal, "ends": end}, found
+
+
+def link(name, obs, stored, precision, end):
+    """Stored next observations (N, S) of rows in time order, NaN where nobody knows; `end` (N,)
+    gains the cuts found. precision: the float type to which the file rounded either of them."""
+    cuts = 0
+    with np.errstate(all="ignore"):  # what is not finite is refused later, with its row
+        tolerance = SAME * torch.from_numpy(obs).std(0, correction=0).numpy()  # (S,)
+        for i in range(0, len(obs) - 1, ROWS):
+            part, rows = obs[1:][i : i + ROWS], slice(i, min(i + ROWS, len(obs) - 1))
+            # Each was rounded by half a unit, and below a power of 2 a unit is half as large.
+            rounding = 2 * np.spacing(np.abs(part).astype(precision))
+            same = (np.abs(part - stored[rows]) <= tolerance + rounding).all(1)
+            cuts += (~same & ~end[rows]).sum()
+            stored[rows][same & end[rows]] = np.nan
+            end[rows] |= ~same
+    if cuts:
+        print(f"note: {name}: next_observations show {cuts} episode cuts that nothing marks")
+    return stored
