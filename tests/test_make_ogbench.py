@@ -1,0 +1,284 @@
+"""tools/make_ogbench.py: recipes, recordings that their seed alone decides, files that OGBench's
+own loader reads. Recordings are short here; all but the names need the package ogbench."""
+
+import dataclasses
+import importlib.util
+import json
+import os
+import re
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from common import InputError
+from harness.readers.ogbench import MADE, SETS
+from harness.tasks import INSTALL, table
+from run import load as load_dataset
+from tools import make_ogbench
+from tools.make_ogbench import Recipe, recipe_of, record, seed_recording
+
+ROOT = Path(__file__).resolve().parents[1]
+installed = pytest.mark.skipif(not importlib.util.find_spec("ogbench"), reason="no ogbench")
+MAZE = "pointmaze-medium-stitch"
+SHORT = Recipe("pointmaze-medium-v0", "stitch", recordings=10, rows=9, noise=0.5)
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("OGBENCH_DATASET_DIR", str(tmp_path))
+    return tmp_path
+
+
+def make(name=MAZE, recipe=SHORT, seed=0, workers=1, overwrite=False):
+    args = SimpleNamespace(seed=seed, workers=workers, overwrite=overwrite)
+    return make_ogbench.make(name, dataclasses.replace(recipe), args)
+
+
+def recording(name, rows, index=0):
+    recipe = dataclasses.replace(recipe_of(name), rows=rows)
+    env = make_ogbench.make_env(recipe)
+    space, state = env.action_space, np.random.get_state()
+    seed_recording(env, space, name, 0, index)
+    arrays = record(env, space, recipe)
+    np.random.set_state(state)
+    return arrays
+
+
+def error_of(call) -> str:
+    with pytest.raises(InputError) as error:
+        call()
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+# ---- recipes ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("antmaze-large-navigate", "trained expert"),
+        ("humanoidmaze-giant-stitch", "trained expert"),
+        ("antsoccer-arena-navigate", "trained expert"),
+        (
+            "visual-scene-noisy",
+            "images as observations; only states can be made, such as scene-noisy",
+        ),
+        ("powderworld-easy-play", "such as cube-single-play"),
+        ("cube-singel-play", "did you mean cube-single-play"),
+        ("pointmaze-medium-explore", "no OGBench data"),
+    ],
+)
+def test_other_names_say_why_not(name, said):
+    assert said in error_of(lambda: recipe_of(name))
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("cube-single-play", ("cube-single-v0", 1000, 1001, 0.0, (0, 0), 0.1)),
+        ("cube-double-noisy", ("cube-double-v0", 1000, 1001, 0.1, (0, 0.25), 0.1)),
+        ("cube-quadruple-play", ("cube-quadruple-v0", 5000, 1001, 0.0, (0.1, 0.5), 0.1)),
+        ("scene-noisy", ("scene-v0", 1000, 1001, 0.1, (0.5, 0.5), 0.1)),
+        ("puzzle-4x5-noisy", ("puzzle-4x5-v0", 3000, 1001, 0.2, (0.5, 0.5), 0.1)),
+        ("pointmaze-giant-navigate", ("pointmaze-giant-v0", 500, 2001, 0.0, (0.5, 0.5), 0.5)),
+        ("pointmaze-giant-stitch", ("pointmaze-giant-v0", 5000, 201, 0.0, (0.5, 0.5), 0.5)),
+    ],
+)
+def test_recipes_are_the_published_ones(name, expected):
+    recipe = recipe_of(name)
+    found = recipe.env, recipe.recordings, recipe.rows, recipe.random, recipe.stack, recipe.noise
+    assert found == expected and recipe.kind == name.rpartition("-")[2]
+
+
+@installed
+def test_every_name_that_can_be_made_has_its_environment():
+    import gymnasium
+
+    importlib.import_module("ogbench")
+    names = [name for name in table(SETS) if name.startswith(MADE)]
+    assert len(names) == 26
+    for name in names:
+        assert recipe_of(name).env in gymnasium.registry, name
+
+
+def test_requirements_bound_mujoco_as_the_hint_does():
+    """A newer MuJoCo than the hint names breaks every task, and pip takes the newest."""
+    bound = re.search(r"'mujoco(<[\d.]+)'", INSTALL['ogbench'])[1]
+    for file in ("requirements.txt", "tests/requirements.txt"):
+        lines = [x for x in (ROOT / file).read_text().splitlines() if x.startswith("mujoco")]
+        assert len(lines) == 1 and lines[0].endswith(bound), f"{file}: mujoco{bound}"
+
+
+# ---- recordings ------------------------------------------------------------------------------
+
+
+@installed
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("pointmaze-medium-stitch", (12.79822, 0.62498, 0.0028316)),
+        ("pointmaze-teleport-navigate", (10.16271, 0.62915, 0.0011724)),
+        ("cube-double-noisy", (0.77282, 0.57934, 0.23426)),
+        ("puzzle-3x3-play", (0.50494, 0.28906, 0.15827)),
+        pytest.param("scene-noisy", (0.74751, 0.60225, 0.44705), marks=pytest.mark.soak),
+        pytest.param("scene-play", (0.68200, 0.32104, 0.13505), marks=pytest.mark.soak),
+    ],
+)
+def test_a_seed_gives_the_recording_that_it_always_gave(name, expected):
+    """With these draws, whole recordings equaled those of the published script to the bit."""
+    arrays = recording(name, rows=60)
+    found = [np.abs(arrays[k]).mean() for k in ("observations", "actions", "qvel")]
+    np.testing.assert_allclose(found, expected, rtol=2e-3)
+
+
+@installed
+def test_a_number_gives_a_recording_whatever_was_recorded_before():
+    name, recipe = "pointmaze-medium-navigate", dataclasses.replace(SHORT, kind="navigate")
+    env = make_ogbench.make_env(recipe)
+
+    def numbered(index):
+        seed_recording(env, env.action_space, name, 0, index)
+        return record(env, env.action_space, recipe)["observations"]
+
+    first, second, again = (numbered(i) for i in (0, 1, 0))
+    assert np.array_equal(first, again) and not np.array_equal(first, second)
+
+
+def test_noise_and_stacking_of_an_arm(monkeypatch):
+    """The noise of the yaw is three times that of a position, the gripper's ten times; one draw of
+    each decides a recording."""
+    asked, info = [], {"privileged/target_task": "cube", "prev_qpos": 0, "prev_qvel": 0}
+    oracle = SimpleNamespace(reset=lambda obs, info: None, done=True)
+    oracle.select_action = lambda obs, info: np.zeros(5)
+    env = SimpleNamespace(reset=lambda: (0, info), left=2000)
+    env.unwrapped = SimpleNamespace(
+        set_new_target=lambda p_stack: asked.append(p_stack) or (0, info)
+    )
+
+    def step(action):
+        env.left -= 1
+        return 0, 0, False, env.left == 0, info
+
+    env.step = step
+    monkeypatch.setattr(make_ogbench, "oracles", lambda *_: {"cube": oracle})
+    recipe = Recipe("cube-double-v0", "noisy", stack=(0.2, 0.3), noise=0.02)
+    state = np.random.get_state()
+    np.random.seed(0)
+    rows = make_ogbench.record_arm(env, None, recipe)
+    np.random.set_state(state)
+    std = np.std([row["actions"] for row in rows], axis=0)
+    np.testing.assert_allclose(std / std[0], [1, 1, 1, 3, 10], rtol=0.08)
+    assert 0 < std[0] < 0.02 and len(rows) == 2000
+    assert len(set(asked)) == 1 and 0.2 < asked[0] < 0.3
+
+
+def test_cells_of_a_maze():
+    text = ["#######", "#.....#", "#.###.#", "#.#...#", "#######"]
+    maze_map = np.array([[mark == "#" for mark in line] for line in text]).astype(int)
+    assert make_ogbench.cells_at(maze_map, (1, 1), 4) == [(1, 5)]
+    assert make_ogbench.cells_at(maze_map, (1, 3), 3) == [(2, 1), (2, 5)]
+    corridors = [x for x in zip(*np.where(maze_map == 0)) if make_ogbench.is_corridor(maze_map, x)]
+    assert corridors == [(1, 2), (1, 3), (1, 4), (2, 1), (2, 5), (3, 4)]
+
+
+@pytest.mark.parametrize(
+    ("y", "z", "visible"), [(0, 0.02, 1), (0.29, 0.07, 0), (-0.3, 0.02, 0), (-0.3, 0.07, 1)]
+)
+def test_a_scene_is_kept_where_its_cube_is_visible(y, z, visible):
+    rows = [{"qpos": np.r_[np.zeros(14), 0, place]} for place in ((0, 0.02), (y, z))]
+    assert make_ogbench.cube_is_visible(rows) == bool(visible)
+
+
+# ---- files -----------------------------------------------------------------------------------
+
+
+@installed
+def test_the_file_does_not_depend_on_workers_and_a_second_command_continues(folder, monkeypatch):
+    one = [path.read_bytes() for path in make()]
+    assert sorted(x.name for x in folder.iterdir()) == [f"{MAZE}-v0-val.npz", f"{MAZE}-v0.npz"]
+    assert "add --overwrite" in error_of(make)
+    monkeypatch.setenv("OGBENCH_DATASET_DIR", str(folder / "two"))
+    assert [path.read_bytes() for path in make(workers=2)] == one
+    with np.load(folder / f"{MAZE}-v0.npz") as file:
+        arrays = dict(file)
+    # What a killed command has left: two recordings, one of them marked here.
+    parts = folder / f"{MAZE}-v0.parts"
+    parts.mkdir()
+    note = arrays.pop("made_by").item()
+    (parts / "made_by.json").write_text(note)
+    left = {k: x[: SHORT.rows].copy() for k, x in arrays.items()}
+    left["actions"][:] = 7
+    np.savez(parts / "00000.npz", **left)
+    (parts / "00001.npz.host.1.tmp").write_bytes(b"half")
+    monkeypatch.setenv("OGBENCH_DATASET_DIR", str(folder))
+    assert "another seed" in error_of(lambda: make(seed=1, overwrite=True))
+    make()
+    with np.load(folder / f"{MAZE}-v0.npz") as file:
+        assert (file["actions"][: SHORT.rows] == 7).all()
+        assert np.array_equal(file["actions"][SHORT.rows :], arrays["actions"][SHORT.rows :])
+    assert not parts.exists()
+
+
+def test_recordings_of_another_seed_are_not_continued(tmp_path):
+    parts = tmp_path / "parts"
+    for _ in range(2):
+        make_ogbench.prepare(parts, "seed 0")
+    assert "another seed" in error_of(lambda: make_ogbench.prepare(parts, "seed 1"))
+
+
+@installed
+def test_keys_and_types_are_ogbenchs_and_the_note_says_how_it_was_made(folder):
+    recipe = dataclasses.replace(recipe_of("puzzle-3x3-play"), recordings=10, rows=4)
+    paths = make("puzzle-3x3-play", recipe, seed=5)
+    types = {"observations": "f4", "actions": "f4", "terminals": "?", "qpos": "f4", "qvel": "f4"}
+    types |= {"button_states": "i8"}
+    for path, recordings in zip(paths, (10, 1)):
+        with np.load(path, allow_pickle=False) as file:
+            note = json.loads(file["made_by"].item())
+            assert list(file) == [*types, "made_by"]
+            for key, kind in types.items():
+                assert file[key].dtype == kind and len(file[key]) == 4 * recordings
+            assert np.flatnonzero(file["terminals"]).tolist() == [*range(3, 4 * recordings, 4)]
+    assert note["seed"] == 5 and note["recipe"]["oracle"]["gripper_always_closed"]
+    assert note["recipe"]["env"] == "puzzle-3x3-v0" and "mujoco" in note["versions"]
+
+
+@installed
+def test_rows_of_a_made_file_are_those_of_ogbenchs_own_loader(folder):
+    import ogbench
+
+    path, _ = make()
+    task = f"{MAZE}-singletask-task1-v0"
+    _, theirs, validation = ogbench.make_env_and_datasets(task, dataset_path=str(path))
+    ours, _ = load_dataset(task, eval_env="none")
+    pairs = {"obs": "observations", "action": "actions", "reward": "rewards"}
+    for name, key in (pairs | {"next_obs": "next_observations"}).items():
+        np.testing.assert_array_equal(getattr(ours, name).numpy(), theirs[key])
+    np.testing.assert_array_equal(ours.terminal.numpy(), 1 - theirs["masks"])
+    assert len(ours.obs) == 10 * 8 and len(validation["observations"]) == 8
+    compact = ogbench.utils.load_dataset(str(path), compact_dataset=True)
+    assert len(compact["observations"]) == 90 and compact["valids"].sum() == 80
+
+
+@installed
+def test_bytes_are_named_first_and_a_full_folder_is_refused(folder, monkeypatch, capsys):
+    monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=3000))
+    text = error_of(lambda: make(recipe=dataclasses.replace(SHORT, rows=1000)))
+    assert f"{folder} has 0 MB, 1 MB are needed" in text and "OGBENCH_DATASET_DIR" in text
+    assert "11 recordings of 1,000 rows: 1 MB more" in capsys.readouterr().out
+    assert not list(folder.iterdir())
+
+
+@installed
+def test_a_process_without_its_command_stops(folder):
+    make_ogbench.work(MAZE, SHORT, 0, [0], folder, parent=os.getpid())
+    assert not list(folder.iterdir())
+
+
+def test_without_the_package_one_line_says_how_to_install_it(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None)
+    args = SimpleNamespace(name=MAZE)
+    assert "pip install ogbench" in error_of(lambda: make_ogbench.main(args))
