@@ -34,7 +34,7 @@ What changes scores (more in DEPARTURES, at the foot of the file):
 - No alpha is published for locomotion. The presets there and on the bundled data follow the
   authors' advice for new data, which is --normalize-q-loss with an alpha between 0.03 and 10.
 
-    python algorithms/fql.py  # scores 55.5 ± 3.5 on hopper-medium-expert-demo (3 seeds)
+    python algorithms/fql.py  # 20k steps: 55.5 ± 3.5, hopper-medium-expert-demo, 3 seeds
 """
 
 import copy

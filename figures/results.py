@@ -191,12 +191,14 @@ def table(cells) -> str:
 
 
 def command(cells, algorithm: str) -> str:
-    """The last line of an algorithm's docstring: the bare command, and the score of its dataset."""
+    """The last line of an algorithm's docstring: the bare command, the steps of its last phase, and
+    the score on its dataset."""
     scores = report.score_table(cells[DATASETS[0], algorithm]).iloc[-1]
     mean, seeds = scores[report.SCORE].rstrip(")").split(" (")
     seeds += " seed" if seeds == "1" else " seeds"
     line = f"python algorithms/{algorithm}.py"
-    return f"    {line}  # scores {mean} on {DATASETS[0]} ({seeds})"
+    length = f"{int(scores['steps']) / 1000:g}k steps"
+    return f"    {line}  # {length}: {mean}, {DATASETS[0]}, {seeds}"
 
 
 def main(args):
