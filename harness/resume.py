@@ -235,6 +235,7 @@ class Guest:
         self.restored = self.run.args.resume and self.checkpoint.exists()
         if self.restored:
             self._restore()
+            print(f"resumed:    after {self.at[0]} step {self.at[1]:,}")
         else:
             self._clear()
         self.save("config.json", json.dumps(self.config(), indent=2, default=str).encode())

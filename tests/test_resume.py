@@ -100,13 +100,15 @@ def test_resume_keeps_metrics_of_earlier_steps(here):
     assert_same_run("td3_bc", "whole", "parts")
 
 
-def test_killed_run_continues_from_its_last_checkpoint(here):
+def test_killed_run_continues_from_its_last_checkpoint(here, capsys):
     """No signal handler runs: the steps after the checkpoint at 14 are done again."""
     start("bc", out="whole")
     with pytest.raises(ZeroDivisionError):
         start("bc", at("train", 17, lambda *_: 1 / 0), out="parts")
     assert checkpoint("bc", "parts")["step"] == 14
+    assert "resumed:" not in capsys.readouterr().out
     start("bc", out="parts", resume=True)
+    assert "resumed:    after train step 14\n" in capsys.readouterr().out
     assert_same_run("bc", "whole", "parts")
 
 
