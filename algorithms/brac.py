@@ -42,7 +42,8 @@ from torch import nn
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from common import BatchSize, Count, CountOrZero, NonNegative, Positive, PositiveShare, Seed, Share
-from common import MLP, Adam, InputError, RunArgs, ScalarMLP, Scaling, ShareBelow1, dequantize
+from common import MLP, Adam, Episodes, InputError, RunArgs, ScalarMLP, Scaling, ShareBelow1
+from common import dequantize
 from common import glorot_, graphed, largest_value, minimize, normal_log_prob, normalize_obs
 from common import polyak, sample, share_at_bounds, tanh_log_det
 
@@ -62,7 +63,7 @@ class Args(RunArgs):
     """transitions per gradient step"""
     eval_every: Count = 5_000
     """gradient steps between evaluations"""
-    eval_episodes: Count = 20
+    eval_episodes: Episodes = 20
     """episodes per evaluation"""
     value_penalty: bool = True
     """subtract alpha D in the target (BRAC-v); else D is in the policy's loss alone (BRAC-p)"""

@@ -49,7 +49,7 @@ from torch import nn
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from common import BatchSize, Count, NonNegative, Number, Positive, PositiveShare, Seed, ShareBelow1
-from common import MLP, Adam, RunArgs, ScalarMLP, Scaling
+from common import MLP, Adam, Episodes, RunArgs, ScalarMLP, Scaling
 from common import glorot_, graphed, largest_value, minimize, normalize_obs, polyak, sample
 
 
@@ -65,7 +65,7 @@ class Args(RunArgs):
     """transitions per gradient step"""
     eval_every: Count = 100_000
     """gradient steps between evaluations"""
-    eval_episodes: Count = 50
+    eval_episodes: Episodes = 50
     """episodes per evaluation"""
     alpha: NonNegative = 10.0
     """weight of distillation against Q in the policy's loss: 0 is Q alone, a large one the clone"""

@@ -109,9 +109,9 @@ class Stopwatch:
             self.phases[phase] = counter.get_total_flops() / 12
             return
         yield from range(t + 1, t + 21)  # warm up, compile, capture
-        t, best, end = t + 20, float("inf"), time.time() + self.seconds
+        t, best, end = t + 20, float("inf"), time.monotonic() + self.seconds
         block = 12
-        while time.time() < end or best == float("inf"):
+        while time.monotonic() < end or best == float("inf"):
             start = self.clock()
             yield from range(t + 1, t + 1 + block)
             elapsed, t = self.clock() - start, t + block
