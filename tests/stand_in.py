@@ -20,6 +20,8 @@ class PlainRun:
         return range(1, min(steps, self.limit or steps) + 1)
 
     def after(self, t, metrics, act=None):
+        held = [name for name, value in metrics.items() if value.requires_grad]
+        assert not held, f"{held}: a metric that is not detached keeps the graph of its step"
         self.rows.append({name: value.item() for name, value in metrics.items()})
         self.act = act
 

@@ -334,6 +334,18 @@ def slow_time(nets):
     nets.score_ema.frequencies.div_(30)
 
 
+def test_the_score_network_learns_actions_that_are_clipped(data):
+    """At 1e-5 inside the bounds, where a density of actions at a bound would have no end."""
+    losses = []
+    for bound in (1.0, 1 - 1e-5, 1 - 2e-5):
+        data.action = torch.full_like(data.action, bound)
+        data.action[::2] *= -1
+        nets, _, args = make(data)
+        nets.z_action.std.fill_(1e-4)  # a step of 1e-5 is a tenth
+        losses.append(arq.update_score(nets, optimizers(nets), data, args)["loss_per_dim"])
+    assert losses[0] == losses[1] != losses[2]
+
+
 def test_trained_network(tiny_data):
     """a = 0.5 s + 0.2 noise: mean and width of the samples, and likelihood."""
     torch.manual_seed(0)

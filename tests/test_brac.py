@@ -408,14 +408,15 @@ def train(data, run=None, **values):
     return run
 
 
-def test_metrics_of_an_update(data):
+@pytest.mark.parametrize("divergence", ["kl", "mmd"])
+def test_metrics_of_an_update(data, divergence):
     """Those that no loss holds; the learning rates are 0, so the networks stay."""
-    nets, args = make(data)
-    noise = [torch.randn(4, 16, 2).double() for _ in range(2)]
+    nets, args = make(data, divergence=divergence)
+    noise = [torch.randn(4, 16, 2).double() for _ in range(2 if divergence == "kl" else 4)]
     with Inject(randint=[torch.arange(16)], randn_like=noise):
         metrics = brac.update(nets, optimizers(nets, SGD, 0.0), data, args, False)
     pi, b = gaussian(nets.actor, data.obs), gaussian(nets.behavior, data.obs)
-    x = pi[0] + pi[1].exp() * noise[1]
+    x = pi[0] + pi[1].exp() * noise[len(noise) // 2]  # the critics' come first
     log_pi, log_b = (lambda a, p=p: squashed(*p).log_prob(a).sum(-1).mean() for p in (pi, b))
     expected = {"kl": log_ratio(x, pi, b).mean(), "entropy": -log_pi(x.tanh())}
     expected["log_ratio_data"] = log_pi(data.action) - log_b(data.action)

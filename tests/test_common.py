@@ -450,6 +450,8 @@ def test_share_at_bounds(capsys):
     data = SimpleNamespace(action=torch.tensor([[1.0, 0.5], [-1.0, 0.0], [0.9999, 0.1], [0, 0]]))
     assert share_at_bounds(data, 0.0) == 0.25 and "25% of the action" in capsys.readouterr().out
     assert share_at_bounds(data, 0.05) == 0.25 and capsys.readouterr().out == ""
+    data.action[:2, 0] = 1 - 1e-6 * torch.tensor([0.7, 1.3])
+    assert share_at_bounds(data, 0.05) == 0.125
     data.action[:2, 0] = 0.99
     assert share_at_bounds(data, 0.0) == 0 and capsys.readouterr().out == ""
 

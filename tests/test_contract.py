@@ -509,7 +509,7 @@ def small_log():
     action[::4] = 1.0
     row = torch.arange(60)
     reward, terminal = torch.randn(60, generator=draw), (row % 40 == 19).float()
-    return Data(obs[:-1], action, reward, obs[1:], terminal, episode=row // 20)
+    return Data(obs[:-1].clone(), action, reward, obs[1:], terminal, episode=row // 20)
 
 
 @functools.cache
@@ -609,6 +609,68 @@ def test_rates_and_widths_are_found_where_they_belong(name):
             sizes = {n for key in new for n in new[key] if new[key] != shapes.get(key)}
             layers = {len(x.weights) for x in nets.children() if isinstance(x, MLP)}
             assert 8 in layers or any(n % 7 == 0 for n in sizes), flag
+
+
+@algorithm
+def test_fresh_weights_are_spread_around_zero(name):
+    """Every tensor of fresh networks is one number, or a sample whose mean is near 0."""
+    torch.manual_seed(0)
+    for key, p in module(name).Nets(small_log(), module(name).Args()).named_parameters():
+        if (p != p.flatten()[0]).any():
+            assert p.mean().abs() < 6 * p.std() / p.numel() ** 0.5, key
+        else:
+            assert "weights" not in key, f"{key}: all weights are equal"
+
+
+@algorithm
+def test_observations_are_normalized_where_asked(name):
+    """By deviations that a small positive number keeps away from 0."""
+    values = short(module(name).Args) | few(module(name).Args) | dict(steps=1)
+    data = small_log()
+    data.terminal[data.episode.diff(append=torch.tensor([3])) > 0] = 1  # rebrac.py drops no row
+    data.obs[:, 1] = 7.0
+    mean, std = data.obs.mean(0), data.obs.std(0, correction=0)
+    run, _ = trained(name, data, **values, normalize_obs=True)
+    torch.testing.assert_close(run.nets.scaling.obs_mean, mean)
+    torch.testing.assert_close(run.nets.scaling.obs_std, std + 1e-3)
+
+
+@algorithm
+def test_every_update_is_compiled_where_asked(name, monkeypatch):
+    """And none where it is not asked."""
+    asked, plain = [], module(name).graphed
+
+    def noted(update, *inputs, compile=False):
+        asked.append(compile)
+        return plain(update, *inputs)
+
+    monkeypatch.setattr(module(name), "graphed", noted)
+    for wanted in (True, False):
+        asked.clear()
+        values = short(module(name).Args) | few(module(name).Args) | dict(steps=1)
+        trained(name, small_log(), **values, compile=wanted)
+        assert asked and set(asked) == {wanted}
+
+
+SATURABLE = [name for name in NAMES if '"saturated_actions"' in FILES[name].read_text()]
+
+
+class Saturated(PlainRun):
+    """Its policy's first action number is at the bound, and the second is near 0."""
+
+    def start(self, nets, opt, **largest):
+        super().start(nets, opt, **largest)
+        nets.actor.weights[-1].data.zero_()
+        nets.actor.biases[-1].data[0] = 10.0
+
+
+@pytest.mark.parametrize("name", SATURABLE)
+def test_half_of_these_actions_are_saturated(name):
+    run = Saturated()
+    torch.manual_seed(0)
+    module(name).train(run, small_log(), module(name).Args(steps=2, batch_size=64))
+    shares = [row["saturated_actions"] for row in run.rows if "saturated_actions" in row]
+    assert shares and all(abs(share - 0.5) < 0.05 for share in shares)
 
 
 # ---- a file on its own -----------------------------------------------------------------------

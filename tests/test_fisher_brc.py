@@ -218,13 +218,18 @@ def test_log_stds_are_clamped(data, value, clamped):
 
 @pytest.mark.parametrize("offset", [True, False])
 def test_q_is_the_offset_and_the_density(data, offset):
-    """Eq. 5, also at a bound; without the offset form, Q is the network alone."""
+    """Eq. 5, also at a bound, and where rounding has led past it; without the offset form, Q is the
+    network alone."""
     nets, args = make(data, offset=offset)
     data.action[0] = 1.0
-    expected = nets.offset(data.obs, data.action)
-    if offset:
-        expected = expected + log_mu(nets.mu(data.obs), pre_tanh(data.action, args))
-    assert_close(fisher_brc.q(nets, data.obs, data.action), expected)
+    for past in (0.0, 1e-7, -1e-7):
+        a = data.action.clone()
+        a[0] += past
+        a[1] = -1 + past
+        expected = nets.offset(data.obs, a)
+        if offset:
+            expected = expected + log_mu(nets.mu(data.obs), pre_tanh(a.clamp(-1, 1), args))
+        assert_close(fisher_brc.q(nets, data.obs, a), expected)
 
 
 def test_initial_networks(data):

@@ -119,6 +119,10 @@ def test_clips_in_the_wrong_order_are_one_line(low, high):
         resolved(ratio_min=low, ratio_max=high)
 
 
+def test_clips_may_be_equal():
+    assert resolved(ratio_min=1.0, ratio_max=1.0).ratio_min == 1.0
+
+
 def test_tau_is_a_share():
     with pytest.raises(InputError, match="--shape-coef is 1.1: use a number from 0 to 1"):
         parsed("--shape-coef", "1.1")

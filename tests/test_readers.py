@@ -338,6 +338,14 @@ def test_actions_are_mapped_from_the_bounds(tmp_path):
     np.testing.assert_array_equal(data.action_high, high)
 
 
+@pytest.mark.parametrize(("low", "high", "center"), [(-1, 3, -0.5), (-3, 1, 0.5)])
+def test_actions_are_mapped_where_one_bound_is_that_of_the_networks(tmp_path, low, high, center):
+    arrays, _ = flat(ENDS)
+    arrays["actions"][:] = 0
+    data, _ = load(write(tmp_path / "x.npz", arrays, {"action_low": low, "action_high": high}))
+    assert (data.action == center).all()
+
+
 def test_rounding_beyond_the_bounds_is_set_to_them_and_said(tmp_path, capsys):
     arrays, _ = flat(ENDS)
     arrays["actions"][2, 0] = 1 + 5e-6
