@@ -398,6 +398,14 @@ def test_success_is_the_share_of_episodes_with_reward():
     assert score({"env_id": "AntMaze_UMaze-v4", "success": True}, [0, 7, 1, 0]) == 50
 
 
+@pytest.mark.parametrize(
+    ("kwargs", "due"), [({"continuing_task": False}, 50), ({"continuing_task": True}, 2), ({}, 2)]
+)
+def test_a_task_that_ends_at_its_goal_is_scored_by_success(kwargs, due):
+    """As its metadata tells; another is scored by its returns."""
+    assert score({"env_id": "PointMaze_Medium-v3", "env_kwargs": kwargs}, [0, 7, 1, 0]) == due
+
+
 @pytest.mark.parametrize("name, want", [
     ("hopper-medium-v2", (-20.272305, 3234.3)), ("ant-random-v0", (-325.6, 3879.7)),
     ("antmaze-umaze-v2", (0, 1)), ("maze2d-umaze-v0", (0.94, 62.6)),
