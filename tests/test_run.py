@@ -1,5 +1,6 @@
 """run.py: flags and presets, evaluation, phases, what a run says and when it stops."""
 
+import csv
 import json
 import math
 import os
@@ -9,7 +10,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -36,6 +36,7 @@ from short_runs import (
 )
 from torch import nn
 
+import run as page
 from common import (
     Adam,
     BatchSize,
@@ -801,10 +802,30 @@ def test_a_reader_that_leaves_is_no_error(here):
     assert "Traceback" not in job.stderr.read()
 
 
-def test_time_is_counted_once(here):
-    began = time.time()
-    _, run = start("bc", eval_env=None)
-    assert 0 < run.train_seconds + run.eval_seconds <= time.time() - began
+def test_time_is_counted_once(here, monkeypatch, capsys):
+    """By a clock on which a step takes a second and an evaluation seven, also after --resume."""
+    now = [100.0]
+
+    def wait(seconds, result=None):
+        now[0] += seconds
+        return result
+
+    monkeypatch.setattr(page, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    monkeypatch.setattr(page, "evaluate", lambda *_: wait(7.0, np.zeros(1)))
+
+    def step(run, t, metrics):
+        wait(1.0)
+        if t == 15:
+            stop_by(signal.SIGTERM)(run, metrics)
+
+    with pytest.raises(SystemExit):
+        start("bc", step, eval_env=None, log_every=5)
+    wait(1000.0)
+    _, run = start("bc", lambda *_: wait(1.0), eval_env=None, log_every=5, resume=True)
+    assert (run.train_seconds, run.eval_seconds) == (20, 28)  # after steps 6, 12, 18 and 20
+    with open(run.folder / "train.csv") as f:
+        assert [float(row["seconds"]) for row in csv.DictReader(f)] == [5, 10, 15, 20]
+    assert " | 48 s | " in capsys.readouterr().out.splitlines()[-1]
 
 
 def test_stop_before_the_first_step_of_a_later_phase(here):
