@@ -656,21 +656,23 @@ SATURABLE = [name for name in NAMES if '"saturated_actions"' in FILES[name].read
 
 
 class Saturated(PlainRun):
-    """Its policy's first action number is at the bound, and the second is near 0."""
+    """Its policy's first `count` action numbers are at the bound, and the others are near 0."""
 
     def start(self, nets, opt, **largest):
         super().start(nets, opt, **largest)
         nets.actor.weights[-1].data.zero_()
-        nets.actor.biases[-1].data[0] = 10.0
+        nets.actor.biases[-1].data[: self.count] = 10.0
 
 
 @pytest.mark.parametrize("name", SATURABLE)
-def test_half_of_these_actions_are_saturated(name):
+@pytest.mark.parametrize("count", [1, 2])
+def test_saturated_actions_are_counted(name, count):
     run = Saturated()
+    run.count = count
     torch.manual_seed(0)
     module(name).train(run, small_log(), module(name).Args(steps=2, batch_size=64))
     shares = [row["saturated_actions"] for row in run.rows if "saturated_actions" in row]
-    assert shares and all(abs(share - 0.5) < 0.05 for share in shares)
+    assert shares and all(abs(share - count / 2) < 0.05 for share in shares)
 
 
 # ---- a file on its own -----------------------------------------------------------------------
