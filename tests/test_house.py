@@ -237,6 +237,8 @@ def test_readers_are_a_command_whose_file_gives_the_same_data(here, monkeypatch,
     out = capsys.readouterr().out
     assert re.search(r"^observations +\(120, 3\) +float32$", out, re.M)
     assert json.loads(out.splitlines()[-1])["env_id"] == "Pendulum-v1"
+    with np.load("log.npz") as file, np.load("out.npz") as written:
+        assert written["timeouts"].tolist() == file["timeouts"].tolist() and "ends" not in written
     one, two = (page.load(name)[0] for name in ("log.npz", "out.npz"))
     assert len(one.obs) == (120 if case == "ends" else 118)
     assert one.digest == two.digest

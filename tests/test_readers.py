@@ -215,6 +215,9 @@ def test_a_value_that_is_not_finite_is_named_beside_stored_next_ones(tmp_path, r
     with pytest.raises(InputError, match="observations row 7 is NaN or infinite"):
         load(write(tmp_path / "x.npz", arrays))
     assert not recwarn.list
+    arrays["observations"][7, 1], true_next[8, 1] = 0, np.nan  # not a whole row: no unknown one
+    with pytest.raises(InputError, match="next_observations row 8 is NaN or infinite"):
+        load(write(tmp_path / "x.npz", arrays))
 
 
 @pytest.mark.parametrize("steps, lengths", [(4, [4]), (5, [5]), (6, [4, 1])])
@@ -472,9 +475,10 @@ def d4rl_file(tmp_path, monkeypatch):
 def test_d4rl_name_is_downloaded_once_and_cached(tmp_path, monkeypatch, d4rl_file):
     path = d4rl_file("hopper-medium-v2", next_observations=lambda a, n: n)
     monkeypatch.setenv("D4RL_MIRRORS", f"file://{tmp_path}/missing file://{tmp_path}/mirror")
+    monkeypatch.setenv("D4RL_DATASET_DIR", str(tmp_path / "new" / "folder"))
     data, task = load("hopper-medium-v2")
     assert (task["env_id"], task["ref_max_score"], len(data.obs)) == ("Hopper-v4", 3234.3, 19)
-    assert [p.name for p in (tmp_path / "d4rl").glob("h*")] == ["hopper_medium-v2.hdf5"]
+    assert [p.name for p in (tmp_path / "new" / "folder").glob("h*")] == ["hopper_medium-v2.hdf5"]
     path.unlink()
     again, _ = load("hopper-medium-v2", eval_env="Hopper-v5")
     assert again.digest == data.digest
