@@ -580,6 +580,7 @@ def test_d4rl_antmaze_task(d4rl_file):
     d4rl_file("antmaze-medium-play-v2", obs_dim=29, act_dim=8)
     _, task = load("antmaze-medium-play-v2")
     assert task["success"] and task["env_id"] == "AntMaze_Medium-v4"
+    assert task["env_kwargs"]["continuing_task"] is False, "what run.py alone scores by"
     env = task["make"]()
     maze = env.unwrapped
     for seed in range(3):
@@ -1142,6 +1143,17 @@ def test_npz_headers_that_claim_anything(tmp_path, shapes, descr, version, match
     with pytest.raises(InputError, match=match) as error:
         load(path)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("spare", [0, -1])
+def test_a_file_that_needs_more_than_all_memory_is_refused(tmp_path, monkeypatch, spare):
+    """Four bytes for each number of the columns that are read."""
+    arrays, _ = flat(ENDS)
+    path = write(tmp_path / "x.npz", arrays | {"other": np.zeros(1000)})
+    memory = 4 * sum(x.size for x in arrays.values()) + spare
+    monkeypatch.setattr(os, "sysconf", lambda key: memory if key == "SC_PHYS_PAGES" else 1)
+    with contextlib.nullcontext() if spare == 0 else pytest.raises(InputError, match="not fit"):
+        load(path)
 
 
 def test_hdf5_headers_that_claim_anything(tmp_path):
