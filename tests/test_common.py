@@ -481,9 +481,11 @@ def test_normalized_observations_and_the_policy_see_the_same(tiny_data):
     assert_close(data.next_obs, torch.tensor((next_obs - mean) / std), atol=1e-4, rtol=1e-4)
     scaling = Scaling(data)
     assert torch.equal(scaling.obs(torch.tensor(obs)), data.obs)
-    fresh = Scaling(tiny_data(obs_dim=3, n=40))
+    other = tiny_data(obs_dim=3, n=40)
+    fresh = Scaling(other)
     fresh.load_state_dict(scaling.state_dict())
     assert torch.equal(fresh.obs(torch.tensor(obs)), data.obs)
+    assert not other.obs_mean.any() and (other.obs_std == 1).all(), "a checkpoint changes no data"
 
 
 def test_actions_reach_the_bounds_of_the_task(tiny_data):
