@@ -103,6 +103,12 @@ class Flags:
         """Raises InputError for a flag of `typed`, {name: the word after it}, that does not exist
         or does not allow the number which follows it."""
         fields = {field.name: field for field in dataclasses.fields(cls)}
+        for name in list(fields):
+            if "Positional" in map(repr, getattr(fields[name].type, "__metadata__", ())):
+                del fields[name]  # it is typed without a flag
+        if typed.get("eval_env") == "None":
+            raise InputError("--eval-env is None: use none for no task, or leave the flag out for "
+                             "the task of the data")  # fmt: skip
         known = {*fields, *(f"no_{name}" for name in fields), "help"}
         for name in typed.keys() - known:
             near = [RENAMED[name]] if name in RENAMED else difflib.get_close_matches(name, fields)
@@ -134,7 +140,7 @@ class RunArgs(Flags):
     eval_episodes: Episodes = 10
     """episodes per evaluation"""
     eval_env: str | None = None
-    """task to evaluate in: Gymnasium id or module:Id-v0; None: the data's own; "none": no task"""
+    """task to evaluate in: Gymnasium id or module:Id-v0; none: no task; left out: the data's own"""
     log_every: Count = 1_000
     """gradient steps between rows of train.csv"""
     save_every: Count = 50_000

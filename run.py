@@ -29,6 +29,7 @@ from tqdm import tqdm
 from common import FILES, InputError, in_one_line, parse, prepare_device, transitions
 
 HERE = Path(__file__).resolve().parent
+LONGEST = 20_000  # steps in which an episode must end, where its task has no time limit
 
 
 def guest(name):
@@ -77,16 +78,23 @@ def make(task):
 def score(task, returns) -> float:
     """The score of raw episode returns. Where the task ends at its goal, it is 100 x the share of
     returns above 0; otherwise 100 x their mean position between the reference returns of a random
-    policy (0) and an expert (1), or, without such references, their mean."""
+    policy (0) and an expert (1), or, without such references, their mean. Raises InputError for
+    returns that no score can have."""
     low = task.get("ref_min_score")
     high = task.get("ref_max_score")
     ends = task.get("env_kwargs", {}).get("continuing_task") is False
     returns = np.asarray(returns, np.float64)
     if task.get("success", ends):
-        return float(100 * np.mean(returns > 0))
-    if low is None:
-        return float(returns.mean())
-    return float(100 * np.mean((returns - low) / (high - low)))
+        found = 100 * np.mean(returns > 0)
+    elif low is None:
+        found = returns.mean()
+    else:
+        found = 100 * np.mean((returns - low) / (high - low))
+    worst = np.abs([*returns, found]).max()
+    if not worst < 1e30:
+        raise InputError(f"{task.get('env_id', 'the data')}: a return, or the score, is {worst:g}: "
+                         "repair the task, its references or the rewards")  # fmt: skip
+    return float(found)
 
 
 # ---- evaluation ------------------------------------------------------------------------------
@@ -104,22 +112,32 @@ def evaluate(act, envs: list, seed: int, device, episodes: int | None = None) ->
     """Undiscounted returns (n,) of n episodes; fewer environments than episodes are used again.
 
     `act` maps raw observations (n, S) to actions (n, A) in the task's bounds. Episode i is reset
-    with seed + i. A policy's noise has its own random stream, and training's stays as it was."""
+    with seed + i. A policy's noise has its own random stream, and training's stays as it was.
+    Raises InputError for an episode that does not end."""
     n = episodes or len(envs)
     returns = np.zeros(n)
+    limit = envs[0].spec and envs[0].spec.max_episode_steps or LONGEST
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         for first in range(0, n, len(envs)):
             running = dict(zip(range(first, n), envs))
             starts = {i: flat(env.reset(seed=seed + i)[0]) for i, env in running.items()}
             obs = np.stack([starts.get(i, starts[first]) for i in range(n)])
             torch.manual_seed(seed)
-            while running:
+            for _ in range(limit):
                 actions = act(torch.as_tensor(obs, device=device)).cpu().numpy()
+                if not np.isfinite(actions).all():
+                    raise InputError(f"{envs[0]}: the policy's actions are not finite: the task's "
+                                     "observations are not, or training diverged")  # fmt: skip
                 for i, env in list(running.items()):
                     state, reward, terminal, timeout, _ = env.step(actions[i])
                     obs[i], returns[i] = flat(state), returns[i] + reward
                     if terminal or timeout:
                         del running[i]
+                if not running:
+                    break
+            else:
+                raise InputError(f"{envs[0]}: an episode has not ended after {limit:,} steps: "
+                                 "give the task a time limit (max_episode_steps)")  # fmt: skip
     return returns
 
 
@@ -226,6 +244,7 @@ class Run:
     def save(self, name, content):
         """Write a file of the run, whole or not at all."""
         temporary = self.folder / f"{name}.tmp"
+        temporary.unlink(missing_ok=True)  # never written through a link
         temporary.write_bytes(content)
         temporary.replace(self.folder / name)
 

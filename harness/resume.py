@@ -8,11 +8,13 @@
 """
 
 import ast
+import contextlib
 import functools
 import hashlib
 import importlib.metadata
 import io
 import json
+import math
 import os
 import platform
 import re
@@ -27,7 +29,7 @@ from pathlib import Path
 import filelock
 import torch
 
-from common import InputError
+from common import InputError, in_one_line
 
 ROOT = Path(__file__).resolve().parents[1]
 # Flags that may differ between a run and its continuation: none of them changes a number. A clone
@@ -64,12 +66,15 @@ def to_bytes(tensors) -> bytes:
 
 def load_tensors(path: Path):
     """What torch.save wrote, on the CPU; nothing is unpickled. Raises InputError."""
-    try:
+    with in_one_line(path, "correct the path, or repeat the command when it can be read"):
         if not path.is_file():
             raise ValueError("it is not a file")
-        if damaged := zipfile.ZipFile(path).testzip():  # torch itself compares no checksum
+        content = io.BytesIO(path.read_bytes())  # what fails so far is no damage
+    try:
+        if damaged := zipfile.ZipFile(content).testzip():  # torch itself compares no checksum
             raise ValueError(f"wrong checksum of {damaged}")
-        return torch.load(path, map_location="cpu", weights_only=True)
+        content.seek(0)
+        return torch.load(content, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged archive can raise nearly anything
         line = (str(error).splitlines() or [type(error).__name__])[0][:80]
         raise InputError(f"{path} cannot be read ({line}): delete it and start again") from None
@@ -168,9 +173,7 @@ class Guest:
             raise InputError("--resume continues a run and --overwrite deletes it: use one of them")
         if not re.fullmatch(r"[\w.-]*", args.name):
             raise InputError(f"--name is {args.name!r}: use letters, digits, '.', '_' and '-' only")
-        exists = os.path.exists(self.folder / "config.json")  # False, too, for what cannot be
-        if exists and not (args.resume or args.overwrite):
-            raise InputError(f"{self.folder} exists: add --resume, --overwrite, or a new --name")
+        self._check_folder()
         typed = {word.split("=")[0][2:].replace("-", "_") for word in run.words}
         if getattr(args, "clone", None):
             useless = sorted(typed & {*args.clone_flags})
@@ -178,6 +181,19 @@ class Guest:
                 raise InputError(f"--{useless[0].replace('_', '-')} trains a clone, and --clone "
                                  "reads one: use one of them")  # fmt: skip
             self.clone = load_tensors(Path(args.clone))
+
+    def _check_folder(self):
+        """Raises InputError for a folder that cannot be made, or that holds a run which nobody
+        asked to continue or to replace."""
+        with in_one_line(self.folder, "use another --out or --name"):
+            there = next(path for path in (self.folder, *self.folder.parents) if path.exists())
+            with contextlib.suppress(FileNotFoundError):
+                (there / self.folder.name).lstat()  # raises for too long a name
+            if not (there.is_dir() and os.access(there, os.W_OK)):
+                raise ValueError(f"nothing can be written in {there}")
+        asked = self.run.args.resume or self.run.args.overwrite
+        if os.path.exists(self.folder / "config.json") and not asked:
+            raise InputError(f"{self.folder} exists: add --resume, --overwrite, or a new --name")
 
     def loaded(self):
         """The data is known, and so is everything that a number depends on. With --resume, a
@@ -206,8 +222,11 @@ class Guest:
             config = dict(read_json(self.folder / "config.json"))
             dict(config["args"]), dict(config.get("settings", {}))
             return config
-        except (OSError, ValueError, KeyError, TypeError):
+        except (FileNotFoundError, ValueError, KeyError, TypeError):
             raise InputError(f"{self.folder}/config.json is damaged: {INSTEAD}") from None
+        except OSError as error:
+            raise InputError(f"{self.folder}/config.json cannot be read ({error.strerror}): repeat "
+                             "the command when it can") from None  # fmt: skip
 
     def _compare(self, then, what):
         """Raises InputError where the settings of now are not those of `then`."""
@@ -230,14 +249,14 @@ class Guest:
             raise InputError(f"{self.folder} is being trained by another process") from None
         except (OSError, NotImplementedError) as error:  # a file system without locks
             print(f"note: {self.folder} cannot be locked ({error}): start no second run in it")
-        for left in self.folder.glob("*.tmp"):
-            left.unlink(missing_ok=True)
+        self._check_folder()  # an equal command may have finished while this one read the data
+        self._remove("*.tmp")
         self.restored = self.run.args.resume and self.checkpoint.exists()
         if self.restored:
             self._restore()
             print(f"resumed:    after {self.at[0]} step {self.at[1]:,}")
         else:
-            self._clear()
+            self._remove("*.csv", "*.json", "events.out.*", "*.pt", "curve.png")
         self.save("config.json", json.dumps(self.config(), indent=2, default=str).encode())
 
     def config(self) -> dict:
@@ -261,8 +280,8 @@ class Guest:
             "threads": torch.get_num_threads(),
         }
 
-    def _clear(self):
-        for pattern in ("*.csv", "*.json", "events.out.*", "*.pt", "curve.png"):
+    def _remove(self, *patterns):
+        for pattern in patterns:
             for old in self.folder.glob(pattern):
                 try:
                     old.unlink()
@@ -279,8 +298,8 @@ class Guest:
         except OSError as error:
             if name not in self.unsaved:
                 print(
-                    f"{self.folder / name} not saved ({error.strerror}): free some space; "
-                    "training goes on and saving is tried again",
+                    f"{self.folder / name} not saved ({error.strerror}): free some space, or "
+                    "repair that; training goes on and saving is tried again",
                     file=sys.stderr,
                 )
             self.unsaved[name] = content
@@ -313,9 +332,12 @@ class Guest:
         self.stopped = True
 
     def step(self, t):
-        """Save a checkpoint where step t asks for one, and leave after a Ctrl-C."""
+        """Save a checkpoint where step t asks for one, and leave after a Ctrl-C. It is saved before
+        an evaluation too, because a task can raise or hang."""
         run = self.run
-        if self.stopped or t % run.args.save_every == 0 or t == run.phase_steps:
+        ends, n = t == run.phase_steps, run.args.eval_every
+        before = run.task and run.phase == "train" and ((t + 1) % n == 0 or t + 1 == run.phase_steps)
+        if self.stopped or ends or before or t % run.args.save_every == 0:
             self.row(run.phase, t, {key: x.item() for key, x in run.last.items()})
             self._save_checkpoint(t)
         if self.stopped:
@@ -345,11 +367,10 @@ class Guest:
         if self.unsaved:
             names, score = ", ".join(sorted(self.unsaved)), summary["score"]
             raise InputError(
-                f"{self.folder}: {names} could not be saved: free some space and repeat the "
-                "command with --resume" + (f" (the score was {score:.1f})" if score else "")
+                f"{self.folder}: {names} could not be saved: free some space, or repair "
+                "the folder, and repeat the command with --resume" + (f" (the score was {score:.1f})" if score else "")
             )
-        for part in self.folder.glob("kept-*.pt"):
-            part.unlink()
+        self._remove("kept-*.pt")
 
     def continuation(self) -> str:
         """The command that continues this run."""
@@ -363,6 +384,9 @@ class Guest:
 
     def _save_checkpoint(self, t):
         run, rng = self.run, [torch.get_rng_state()]
+        odd = [k for k, x in run.nets.state_dict().items() if not x.isfinite().all()]
+        if odd:
+            self.row(run.phase, t, {f"the weight {odd[0]}": math.nan})
         rng += [torch.cuda.get_rng_state(run.device)] if run.device.type == "cuda" else []
         content = {
             "settings": json.dumps(self.settings, default=str),

@@ -47,7 +47,13 @@ class Task:
 
     def make(self, **options):
         """A fresh environment whose observations are (S,) float32, ordered as the dataset's.
-        `options` go to gymnasium.make."""
+        `options` go to gymnasium.make. Raises InputError for whatever the task raises, now or
+        later."""
+        with named(self.id, "--eval-episodes 1 where only one can be made"):
+            return Named(self.open(**options))
+
+    def open(self, **options):
+        """The environment of `make`, which raises what the task raises."""
         register(self.id)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # -v4 is out of date on purpose: closest to D4RL
@@ -74,6 +80,40 @@ class Task:
         if "-singletask" in self.id and self.id.startswith(HEAVY):
             found["most_envs"] = 16
         return found
+
+
+@contextlib.contextmanager
+def named(task_id, fix="a run goes on with --resume"):
+    """Whatever a task raises is an InputError that names it; also what would end the process as if
+    all were well."""
+    try:
+        yield
+    except (Exception, SystemExit) as error:
+        text = f"{type(error).__name__}: {error!s:.200}".strip(": ")
+        raise InputError(f"the task {task_id} raised {text}; repair it ({fix})") from error
+
+
+class Named(gymnasium.Wrapper):
+    """A task that is named where it fails."""
+
+    def __str__(self):
+        return f"the task {self.env.spec.id}"
+
+    def reset(self, **options):
+        with named(self.env.spec.id):
+            obs, info = self.env.reset(**options)
+            return obs.reshape(self.observation_space.shape), info
+
+    def step(self, action):
+        with named(self.env.spec.id):
+            obs, reward, terminal, timeout, info = self.env.step(action)
+            obs = obs.reshape(self.observation_space.shape)
+            if terminal or timeout:  # no action follows
+                obs = np.nan_to_num(obs, posinf=0, neginf=0)
+            reward = float(reward)
+        require(abs(reward) < 1e30, f"{self}: a reward is {reward:g}; repair it (a run goes on "
+                "with --resume)")  # fmt: skip
+        return obs, reward, terminal, timeout, info
 
 
 class Success(gymnasium.Wrapper):
@@ -216,7 +256,7 @@ def build(task, own, refs) -> Task:
     refs hold for the dataset's `own` task; another locomotion task gets D4RL's.
     """
     try:
-        env = task.make()
+        env = task.open()
         env.close()
     except Exception as e:
         known = "" if task.id in gymnasium.registry else near(task.id, gymnasium.registry)
@@ -228,7 +268,10 @@ def build(task, own, refs) -> Task:
     require(hasattr(space, "low"), f"{task.id}: actions are {space}; only Box is supported")
     low, high = (np.array(x, np.float32).reshape(-1) for x in (space.low, space.high))
     task.spaces = SimpleNamespace(size=env.observation_space.shape[0], low=low, high=high)
-    task.spaces.limit = env.spec.max_episode_steps
+    limit = task.spaces.limit = env.spec.max_episode_steps
+    if not limit or limit > 10**5:
+        limit = f"a time limit of {limit:,} steps" if limit else "no time limit"
+        print(f"note: {task.id} has {limit}: an episode that does not end by itself takes long")
     family, own = (re.split(r"[-_]", x)[0].lower() for x in (task.id, own))
     if sparse(env.spec) or "-singletask" in env.spec.id:
         task.success, task.ref_min, task.ref_max = True, 0.0, 1.0

@@ -226,6 +226,14 @@ def test_bad_input_in_a_copy_without_harness_is_one_line(alone):
         assert refused(start, "bc", **values).endswith("; use another --out or --name")
 
 
+def test_a_copy_without_harness_writes_through_no_link(alone):
+    Path("victim").write_text("precious")
+    folder("bc").mkdir(parents=True)
+    (folder("bc") / "train.csv.tmp").symlink_to(alone / "victim")
+    start("bc")
+    assert Path("victim").read_text() == "precious"
+
+
 @pytest.mark.parametrize("case", ["ends", "cuts"])
 def test_readers_are_a_command_whose_file_gives_the_same_data(here, monkeypatch, capsys, case):
     """Also where a row lacks what followed it, and with bounds of actions."""

@@ -1,7 +1,9 @@
 """harness/resume.py: what is written whole or not at all, what is read back, what is refused."""
 
+import contextlib
 import errno
 import importlib
+import io
 import json
 import math
 import multiprocessing
@@ -152,11 +154,45 @@ def test_existing_run(here):
     assert (Path("runs") / "log__bc-other__3" / "summary.json").exists()
 
 
-def test_what_cannot_be_removed_is_one_line(here):
+@pytest.mark.parametrize(
+    ("name", "how"), [("odd.csv", "overwrite"), ("x.tmp", "resume"), ("kept-x.pt", "resume")]
+)
+def test_what_cannot_be_removed_is_one_line(here, name, how):
+    with contextlib.suppress(SystemExit):
+        start("bc", STOP)
+    (folder("bc") / name).mkdir()
+    with pytest.raises(InputError, match=f"{name} cannot be removed .*remove it or use a new --n"):
+        start("bc", **{how: True})
+
+
+def test_a_run_that_an_equal_command_has_finished_meanwhile_is_not_wiped(here):
+    """Both saw an empty folder; the second one was still reading its data."""
+
+    def prepare(run):
+        load = run.load
+
+        def late():
+            data = load()
+            start("bc")
+            return data
+
+        run.load = late
+
+    with pytest.raises(InputError, match="exists: add --resume, --overwrite, or a new --name"):
+        start("bc", prepare=prepare)
+    assert (folder("bc") / "summary.json").exists()
+
+
+@pytest.mark.parametrize("link", [os.symlink, os.link])
+@pytest.mark.parametrize("name", [".lock", "train.csv.tmp", "train.csv", "checkpoint.pt.tmp"])
+def test_no_link_in_the_folder_is_written_through(here, link, name):
+    victim = here / "victim"
+    victim.write_text("precious")
+    folder("bc").mkdir(parents=True)
+    link(victim, folder("bc") / name)
     start("bc")
-    (folder("bc") / "odd.csv").mkdir()
-    with pytest.raises(InputError, match=r"odd.csv cannot be removed .*remove it or use a new --n"):
-        start("bc", overwrite=True)
+    assert victim.read_text() == "precious"
+    assert (folder("bc") / "summary.json").exists()
 
 
 def test_temporary_files_of_a_killed_save_are_removed(here):
@@ -494,5 +530,25 @@ def test_poisoned_checkpoint_is_one_line(here, stopped_run, case):
 def test_a_checkpoint_that_is_a_pipe_is_one_line(here):
     folder("bc").mkdir(parents=True)
     os.mkfifo(folder("bc") / "checkpoint.pt")
-    with pytest.raises(InputError, match="cannot be read"):
+    with pytest.raises(InputError, match=r"checkpoint\.pt: it is not a file; correct the path"):
         start("bc", resume=True)
+
+
+@pytest.mark.parametrize(("file", "finished"), [("checkpoint.pt", False), ("config.json", True)])
+def test_a_good_file_that_cannot_be_opened_now_is_not_called_damaged(
+    here, monkeypatch, file, finished
+):
+    with contextlib.nullcontext() if finished else pytest.raises(SystemExit):
+        start("bc", None if finished else STOP)
+    opened = io.open
+
+    def busy(path, *rest, **options):
+        if Path(path).name == file:
+            raise OSError(errno.EBUSY, os.strerror(errno.EBUSY))
+        return opened(path, *rest, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(io, "open", busy)
+        with pytest.raises(InputError, match=f"{file}.*resource busy.*repeat the command") as error:
+            start("bc", resume=True)
+    assert not re.search("delete|damaged|overwrite", str(error.value))

@@ -1,6 +1,8 @@
 """run.py: flags and presets, evaluation, phases, what a run says and when it stops."""
 
 import csv
+import importlib
+import itertools
 import json
 import math
 import os
@@ -22,6 +24,7 @@ import torch
 from short_runs import (
     ROOT,
     SCRIPTS,
+    assert_same_run,
     at,
     checkpoint,
     flags,
@@ -51,6 +54,7 @@ from common import (
     number_type,
     sample,
 )
+import run as page
 from harness import board
 from harness.tasks import Task
 from run import Run, evaluate, main, parse
@@ -255,6 +259,8 @@ def test_help_begins_with_the_papers_flags_and_shows_the_values_of_the_env(capsy
         ("--alpa 3", "there is no --alpa: use --alpha"),
         ("--batchsize=3", "there is no --batchsize: use --batch-size"),
         ("--max-timesteps 3", "there is no --max-timesteps: use --steps"),
+        ("--eval-env None", "--eval-env is None: use none for no task, or leave the flag out for "
+         "the task of the data"),
         ("--n_episodes 3", "there is no --n-episodes: use --eval-episodes"),
         (f"--{'x' * 99}", f"there is no --{'x' * 40}: use --help"),
     ],
@@ -263,6 +269,13 @@ def test_an_unknown_flag_is_answered_with_the_one_that_is_meant(line, says):
     with pytest.raises(InputError) as caught:
         parsed(line)
     assert str(caught.value) == says
+
+
+@pytest.mark.parametrize("word", ["--run", "--runs"])
+def test_what_is_typed_without_a_flag_is_no_flag(word):
+    """The folder of evaluate.py."""
+    with pytest.raises(InputError, match=f"^there is no {word}: use --help$"):
+        parse(importlib.import_module("tools.evaluate").Args, {}, [word, "runs/x"])
 
 
 @pytest.mark.parametrize("line", ["--precision half", "--env", "--resume 3"])
@@ -278,6 +291,8 @@ def test_flags_that_cannot_be_read_exit_nonzero(line, capsys):
 
 class FakeEnv:
     """Pays (seed, then twice that ...) for `length` steps; checks what it is given."""
+
+    spec = None
 
     def __init__(self, length, terminal):
         self.length, self.terminal, self.seeds, self.actions = length, terminal, [], []
@@ -340,6 +355,8 @@ def test_environments_are_used_again_for_further_episodes(count):
 
 class Turns:
     """A FakeEnv of another length at every reset."""
+
+    spec = None
 
     def __init__(self, lengths):
         self.turns, self.seeds = [FakeEnv(length, False) for length in lengths], []
@@ -473,6 +490,113 @@ def test_evaluations_of_a_run_share_their_starts_and_runs_of_other_seeds_do_not(
     assert len({*starts[3], *starts[4]}) == 6
 
 
+# ---- tasks that fail -------------------------------------------------------------------------
+
+
+class Faulty(gymnasium.Env):
+    """Episodes of three steps, without a time limit. From the third on, `fault` may change what a
+    step gives."""
+
+    observation_space = gymnasium.spaces.Box(-9, 9, (3,), np.float32)
+    action_space = gymnasium.spaces.Box(-2, 2, (1,), np.float32)
+    fault: ClassVar = None
+    episodes: ClassVar = 0
+
+    def reset(self, *, seed=None, options=None):
+        Faulty.episodes += 1
+        self.t = 0
+        return np.zeros(3, np.float32), {}
+
+    def step(self, action):
+        self.t += 1
+        gives = np.full(3, self.t, np.float32), float(action[0]), self.t == 3, False, {}
+        return Faulty.fault(*gives) if Faulty.fault and Faulty.episodes >= 3 else gives
+
+
+gymnasium.register("Faulty-v0", Faulty)
+
+# name: (what a step gives instead, what the line says)
+FAULTS = {
+    "raises": (lambda *_: 1 / 0, "raised ZeroDivisionError: division by zero; repair it"),
+    "leaves": (lambda *_: sys.exit(0), "raised SystemExit: 0; repair it"),
+    "four": (lambda obs, r, end, *_: (obs, r, end, {}), "raised ValueError: not enough values"),
+    "shape": (lambda obs, *rest: (obs[:2], *rest), "raised ValueError: cannot reshape"),
+    "no reward": (lambda obs, r, *rest: (obs, None, *rest), "raised TypeError: "),
+    "nan": (lambda obs, r, *rest: (obs, math.nan, *rest), "a reward is nan; repair it"),
+    "huge": (lambda obs, r, *rest: (obs, 3e38, *rest), r"a reward is 3e\+38; repair it"),
+    "sum": (lambda obs, r, *rest: (obs, 9e29, *rest), r"a return, or the score, is 2\.7e\+30: "),
+    "blind": (lambda obs, *rest: (obs * math.nan, *rest), "the policy's actions are not finite: "),
+    "endless": (lambda obs, r, *_: (obs, r, False, False, {}), "has not ended after 50 steps: "),
+}
+
+
+@pytest.mark.parametrize("case", FAULTS)
+def test_a_task_that_fails_is_named_and_loses_one_step(here, monkeypatch, capsys, case):
+    """The third evaluation is at step 18. Once the task is repaired, the run goes on to the bit."""
+    fault, says = FAULTS[case]
+    monkeypatch.setattr(page, "LONGEST", 50)
+    monkeypatch.setattr(Faulty, "fault", None)
+    start("td3_bc", out="whole", eval_env="Faulty-v0")
+    assert "note: Faulty-v0 has no time limit: " in capsys.readouterr().out
+    monkeypatch.setattr(Faulty, "episodes", 0)
+    monkeypatch.setattr(Faulty, "fault", fault)
+    with pytest.raises(InputError, match=rf"Faulty-v0\b.*{says}") as error:
+        start("td3_bc", out="parts", eval_env="Faulty-v0")
+    assert "\n" not in str(error.value) and len(str(error.value)) < 300
+    assert checkpoint("td3_bc", "parts")["step"] == 17
+    monkeypatch.setattr(Faulty, "fault", None)
+    start("td3_bc", out="parts", eval_env="Faulty-v0", resume=True)
+    assert_same_run("td3_bc", "whole", "parts")
+
+
+def test_an_odd_task_is_judged_right(here, monkeypatch):
+    """Whatever its rewards' type is, and whatever is observed after the end; and long episodes."""
+    steps = itertools.count(1)
+
+    def odd(*_):
+        end = next(steps) % 15_000 == 0
+        return np.full(3, math.nan if end else 0.5), np.float16(0.25), end, end, {}
+
+    monkeypatch.setattr(Faulty, "fault", odd)
+    monkeypatch.setattr(Faulty, "episodes", 3)
+    start("bc", eval_env="Faulty-v0", eval_every=10)
+    found = [float(row["episode_0"]) for row in rows(folder("bc") / "eval.csv")]
+    assert found == [3750, 3750]
+
+
+def test_a_task_that_can_be_made_once_is_one_line(here, monkeypatch):
+    made = []
+
+    def init(self):
+        made.append(self)
+        if len(made) > 2:
+            raise OSError("its port is in use")
+
+    monkeypatch.setattr(Faulty, "fault", None)
+    monkeypatch.setattr(Faulty, "__init__", init)
+    start("bc", eval_env="Faulty-v0", name="one")
+    made.clear()
+    with pytest.raises(InputError, match="Faulty-v0 raised OSError: its port is in use; .*--eval-episodes 1"):
+        start("bc", eval_env="Faulty-v0", eval_episodes=2)
+
+
+@pytest.mark.parametrize("case", ["nan", "huge", "blind", "endless"])
+def test_a_copy_without_harness_refuses_a_task_without_a_return(here, monkeypatch, case):
+    monkeypatch.setattr(page, "HERE", here)
+    monkeypatch.setattr(page, "LONGEST", 50)
+    monkeypatch.setattr(Faulty, "fault", FAULTS[case][0])
+    monkeypatch.setattr(Faulty, "episodes", 0)
+    with pytest.raises(InputError, match="Faulty-v0"):
+        start("bc", eval_env="Faulty-v0")
+    assert not (folder("bc") / "summary.json").exists()
+
+
+def test_data_whose_return_is_no_number_is_refused(here):
+    write_log("log.npz", scale=1e32)
+    with pytest.raises(InputError, match=r"^the data: a return, or the score, is .*e\+3"):
+        start("bc")
+
+
 def drawn(seed, name, first_steps):
     """What the two phases of a run draw in their first two steps, and the weights it begins with:
     (phase, step, what) -> numbers. `first_steps` is the length of the first phase."""
@@ -601,6 +725,19 @@ def test_diverged_weights_are_never_saved(here, stopped):
     assert 10 <= saved["step"] <= 12
 
 
+def test_weights_that_the_metrics_do_not_show_yet_are_never_saved(here):
+    """The update that breaks them measured its loss before."""
+
+    def action(run, metrics):
+        with torch.no_grad():
+            run.nets.actor.weights[0][0, 0] = math.inf
+
+    with pytest.raises(InputError, match=r"train step 14: the weight actor\.\S+ is nan; training "):
+        start("bc", at("train", 14, action), save_every=2)
+    saved = checkpoint("bc")
+    assert saved["step"] == 12 and all(x.isfinite().all() for x in saved["nets"].values())
+
+
 def test_divergence_before_any_checkpoint(here):
     with pytest.raises(InputError, match=r"step 4: pi_loss is nan.*no checkpoint was due yet"):
         start("bc", at("train", 4, nan_metrics))
@@ -696,6 +833,13 @@ def test_bad_input_is_one_line(path, case, here):
     assert re.search(says, lines[0]), lines[0]
     files = {p.name for p in here.rglob("*")}
     assert files == {"log.npz", "half.npz", "car.npz"}, "written before the input was checked"
+
+
+@pytest.mark.parametrize("values", [{"name": "x" * 300}, {"out": "log.npz"}])
+def test_a_bad_folder_is_refused_before_the_data_are_read(here, monkeypatch, values):
+    monkeypatch.setattr(page, "load", lambda *_: pytest.fail("the data were read"))
+    with pytest.raises(InputError, match="; use another --out or --name$"):
+        start("bc", **values)
 
 
 def test_networks_beyond_the_memory_are_one_line(here):
