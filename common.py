@@ -12,6 +12,7 @@ import ctypes
 import dataclasses
 import difflib
 import hashlib
+import io
 import math
 import re
 import shutil
@@ -210,9 +211,16 @@ def parse(Args, presets: dict, argv: list[str]):
     Args.__dataclass_fields__ = {name: fields[name] for name in own_first}  # the order of --help
     registry = tyro.constructors.ConstructorRegistry()
     registry.primitive_rule(whole_number)
-    with registry:
-        text = wrapped(sys.modules[Args.__module__].__doc__ or "")
-        args = tyro.cli(Args, args=argv, default=default, description=text)
+    text, said = wrapped(sys.modules[Args.__module__].__doc__ or ""), io.StringIO()
+    try:
+        with registry, contextlib.redirect_stderr(said):
+            args = tyro.cli(Args, args=argv, default=default, description=text)
+    except SystemExit as left:
+        if not left.code:  # after --help
+            raise
+        _, *lines = re.sub("[─│╭╮╰╯]|-{5,}", " ", said.getvalue()).strip().splitlines()
+        cause = " ".join(" ".join(lines).split("For full help")[0].split())
+        raise InputError(f"{cause:.200}; --help lists the flags") from None
     if "steps" in typed:
         for name in {*Args.phases.values()} - {"steps", None, *typed}:
             setattr(args, name, min(getattr(args, name), args.steps))
@@ -271,10 +279,10 @@ def prepare_device(name: str, precision: str) -> torch.device:
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
-        torch.zeros(1, device=device)
+        torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError) as error:
         line = (str(error).splitlines() or ["not usable"])[0]
-        raise InputError(f"--device {name}: {line}; use cpu, cuda or auto") from None
+        raise InputError(f"--device {name}: {line:.160}; use cpu, cuda or auto") from None
     if sys.platform == "linux":  # glibc: reuse freed megabyte buffers, without new page faults
         libc = ctypes.CDLL(None)
         if hasattr(libc, "mallopt"):

@@ -332,12 +332,12 @@ class Guest:
         self.stopped = True
 
     def step(self, t):
-        """Save a checkpoint where step t asks for one, and leave after a Ctrl-C. It is saved before
-        an evaluation too, because a task can raise or hang."""
-        run = self.run
-        ends, n = t == run.phase_steps, run.args.eval_every
-        before = run.task and run.phase == "train" and ((t + 1) % n == 0 or t + 1 == run.phase_steps)
-        if self.stopped or ends or before or t % run.args.save_every == 0:
+        """Save a checkpoint where step t asks for one, and leave after a Ctrl-C."""
+        run, last = self.run, self.run.phase_steps
+        due = self.stopped or t == last or t % run.args.save_every == 0
+        if run.task and run.phase == "train":  # the next step may evaluate, and a task can raise
+            due = due or t + 1 == last or (t + 1) % run.args.eval_every == 0
+        if due:
             self.row(run.phase, t, {key: x.item() for key, x in run.last.items()})
             self._save_checkpoint(t)
         if self.stopped:
@@ -368,7 +368,8 @@ class Guest:
             names, score = ", ".join(sorted(self.unsaved)), summary["score"]
             raise InputError(
                 f"{self.folder}: {names} could not be saved: free some space, or repair "
-                "the folder, and repeat the command with --resume" + (f" (the score was {score:.1f})" if score else "")
+                "the folder, and repeat the command with --resume"
+                + (f" (the score was {score:.1f})" if score else "")
             )
         self._remove("kept-*.pt")
 
