@@ -145,7 +145,7 @@ class RunArgs(Flags):
     log_every: Count = 1_000
     """gradient steps between rows of train.csv"""
     save_every: Count = 50_000
-    """gradient steps between checkpoints"""
+    """gradient steps between checkpoints; one comes before every evaluation, too"""
     out: str = "runs"
     """folder that holds the folders of all runs"""
     name: str = ""
