@@ -6,9 +6,9 @@ from harness.tasks import Task, build, find_row, reference_scores, table
 
 # {path} is the column of data/d4rl_files.csv, {file} its last part.
 D4RL_MIRRORS = (
-    "http://rail.eecs.berkeley.edu/datasets/offline_rl/{path}",
     "https://huggingface.co/datasets/imone/D4RL/resolve/main/{file}",
     "https://web.archive.org/web/2025id_/http://rail.eecs.berkeley.edu/datasets/offline_rl/{path}",
+    "http://rail.eecs.berkeley.edu/datasets/offline_rl/{path}",
 )
 
 
@@ -27,7 +27,8 @@ def read(name, eval_env):
         task = build(task, row["env_id"], reference_scores(name))
     file = table("d4rl_files.csv")[name]
     folder = "~/.d4rl/datasets"  # D4RL's own
-    path = download(name, "D4RL", folder, file["path"], D4RL_MIRRORS, file["sha256"])
+    known = {key: file[key] for key in ("bytes", "sha256")}
+    path = download(name, "D4RL", folder, file["path"], D4RL_MIRRORS, known)
     return read_file(path, "none", task, row)
 
 
