@@ -20,6 +20,7 @@ import sys
 import textwrap
 import typing
 import zipfile
+import zlib
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Annotated, ClassVar, Literal
@@ -39,12 +40,15 @@ class InputError(SystemExit):
         super().__init__(" ".join(message.split()))
 
 
+UNREADABLE = (OSError, EOFError, LookupError, ValueError, TypeError, AttributeError, RuntimeError)
+
+
 @contextlib.contextmanager
 def in_one_line(what, fix: str):
     """Turn an error of a file or folder into an InputError that names `what` and the `fix`."""
     try:
         yield
-    except (OSError, EOFError, LookupError, ValueError, zipfile.BadZipFile) as error:
+    except (*UNREADABLE, zipfile.BadZipFile, zlib.error) as error:
         cause = getattr(error, "strerror", None) or error
         raise InputError(f"{what!s:.90}: {cause!s:.160}; {fix}") from None
 
@@ -294,6 +298,10 @@ def prepare_device(name: str, precision: str) -> torch.device:
 # ---- data on the device ----------------------------------------------------------------------
 
 
+COLUMNS = ("observations", "actions", "rewards", "terminals", "timeouts", "next_observations")
+COLUMNS += ("final_observations", "step", "episode")  # of a file
+
+
 @dataclass
 class Data:
     """N transitions of E episodes, all tensors on one device; an observation has S numbers, an
@@ -332,18 +340,58 @@ class Data:
             self.obs_std = torch.ones_like(self.obs[0])
 
 
+def check_shapes(arrays: dict, name: str) -> None:
+    """Raises InputError for an array that is absent, or whose shape is not that of the format."""
+    n, s = (*getattr(arrays.get("observations"), "shape", ()), 0, 0)[:2]
+    wants = {"observations": (n, s), "actions": (n, "A"), "rewards": (n,), "terminals": (n,)}
+    more = {"timeouts": (n,), "next_observations": (n, s)}
+    wants |= {key: want for key, want in more.items() if key in arrays}
+    for key, want in wants.items():
+        shape = getattr(arrays.get(key), "shape", ())
+        fits = [size in (x, "A") for x, size in zip(shape, want)]
+        if len(shape) != len(want) or 0 in shape or not all(fits):
+            found = f"the shape {tuple(shape)}" if key in arrays else "no values"
+            raise InputError(f"{name}: {key} has {found}, not {want}: see the README's format")
+
+
+def recorded(columns: dict, end, terminal):
+    """What whole numbers in a file's columns `step` and `episode` say, where it has them: the rows
+    (N,) bool after which a row is missing or another episode begins, and the number (N,) of the
+    episode of each row. `step` rises by its smallest rise inside an episode; `end` and `terminal`
+    (N,) are the ends that flags mark."""
+    cut, begins = torch.zeros_like(end), end
+    for key in ("step", "episode"):
+        x = columns.get(key, end[:0]).reshape(-1)
+        if len(x) != len(end) or (x == x[0]).all() or (x.double().round() != x).any():
+            continue  # it says nothing of episodes
+        rise = F.pad(x.long().diff(), (0, 1))
+        if key == "episode":
+            cut, begins = cut | (rise != 0), terminal | (rise != 0)
+        else:
+            up = rise > 0
+            cut, begins = rise != (rise[up].min() if up.any() else 1), begins | ~up
+    return cut, F.pad(begins[:-1].long().cumsum(0), (1, 0))
+
+
 def transitions(arrays: dict, meta: dict, name: str, device) -> Data:
     """Checked numpy arrays in the README's format -> Data. A row whose next observation is not
-    known (NaN, or not stored) is dropped, unless the MDP ended there; no other row is."""
+    known (NaN, or not stored) is dropped, unless the MDP ended there; no other row is. Raises
+    InputError for a shape that does not fit."""
+    check_shapes(arrays, name)
     columns = {key: torch.as_tensor(x) for key, x in arrays.items()}
     obs, action, reward = (columns[key].float() for key in ("observations", "actions", "rewards"))
     terminal = columns["terminals"].bool()
     end = columns.get("ends", terminal | columns.get("timeouts", terminal).bool())
+    cut, recording = recorded(columns, end, terminal)
+    end = end | cut
     end[-1] = True
-    next_obs = columns.get("next_observations")
-    if next_obs is None:
-        next_obs = obs.roll(-1, 0)
-        next_obs[end] = columns.get("final_observations", torch.tensor(math.nan)).float()
+    next_obs = columns.get("next_observations", obs.roll(-1, 0)).float()
+    if "next_observations" not in columns:
+        unknown = torch.full_like(obs[end], math.nan)
+        final = columns.get("final_observations", unknown)
+        if final.shape != unknown.shape:
+            raise InputError(f"{name}: store final_observations of each of {len(unknown)} episodes")
+        next_obs[end] = final.float()
     known = ~next_obs.isnan().any(1)
     next_obs[~known] = obs[~known]  # at a terminal it is weighted 0, but must be finite
     low, high = (
@@ -354,10 +402,13 @@ def transitions(arrays: dict, meta: dict, name: str, device) -> Data:
     if (low != -1).any() or (high != 1).any():
         action = (action - low) / (high - low) * 2 - 1
     episode = end.long().cumsum(0) - end.long()
-    returns = torch.zeros(int(episode[-1]) + 1, dtype=torch.float64)
-    returns.index_add_(0, episode, reward.double())
+    returns = torch.zeros(int(recording[-1]) + 1, dtype=torch.float64)
+    returns.index_add_(0, recording, reward.double())
+    returns = returns[recording[end]]  # a part of an episode has the return of the whole
     rows = [obs, action, reward, next_obs, terminal.float(), episode]
     keep = known | terminal
+    if not keep.any():
+        raise InputError(f"{name}: no row has a next observation; store next_observations")
     if not keep.all():
         rows = [x[keep] for x in rows]
     left, episode = rows.pop().unique_consecutive(return_inverse=True)

@@ -26,7 +26,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from common import FILES, InputError, in_one_line, parse, prepare_device, transitions
+from common import COLUMNS, FILES, InputError, in_one_line, parse, prepare_device, transitions
 
 HERE = Path(__file__).resolve().parent
 LONGEST = 20_000  # steps in which an episode must end, where its task has no time limit
@@ -58,8 +58,11 @@ def read_npz(path):
     """Arrays and metadata of a file in the README's format. Pickles are refused, and so is a
     recorded task with a colon (module:name), which could be any code."""
     with in_one_line(path, "use another file"), np.load(path, allow_pickle=False) as file:
-        arrays = {key: file[key] for key in file.files}
-        task = json.loads(arrays.pop("metadata", np.array("{}")).item())
+        task = dict(json.loads(file["metadata"].item() if "metadata" in file else "{}"))
+        arrays = {key: file[key].astype(float) for key in COLUMNS if key in file}
+        limited = "timeouts" not in file and "max_episode_steps" in task
+        if limited or {"masks", "valids"} & {*file}:
+            raise InputError(f"{path}: reading this form needs the folder harness/ beside run.py")
     if ":" in json.dumps([task.get("env_id"), task.get("env_kwargs")], separators=",="):
         raise InputError(f"{path} records a task with a colon: remove it from the metadata")
     return arrays, task

@@ -277,7 +277,6 @@ def build(task, own, refs) -> Task:
         task.success, task.ref_min, task.ref_max = True, 0.0, 1.0
     elif family == own and None not in refs:
         task.ref_min, task.ref_max = map(float, refs)
-        require(refs[0] != refs[1], f"{task.id}: both reference scores are {refs[0]}; correct them")
     elif family in LOCOMOTION:
         print(f"note: {task.id} is scored with D4RL's references, which stem from its -v2 task")
         task.ref_min, task.ref_max = reference_scores(task.id)

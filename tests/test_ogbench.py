@@ -3,6 +3,7 @@
 Most tests make the file themselves; those that need the package are skipped without it."""
 
 import importlib.util
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -164,13 +165,15 @@ def test_tasks_share_a_file_and_differ_in_rewards(folder):
 
 
 @installed
-def test_a_file_of_ogbenchs_loader_is_recognized(folder, tmp_path):
-    """Saved from make_env_and_datasets: no qpos, masks, next_observations."""
+@pytest.mark.parametrize("compact", [False, True])
+def test_a_file_of_ogbenchs_loader_is_recognized(folder, tmp_path, compact):
+    """Saved from make_env_and_datasets: no qpos, masks, next_observations or valids."""
     import ogbench
 
     np.savez_compressed(folder / "pointmaze-medium-navigate-v0-val.npz", **raw())
     path = str(folder / "pointmaze-medium-navigate-v0.npz")
-    _, theirs, _ = ogbench.make_env_and_datasets(f"{NAME}-task1-v0", dataset_path=path)
+    options = dict(dataset_path=path, compact_dataset=compact)
+    _, theirs, _ = ogbench.make_env_and_datasets(f"{NAME}-task1-v0", **options)
     np.savez(tmp_path / "saved.npz", **theirs)
     by_name, _ = load(f"{NAME}-task1-v0")
     saved, task = load(str(tmp_path / "saved.npz"), eval_env="pointmaze-medium-singletask-v0")
@@ -263,8 +266,29 @@ def test_a_missing_file_is_downloaded_from_a_mirror(folder, monkeypatch, capsys)
 
 
 @installed
+def test_a_second_mirror_is_asked(folder, tmp_path, monkeypatch, capsys):
+    from harness.readers import ogbench
+
+    monkeypatch.setenv("OGBENCH_DATASET_DIR", str(tmp_path / "cache"))
+    monkeypatch.setattr("ogbench.utils.DATASET_URL", "file:///nowhere")
+    assert ogbench.HUB.startswith("https://huggingface.co/datasets/zhouzypaul/ogbench_datasets/")
+    monkeypatch.setattr(ogbench, "HUB", folder.as_uri() + "/{file}")
+    data, _ = load(f"{NAME}-v0", eval_env="none")
+    assert len(data.obs) == sum(LENGTHS) - 3
+    assert capsys.readouterr().out.count("downloading") == 2
+
+
+def test_known_sums_are_well_formed():
+    known = [row for row in table("ogbench_sets.csv").values() if row["sha256"]]
+    assert len({row["sha256"] for row in known}) == len(known) == 3
+    assert all(re.fullmatch("[0-9a-f]{64}", row["sha256"]) for row in known)
+    assert all(int(row["bytes"]) > 1e8 for row in known)
+
+
+@installed
 def test_a_failed_download_offers_to_make_the_data(folder, monkeypatch):
     monkeypatch.setattr("ogbench.utils.DATASET_URL", "file:///nowhere")
+    monkeypatch.setattr("harness.readers.ogbench.HUB", "file:///nowhere/{file}")
     command = "python tools/make_ogbench.py cube-single-play"
     assert error_of("cube-single-play-singletask-v0", eval_env="none").endswith(command)
     text = error_of("antmaze-large-navigate-singletask-v0", eval_env="none")

@@ -64,11 +64,14 @@ def checked(name, arrays, meta) -> tuple[dict, dict]:
     for key in files.KEYS:
         odd = ~np.isfinite(arrays[key].reshape(len(unknown), -1)).all(1)
         for row in np.flatnonzero(odd & ~(unknown & (key == "next_observations")))[:1]:
-            raise InputError(f"{name}: {key} row {row} is NaN or infinite; repair or remove it")
+            raise InputError(
+                f"{name}: {key} row {row} is NaN or infinite; repair the row, or remove it and set "
+                "`timeouts` on the row before it"
+            )
     action, low, high = arrays["actions"], meta["action_low"], meta["action_high"]
     require(
         np.isfinite([low, high]).all() and (low < high).all(),
-        f"{name}: action bounds {low} to {high} are infinite or crossed",
+        f"{name}: action bounds {low} to {high} are infinite or crossed; correct them",
     )
     excess = np.maximum(low - action, action - high) / (high - low)
     for row, j in np.argwhere(excess > 1e-5)[:1]:

@@ -14,12 +14,15 @@ that units change nothing. Nothing is normalized or clipped, and nothing is ever
 File keys: observations (N, S), actions (N, A), rewards (N,), terminals (N,); optional timeouts,
 next_observations, final_observations (E, S: the true last observation of each episode, in order),
 metadata (JSON text: env_id, env_kwargs, ref_min_score, ref_max_score, max_episode_steps,
-action_low, action_high).
+action_low, action_high), and step and episode (N,), whole numbers: where step does not go on as
+before, or episode changes, an episode was cut. `valids`, as in OGBench's compact files, is 0 in the
+last row of each recording, which is a state and no transition.
 
 A file can come from anybody, so nothing that it names is run: its pickles are not loaded, its task
 is made only if its id is a registered one, and an HDF5 file that refers to other files is refused.
 """
 
+import errno
 import json
 import math
 import os
@@ -35,7 +38,7 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 
-from common import InputError
+from common import InputError, recorded
 from harness.tasks import choose, complete, near, require, table
 
 KEYS = ("observations", "actions", "rewards", "next_observations")
@@ -53,6 +56,7 @@ METADATA = {
 ANY = "1 or more"  # in a shape
 SAME = 1e-6  # of a column's deviation: so near is the next row to stored next_observations
 ROWS = 1 << 16  # rows compared at a time, which bounds memory
+HEADER, TEXT = 10_000, 1 << 20  # bytes of an array's header in an .npz, and of metadata
 TEXT_SECONDS, TEXT_PATIENCE = 10, 600  # for metadata: of computing, of waiting
 
 
@@ -66,6 +70,11 @@ def read_file(path, eval_env, task=None, d4rl=None, derive=None) -> tuple[dict, 
             columns |= derive(columns) if derive else {}
             return read_columns(path.name, columns, raw, eval_env, task, d4rl)
     except UNREADABLE as e:
+        require(
+            is_damage(e),
+            f"{path} cannot be read now ({e!s:.200}); close other programs that use it, or repeat "
+            "the command later",
+        )
         magic = b"PK" if kind == "npz" else b"\x89HDF"
         with path.open("rb") as file:
             begun = magic.startswith(file.read(len(magic)))
@@ -75,6 +84,13 @@ def read_file(path, eval_env, task=None, d4rl=None, derive=None) -> tuple[dict, 
             f"{path} is not a complete {kind} file ({e!s:.200}); delete it and download or write "
             "it again"
         ) from e
+
+
+def is_damage(error) -> bool:
+    """Whether the file itself is at fault; not its disk, or a program that has it open."""
+    number = getattr(error, "errno", None)
+    of_damage = number in (None, 0, errno.EINVAL, errno.ENOENT)
+    return of_damage and "already open" not in str(error)
 
 
 def require_regular(path):
@@ -87,9 +103,10 @@ def require_regular(path):
         path.open("rb").close()
     except PermissionError:
         raise InputError(f"{path} may not be read; chmod it or ask its owner") from None
-    except OSError:
+    except (OSError, ValueError):
         names = os.listdir(path.parent) if path.parent.is_dir() else []
-        raise InputError(f"no file {path}; correct the path{near(path.name, names)}") from None
+        hint = near(path.name, names)
+        raise InputError(f"no file {path!s:.300}; correct the path{hint}") from None
 
 
 @contextmanager
@@ -130,28 +147,44 @@ def open_columns(path):
             keys = [x[:-4] for x in file.zip.namelist() if x.endswith(".npy")]
             columns = {key: npz_column(file, key) for key in keys}
             meta = columns.pop("metadata", None)  # a pickled one is no text
+            require_short(path, meta)
             yield columns, "" if meta and meta.dtype.hasobject else meta and meta.read()
     else:
         with open_hdf5(path) as file:
             require("episode_0" not in file, f"{path} is a Minari file; use its Minari id")
             columns = {k: hdf5_column(x) for k, x in file.items() if isinstance(x, h5py.Dataset)}
             has_text = columns.pop("metadata", None)  # in D4RL's own files it is a group
+            require_short(path, has_text)
             if has_text or "metadata" in file.attrs:
                 try_text(path)
             yield columns, file["metadata"][()] if has_text else file.attrs.get("metadata")
 
 
+def require_short(path, meta):
+    """Raises InputError for metadata that are too large, before they are unpacked."""
+    size = math.prod(meta.shape) * meta.dtype.itemsize if meta else 0
+    require(size <= TEXT, f"{path}: metadata takes {size} bytes; store at most {TEXT}")
+
+
 def npz_column(file, key):
-    with file.zip.open(f"{key}.npy") as f:
-        version, _ = np.lib.format.read_magic(f)
-        shape, _, dtype = vars(np.lib.format)[f"read_array_header_{version}_0"](f)
-    return SimpleNamespace(shape=shape, dtype=dtype, read=lambda: file[key])
+    """What its header says of an array, and how it is read."""
+    name = f"{key}.npy"
+    with file.zip.open(name) as f:
+        start = f.read(12)  # of version 1, the length of the header takes two bytes, else four
+        length = int.from_bytes(start[8 : 10 if start[6:7] == b"\1" else 12], "little")
+        if length > HEADER:
+            raise ValueError(f"the header of {key} takes {length} bytes")
+        f.seek(0)
+        major, _ = np.lib.format.read_magic(f)
+        shape, _, dtype = vars(np.lib.format)[f"read_array_header_{min(major, 2)}_0"](f)
+    read = lambda: file[name]
+    return SimpleNamespace(shape=shape, dtype=dtype, read=read, stored=read)
 
 
 def hdf5_column(x):
     """Floats of another width are converted by HDF5 itself, chunk by chunk."""
     read = lambda: (x.astype(np.float32) if x.dtype.kind == "f" else x)[()]
-    return SimpleNamespace(shape=x.shape or (), dtype=x.dtype, read=read)
+    return SimpleNamespace(shape=x.shape or (), dtype=x.dtype, read=read, stored=lambda: x)
 
 
 READ_TEXT = """
@@ -210,6 +243,9 @@ def check_metadata(name, meta, act_dim) -> dict:
         elif key == "max_episode_steps":
             good = good and x >= 1 and x % 1 == 0
         require(good, f"{name}: metadata {key} is {x!r:.60}, not {want}; correct it")
+    low, high = meta.get("ref_min_score", -math.inf), meta.get("ref_max_score", math.inf)
+    line = f"{name}: ref_min_score {low} is not below ref_max_score {high}; correct the metadata"
+    require(low < high, line)
     return meta
 
 
@@ -230,7 +266,7 @@ def check_columns(name, columns):
     n, s = (*columns["observations"].shape, 0, 0)[:2]
     require(n, f"{name}: the dataset is empty; use one with at least one transition")
     wants = dict.fromkeys(("observations", "next_observations"), (n, s or ANY))
-    wants |= dict.fromkeys(("rewards", "terminals", "timeouts", "masks"), (n,))
+    wants |= dict.fromkeys(("rewards", "terminals", "timeouts", "masks", "valids"), (n,))
     wants |= {"actions": (n, ANY), "final_observations": (ANY, s or ANY)}
     wants = {key: want for key, want in wants.items() if key in columns}
     for key, want in wants.items():
@@ -253,7 +289,7 @@ def check_columns(name, columns):
 
 def is_ogbench(columns) -> bool:
     """Whether `terminals` are the ends of recordings, as OGBench's are."""
-    own = "masks" in columns or {"qpos", "qvel"} <= columns.keys()
+    own = "masks" in columns or "valids" in columns or {"qpos", "qvel"} <= columns.keys()
     return own and "timeouts" not in columns
 
 
@@ -266,8 +302,11 @@ def read_columns(name, columns, raw, eval_env, task, d4rl):
     found = complete(name, task, meta, size, count)
 
     def numbers(key):
+        x, kind = columns[key].read(), columns[key].dtype
+        if key in KEYS[:3] and not np.can_cast(kind, np.float32):
+            tell_of_rounding(name, key, x if x.dtype == kind else columns[key].stored())
         with np.errstate(over="ignore"):  # an overflow to inf is reported with its row later
-            return columns[key].read().astype(np.float32, copy=False)
+            return x.astype(np.float32, copy=False)
 
     def flags(key):
         x = columns[key].read()
@@ -277,7 +316,7 @@ def read_columns(name, columns, raw, eval_env, task, d4rl):
 
     obs, action, reward = map(numbers, KEYS[:3])
     terminal = flags("terminals")
-    end = terminal.copy()
+    end = ~flags("valids") if "valids" in columns else terminal.copy()
     if is_ogbench(columns):  # a recording runs on where its task is solved
         print(f"note: {name}: OGBench's terminals end recordings, its masks end the MDP")
         terminal = ~flags("masks")
@@ -285,13 +324,21 @@ def read_columns(name, columns, raw, eval_env, task, d4rl):
             terminal[end], reward[end] = False, 0  # the last row is a state, no transition
     elif "timeouts" in columns:
         end |= flags("timeouts")
-    elif "next_observations" not in columns:
+    counts = whole_numbers(columns, len(end))
+    cut, episode = (x.numpy() for x in recorded(counts, *map(torch.as_tensor, (end, terminal))))
+    if (cut & ~end)[:-1].any():
+        more = (cut & ~end)[:-1].sum()
+        print(f"note: {name}: {more} cuts that no flag marks, by {' and '.join(counts)}")
+    end |= cut
+    if not is_ogbench(columns) and not {"timeouts", "next_observations"} & columns.keys():
         limit = (d4rl or meta).get("max_episode_steps") or (task and task.spaces.limit)
         limit, first = int(limit or len(end)), 0
-        for last in [*np.flatnonzero(terminal), len(end) - 1]:
+        for last in [*np.flatnonzero(end), len(end) - 1]:
             end[first + limit - 1 : last : limit] = True
             first = last + 1
-        print(f"note: {name}: no timeouts, so episodes end at terminals and after {limit} steps")
+        if not counts:
+            ends = f"terminals and after {limit} steps"
+            print(f"note: {name}: no timeouts, so episodes end at {ends}")
     if d4rl and d4rl["maze"]:  # v0's timeouts are out of step; an ant moves less than 1 m in one
         end[:-1] |= np.linalg.norm(obs[1:, :2] - obs[:-1, :2], axis=1) > 1
     end[-1] = True
@@ -312,7 +359,40 @@ def read_columns(name, columns, raw, eval_env, task, d4rl):
             )
             next_obs[end] = final
     arrays = dict(zip(KEYS, (obs, action, reward, next_obs), strict=True))
-    return arrays | {"terminals": terminal, "ends": end}, found
+    arrays |= {"terminals": terminal, "ends": end} | ({"episode": episode} if counts else {})
+    return arrays, found
+
+
+def whole_numbers(columns, n) -> dict:
+    """The columns `step` and `episode` (n,) that a file has, if they are whole numbers."""
+    found = {}
+    for key in [key for key in ("step", "episode") if key in columns]:
+        shape, dtype = columns[key].shape, columns[key].dtype
+        if math.prod(shape) == n and dtype.kind in "iuf":
+            found[key] = torch.as_tensor(columns[key].stored()[()].astype(np.float64)).flatten()
+    return {key: x for key, x in found.items() if torch.equal(x, x.round())}
+
+
+def tell_of_rounding(name, key, stored):
+    """Print a note for columns that change from row to row by less than a float32 of their size can
+    hold, and yet go somewhere: noise at rest does not, and is no loss. The first ROWS rows of
+    `stored` are enough to see it."""
+    x, lost = stored[:ROWS].astype(np.float64), []
+    x = x.reshape(len(x), -1)
+    for j in range(x.shape[1]):
+        column = x[:, j]
+        with np.errstate(all="ignore"):
+            unit = np.spacing(np.float32(np.abs(column).max()))
+            steps = [np.abs(column[k:] - column[:-k]) for k in (1, min(100, len(x) // 2 + 1))]
+        near, far = (x[x > 0] for x in steps)
+        if len(near) and len(far):
+            if np.median(near) < min(4 * unit, np.quantile(far, 0.25) / 3):
+                lost.append(str(j))
+    if lost:
+        print(
+            f"note: {name}: training is in float32, which is too coarse for {key} column "
+            f"{', '.join(lost[:5])}; subtract a constant from it, or leave it out"
+        )
 
 
 def link(name, obs, stored, precision, end):
@@ -330,5 +410,6 @@ def link(name, obs, stored, precision, end):
             stored[rows][same & end[rows]] = np.nan
             end[rows] |= ~same
     if cuts:
-        print(f"note: {name}: next_observations show {cuts} episode cuts that nothing marks")
+        line = f"note: {name}: next_observations show {cuts} episode cuts that nothing marks"
+        print(f"{line}, so the data's return is that of parts of episodes")
     return stored

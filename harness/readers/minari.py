@@ -7,8 +7,9 @@ from pathlib import Path
 import numpy as np
 
 from common import InputError
-from harness.readers.fetch import lock
-from harness.readers.files import KEYS, check_metadata, open_hdf5, require_regular
+from harness.readers.fetch import ask, is_no_network, lock
+from harness.readers.files import KEYS, check_metadata, is_damage, open_hdf5, require_regular
+from harness.readers.files import tell_of_rounding
 from harness.tasks import choose, complete, leaves, near, require, sparse
 
 
@@ -39,6 +40,18 @@ def require_safe(name, folder):
             pass
 
 
+def require_network(place):
+    """Raises InputError at once where nobody answers; the hub's own tries take long."""
+    from huggingface_hub.constants import ENDPOINT
+
+    if not os.environ.get("MINARI_REMOTE", "hf:").startswith("hf:"):
+        return
+    try:
+        ask(ENDPOINT).close()
+    except Exception as e:
+        require(not is_no_network(e), f"no network: put the dataset into {place} ({e!s:.150})")
+
+
 def read(name, remote, eval_env):
     """(arrays, metadata). Episodes keep their last observation, so no row is ever dropped."""
     place = root_folder() / name
@@ -48,6 +61,7 @@ def read(name, remote, eval_env):
 
         if remote:
             print(f"{name} is not in {root_folder()}{local}: asking Minari's server", flush=True)
+            require_network(place)
             with lock(root_folder() / f".{name.replace('/', '-')}.lock"):
                 minari.download_dataset(name)
         require_safe(name, place / "data")
@@ -58,6 +72,8 @@ def read(name, remote, eval_env):
         raise InputError(f"{name} needs more of Minari ({e}): pip install 'minari[hdf5,hf]'") from e
     except Exception as e:  # whatever the server, the network or the file raises
         fix = f"delete {place} and get it again"
+        if not is_damage(e):
+            fix = "close other programs that use it, or repeat the command later"
         if not place.exists():
             fix = f"correct the id{local}, or put the dataset into {place}"
         raise InputError(f"Minari cannot load {name} ({e!s:.300}); {fix}") from e
@@ -89,6 +105,8 @@ def read_episodes(name, dataset, eval_env):
             "terminations or of observations less one; record it again",
         )
         parts = [np.reshape(x, (t + 1, -1)) for x in parts]
+        if not columns:
+            tell_of_rounding(name, "observations", np.concatenate(parts, 1))
         obs = np.concatenate(parts, 1, dtype=np.float32, casting="same_kind")
         action = np.reshape(episode.actions, (t, -1)).astype(np.float32)
         reward = np.asarray(episode.rewards, np.float32)
