@@ -19,7 +19,7 @@ from tqdm import tqdm
 from common import InputError
 from harness.tasks import require
 
-ANSWER, PATIENCE = 8, 12  # seconds: until a server answers, and while it sends nothing
+ANSWER, PATIENCE = 8, 10  # seconds: until a server answers, and while it sends nothing
 SLOWEST = 10_000  # bytes a second, on average
 LARGEST = 16 << 30  # bytes of a file whose size no table knows
 NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)  # what a file system without them says
