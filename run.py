@@ -89,7 +89,7 @@ def score(task, returns) -> float:
     returns = np.asarray(returns, np.float64)
     if task.get("success", ends):
         found = 100 * np.mean(returns > 0)
-    elif low is None:
+    elif None in (low, high):
         found = returns.mean()
     else:
         found = 100 * np.mean((returns - low) / (high - low))
