@@ -212,8 +212,60 @@ def unifloral(algorithm, folder, settings):
     return meter, versions, lambda: start(path, *flags)
 
 
+def put_fql(load, log, evaluate) -> None:
+    """What FQL's program finds in place of its modules that read data, log and evaluate: `load()`
+    gives its rows, `log(values, step)` is called where it logs, and `evaluate(agent)` where it
+    evaluates. Nothing is written."""
+
+    def nothing(*_, **__):
+        pass
+
+    def logger(path):
+        own = Path(path).name == "train.csv"
+        return SimpleNamespace(log=log if own else nothing, close=nothing)
+
+    def judge(agent, **_):
+        evaluate(agent)
+        return {}, [], []
+
+    put("tqdm", tqdm=lambda steps, **_: steps)
+    put("wandb", run=SimpleNamespace(project=""), log=nothing)
+    put("envs.env_utils", make_env_and_datasets=lambda *_, **__: (None, None, load(), None))
+    put("utils.evaluation", evaluate=judge, flatten=None)
+    put(
+        "utils.log_utils",
+        CsvLogger=logger,
+        get_exp_name=str,
+        get_flag_dict=dict,
+        get_wandb_video=None,
+        setup_wandb=nothing,
+    )
+
+
+def fql_flags(folder, **settings) -> list[str]:
+    """The words of a command line of FQL's program; "agent__x" is its flag --agent.x."""
+    words = [f"--agent={folder / 'agents' / 'fql.py'}", "--log_interval=1", "--buffer_size=1"]
+    words += ["--save_dir=.", f"--save_interval={10**12}"]
+    return words + [f"--{key.replace('__', '.')}={value}" for key, value in settings.items()]
+
+
+def fql(algorithm, folder, settings):
+    """The program of FQL's authors, which logs after every update."""
+    import jax
+
+    jax.devices()
+    meter, data = Meter(settings["seconds"], jax.block_until_ready), rows()
+    data["masks"] = 1 - data["terminals"]
+    put_fql(lambda: data, lambda values, step: meter(1, values), lambda agent: None)
+    layers = (settings["hidden"],) * 4
+    sizes = dict(agent__actor_hidden_dims=layers, agent__value_hidden_dims=layers)
+    flags = fql_flags(folder, offline_steps=10**9, **sizes)
+    return meter, {"jax": jax.__version__}, lambda: start(folder / "main.py", *flags)
+
+
 def ours(algorithm, folder, settings):
-    """This repository's own `train`, with default settings; CQL in two layers where asked for."""
+    """This repository's own `train`, with default settings; CQL in two layers where asked for, and
+    FQL in layers of the size that is asked for."""
     import torch
 
     sys.path[:0] = [str(folder), str(folder / "algorithms")]
@@ -243,12 +295,14 @@ def ours(algorithm, folder, settings):
     def run():
         data = Data(*(torch.from_numpy(x) for x in rows().values()))
         args = module.Args(compile=settings["compile"])
+        if algorithm == "fql":
+            args.hidden = settings["hidden"]
         module.train(Counted(device, None), data, args)
 
     return meter, {"torch": torch.__version__}, run
 
 
-PEERS = {"corl": corl, "jax_corl": jax_corl, "unifloral": unifloral, "ours": ours}
+PEERS = {"corl": corl, "jax_corl": jax_corl, "unifloral": unifloral, "fql": fql, "ours": ours}
 
 
 def main(peer, algorithm, folder, settings):

@@ -3,11 +3,12 @@
     git clone https://github.com/tinkoff-ai/CORL
     git clone https://github.com/nissymori/JAX-CORL
     git clone https://github.com/EmptyJackson/unifloral
+    git clone https://github.com/seohongpark/fql
     python -m venv jax
-    jax/bin/pip install "jax[cpu]" flax optax distrax omegaconf pydantic tqdm tyro
-    python peers/speed.py CORL JAX-CORL unifloral --jax-python jax/bin/python
+    jax/bin/pip install "jax[cpu]" flax optax distrax ml_collections omegaconf pydantic tqdm tyro
+    python peers/speed.py CORL JAX-CORL unifloral fql --jax-python jax/bin/python
 
-Each program trains TD3+BC, IQL or CQL on the same 200,000 synthetic rows (17 observations, 6
+Each program trains TD3+BC, IQL, CQL or FQL on the same 200,000 synthetic rows (17 observations, 6
 actions) in batches of 256, as it lies in its folder and with its default settings
 (peers/drive.py). An update is one step of the critics. Seconds are the process's own processor
 time, set-up and compilation left out. The programs take turns, round after round, so that a machine
@@ -17,7 +18,8 @@ on the last core that there is; `taskset -c 0 python peers/speed.py ...` chooses
 The networks are not all alike: JAX-CORL normalizes layers of TD3+BC's critics and of IQL's V, which
 is more work, and its CQL has two layers where CORL's and ours have three, so ours is measured with
 two as well. Unifloral's step of TD3+BC has two updates of the critics and counts twice; its CQL is
-another method and is left out. --precision holds for CORL and for ours.
+another method and is left out. FQL's program is that of its authors, in the paper's size and in a
+narrow one for a CPU. --precision holds for CORL and for ours.
 
 To add a program, add a row to PEERS here and a function to the table PEERS of peers/drive.py.
 """
@@ -48,7 +50,7 @@ class Args(Flags):
     """folders of the programs to compare with"""
     jax_python: str = sys.executable
     """Python that has JAX, Flax, Optax and Distrax"""
-    algorithms: tuple[Literal["td3_bc", "iql", "cql"], ...] = ("td3_bc", "iql", "cql")
+    algorithms: tuple[Literal["td3_bc", "iql", "cql", "fql"], ...] = ("td3_bc", "iql", "cql", "fql")
     """what to measure"""
     precision: Literal["highest", "high", "medium"] = "highest"
     """how PyTorch computes fp32 products"""
@@ -64,7 +66,7 @@ class Peer:
 
     title: str
     file: str  # shows that a folder is its checkout
-    networks: dict  # algorithm -> hidden units x layers, and what else is to be known
+    networks: dict  # algorithm -> hidden units x layers, and what else is to be known, of each size
     jax: bool = True
 
 
@@ -73,21 +75,22 @@ PEERS = {
     "corl": Peer(
         "CORL",
         "algorithms/offline/td3_bc.py",
-        {"td3_bc": "256 x 2", "iql": "256 x 2", "cql": "256 x 3"},
+        {"td3_bc": ["256 x 2"], "iql": ["256 x 2"], "cql": ["256 x 3"]},
         jax=False,
     ),
     "jax_corl": Peer(
         "JAX-CORL",
         "algos/td3bc.py",
-        {"td3_bc": NORMALIZED, "iql": NORMALIZED, "cql": "256 x 2"},
+        {"td3_bc": [NORMALIZED], "iql": [NORMALIZED], "cql": ["256 x 2"]},
     ),
     "unifloral": Peer(
         "unifloral",
         "algorithms/unifloral.py",
-        {"td3_bc": "256 x 2", "iql": "256 x 2"},
+        {"td3_bc": ["256 x 2"], "iql": ["256 x 2"]},
     ),
+    "fql": Peer("its authors", "agents/ifql.py", {"fql": ["512 x 4", "128 x 4"]}),
 }
-TITLES = {"td3_bc": "TD3+BC", "iql": "IQL", "cql": "CQL(H)"}
+TITLES = {"td3_bc": "TD3+BC", "iql": "IQL", "cql": "CQL(H)", "fql": "FQL"}
 
 
 @dataclass
@@ -120,14 +123,14 @@ def programs(args) -> list[Program]:
     found = []
     for algorithm in args.algorithms:
         rows = [
-            Program(name, PEERS[name].title, algorithm, PEERS[name].networks[algorithm], folder)
+            Program(name, PEERS[name].title, algorithm, size, folder, {"hidden": int(size[:3])})
             for name, folder in folders.items()
-            if algorithm in PEERS[name].networks
+            for size in PEERS[name].networks.get(algorithm, ())
         ]
         for size in dict.fromkeys(row.networks[:7] for row in rows):
-            layers = int(size[-1])
+            hidden, layers = int(size[:3]), int(size[-1])
             for title, compile in (("ours", False), ("ours, compiled", True)):
-                settings = {"layers": layers, "compile": compile}
+                settings = {"hidden": hidden, "layers": layers, "compile": compile}
                 rows.append(Program("ours", title, algorithm, size, str(ROOT), settings))
         found += rows
     return found
@@ -190,7 +193,9 @@ def main(args):
                 result = measure(program, args, folder)
                 values.append(result["rate"])
                 versions |= result["versions"]
-                line = f"round {number + 1}: {program.algorithm}, {program.title}"
+                line = (
+                    f"round {number + 1}: {program.algorithm}, {program.title}, {program.networks}"
+                )
                 print(f"{line}: {values[-1]:.1f} updates/s", file=sys.stderr, flush=True)
     print("\n".join(table(found, rates)))
     packages = [f"{name} {version}" for name, version in versions.items()]

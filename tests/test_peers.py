@@ -84,6 +84,49 @@ def test_ours_runs_with_two_layers_too(tmp_path):
     assert speed.measure(ours, args, str(tmp_path))["rate"] > 0
 
 
+# The parts of FQL's program that touch what stands in for its modules.
+FQL_MAIN = """
+import sys, time, tqdm, wandb
+from envs.env_utils import make_env_and_datasets
+from utils.evaluation import evaluate, flatten
+from utils.log_utils import CsvLogger, get_exp_name, get_flag_dict, get_wandb_video, setup_wandb
+
+flags = dict(word[2:].split("=") for word in sys.argv[1:])
+setup_wandb(project="fql", group="x", name=get_exp_name(0))
+_, _, train, val = make_env_and_datasets("cube", frame_stack=None)
+assert val is None and flags["agent"].endswith("agents/fql.py"), wandb.run.project
+assert {len(x) for x in train.values()} == {200_000} and train["masks"].sum() == 199_800
+train_logger, eval_logger = CsvLogger("x/train.csv"), CsvLogger("x/eval.csv")
+width = int(flags["agent.actor_hidden_dims"].split(",")[0].strip("("))
+for i in tqdm.tqdm(range(1, 1 + int(flags["offline_steps"])), smoothing=0.1):
+    end = time.process_time() + width / 12_800
+    while time.process_time() < end:
+        pass
+    train_logger.log({"training/loss": 0.0}, step=i)
+    if i == 1:
+        eval_logger.log(evaluate(agent=None, env=None, config={})[0], step=i)
+"""
+
+
+def fql_checkout(folder, program=FQL_MAIN) -> str:
+    """A folder that looks like a checkout of FQL's program."""
+    for name in ("agents", "envs", "utils"):
+        (Path(folder) / name).mkdir(parents=True)
+    for name in ("fql", "ifql"):
+        (Path(folder) / "agents" / f"{name}.py").write_text("")
+    (Path(folder) / "main.py").write_text(program)
+    return str(folder)
+
+
+def test_fqls_program_is_counted_in_both_sizes(tmp_path):
+    pytest.importorskip("jax")
+    args = flags(fql_checkout(tmp_path / "fql"), "--algorithms", "fql", "--seconds", "0.3")
+    large, narrow, *own = speed.programs(args)
+    assert [row.networks for row in own] == ["512 x 4"] * 2 + ["128 x 4"] * 2
+    assert speed.measure(large, args, str(tmp_path))["rate"] == pytest.approx(25, rel=0.2)
+    assert speed.measure(narrow, args, str(tmp_path))["rate"] == pytest.approx(100, rel=0.2)
+
+
 def test_the_meter_leaves_the_warm_up_out():
     """Slow calls at first, as compilation makes them; four updates a call."""
     waited = []
