@@ -33,6 +33,7 @@ stopped starts from the beginning when the command is repeated.
 
 import dataclasses
 import importlib
+import inspect
 import re
 import runpy
 import sys
@@ -166,6 +167,14 @@ def scale_rewards(algorithm: str, data, ours) -> None:
         data.reward += ours.reward_shift
 
 
+def checked_commit(checkout, made_for: str) -> str:
+    """The commit of a checkout, and a line where it is not the one that a tool was made for."""
+    commit = drive.commit(checkout)
+    if commit != made_for:
+        print(f"note: the checkout is {commit}, and this tool was made for {made_for}")
+    return commit
+
+
 def portable(word: str) -> str:
     """A word of a command line, where a path of this machine is cut to its last part."""
     flag, equals, value = word.rpartition("=") if word.startswith("--") else ("", "", word)
@@ -188,26 +197,28 @@ class Environment(drive.Task):
         return value / 100  # CORL prints it, which is left out
 
 
-class CorlGuest(resume.Guest):
-    """The files of a run of CORL's program. It cannot be continued, so nothing but results is kept,
-    and a stopped run starts again."""
+class PeerGuest(resume.Guest):
+    """The files of a run of another program. It cannot be continued, so nothing but results is
+    kept, and a stopped run starts again. `file` is the program's file of the algorithm, and
+    run.program describes the program: its name, commit, file and args."""
 
-    def __init__(self, run, path):
+    def __init__(self, run, file):
         super().__init__(run)
-        self.file = path
+        self.file = file
 
     def code(self):
-        """The hash "algorithm" is of CORL's file."""
-        tool = resume.code_hash(__file__, drive.__file__)
-        return super().code() | {"tool": tool}
+        """The hash "algorithm" is of the program's file."""
+        tools = {__file__, inspect.getfile(type(self.run)), drive.__file__}
+        return super().code() | {"tool": resume.code_hash(*sorted(tools))}
 
     def config(self):
         config, run = super().config(), self.run
-        file = f"algorithms/offline/{self.file.name}"
+        program = dict(run.program)
+        name = program.pop("name")
         return config | {
             "args": config["args"] | {"out": portable(run.args.out), "resume": False},
-            "versions": config["versions"] | {"CORL": run.commit},
-            "corl": {"commit": run.commit, "file": file, "args": run.corl_args},
+            "versions": config["versions"] | {name: program["commit"]},
+            name.lower(): program,
         }
 
     def step(self, t):
@@ -216,48 +227,68 @@ class CorlGuest(resume.Guest):
             raise SystemExit(130)
 
 
-class CorlRun(Run):
-    """A run whose loop is in CORL's program. That program logs after every update, then evaluates
-    where it is due: both end here."""
+class PeerRun(Run):
+    """A run whose loop is in another program. That program logs after every update, then evaluates
+    where it is due: both end here. `metrics` holds the losses of step t."""
+
+    def begin(self) -> None:
+        """Before the program starts."""
+        if self.task is None:
+            raise InputError(
+                f"{self.args.env} has no task to evaluate a policy in: use another dataset"
+            )
+        self.start(None, SimpleNamespace())
+        self.counter = self.loop(self.args.steps)
+        self.t = next(self.counter)
+
+    def advance(self, act=None) -> None:
+        """Step t is over."""
+        self.after(self.t, self.metrics, act)
+        self.t = next(self.counter, None)
+
+    def end(self, file: str, fix: str) -> None:
+        """After the program has ended. Raises InputError where it has not made all its steps."""
+        if self.t is not None or not self.rows["eval"]:
+            raise InputError(f"{file} left before its last step: {fix}")
+
+
+class CorlRun(PeerRun):
+    """A run of CORL's program."""
 
     def __init__(self, args, ours, preset, path):
-        words, self.program = [portable(word) for word in sys.argv], args.algorithm
+        words, self.peer = [portable(word) for word in sys.argv], args.algorithm
         super().__init__(ours, preset, words, f"corl_{args.algorithm}")
-        self.guests[0], self.file = CorlGuest(self, path), path
-        self.commit = drive.commit(args.corl)
-        if self.commit != COMMIT:
-            print(f"note: the checkout is {self.commit}, and this tool was made for {COMMIT}")
+        self.guests[0], self.file = PeerGuest(self, path), path
+        commit = checked_commit(args.corl, COMMIT)
+        self.program = {"name": "CORL", "commit": commit}
+        self.program["file"] = f"algorithms/offline/{path.name}"
 
     def train(self, data, args) -> None:
         """Run CORL's program until it has made all its steps."""
-        if self.task is None:
-            raise InputError(f"{args.env} has no task to evaluate a policy in: use another dataset")
-        scale_rewards(self.program, data, args)
+        scale_rewards(self.peer, data, args)
         self.environment, self.scaling = Environment(data), Scaling(data)
         rows = {name: getattr(data, field).cpu().numpy() for name, field in ROWS.items()}
-        self.corl_args = corl_settings(self.program, args, len(data.obs), self.device)
+        self.settings = corl_settings(self.peer, args, len(data.obs), self.device)
+        self.program["args"] = self.settings
         drive.put_all(self.log, make=lambda name: self.environment, load=lambda env: rows)
         drive.put_flags(self.call)
-        self.t = None
+        self.t = 0
         try:
             runpy.run_path(str(self.file), run_name="__main__")
         except ModuleNotFoundError as error:
             raise InputError(f"{self.file.name} of CORL needs {error.name}: {OTHER}") from None
-        if self.t is not None or not self.rows["eval"]:
-            raise InputError(f"{self.file.name} of CORL left before its last step: {OTHER}")
+        self.end(f"{self.file.name} of CORL", OTHER)
 
     def call(self, train, Config) -> None:
         """What CORL's decorated main function becomes: `train` with our flags and evaluation."""
         flags = {field.name for field in dataclasses.fields(Config)}
-        absent = [name for name in self.corl_args if name not in flags]
+        absent = [name for name in self.settings if name not in flags]
         absent += [] if "eval_actor" in train.__globals__ else ["eval_actor"]
         if absent:
             raise InputError(f"{self.file.name} of CORL has no {', '.join(absent)}: {OTHER}")
         train.__globals__.update(eval_actor=self.judge, print=lambda *_: None)
-        self.start(None, SimpleNamespace())
-        self.counter = self.loop(self.args.steps)
-        self.t = next(self.counter)
-        train(Config(**self.corl_args))
+        self.begin()
+        train(Config(**self.settings))
 
     def log(self, values: dict) -> None:
         """Take the losses of step t; those of a step with an evaluation wait for `judge`."""
@@ -281,11 +312,6 @@ class CorlRun(Run):
         self.advance(act)
         actor.train()
         return np.array([self.rows["eval"][-1]["return"]])
-
-    def advance(self, act=None) -> None:
-        """Step t is over."""
-        self.after(self.t, self.metrics, act)
-        self.t = next(self.counter, None)
 
 
 OTHER = f"use a checkout of commit {COMMIT}"

@@ -245,7 +245,7 @@ def put_fql(load, log, evaluate) -> None:
 def fql_flags(folder, **settings) -> list[str]:
     """The words of a command line of FQL's program; "agent__x" is its flag --agent.x."""
     words = [f"--agent={folder / 'agents' / 'fql.py'}", "--log_interval=1", "--buffer_size=1"]
-    words += ["--save_dir=.", f"--save_interval={10**12}"]
+    words.append(f"--save_interval={10**12}")
     return words + [f"--{key.replace('__', '.')}={value}" for key, value in settings.items()]
 
 
@@ -259,7 +259,7 @@ def fql(algorithm, folder, settings):
     put_fql(lambda: data, lambda values, step: meter(1, values), lambda agent: None)
     layers = (settings["hidden"],) * 4
     sizes = dict(agent__actor_hidden_dims=layers, agent__value_hidden_dims=layers)
-    flags = fql_flags(folder, offline_steps=10**9, **sizes)
+    flags = fql_flags(folder, save_dir=".", offline_steps=10**9, **sizes)
     return meter, {"jax": jax.__version__}, lambda: start(folder / "main.py", *flags)
 
 

@@ -17,6 +17,7 @@ import torch
 
 from common import InputError
 from peers import corl, drive, speed
+from peers import fql as peers_fql
 from run import evaluate, load, make, parse, score
 from tools import report
 
@@ -443,6 +444,80 @@ def test_paths_of_this_machine_are_cut():
     words = ["--out", os.path.abspath("runs"), f"--corl={os.path.abspath('CORL')}", "../x", "--a=b"]
     cut = [corl.portable(word) for word in words]
     assert cut == ["--out", "runs", "--corl=CORL", "../x", "--a=b"]
+
+
+# ---- FQL's program on our rows ---------------------------------------------------------------
+
+# The parts of its main program that touch what is replaced. Its policy never learns.
+FQL = """
+import json, sys, numpy as np, tqdm, wandb
+from envs.env_utils import make_env_and_datasets
+from utils.evaluation import evaluate, flatten
+from utils.log_utils import CsvLogger, get_exp_name, get_flag_dict, get_wandb_video, setup_wandb
+
+class Agent:
+    def sample_actions(self, observations, seed, temperature):
+        assert seed.dtype == np.uint32 and seed.shape == (2,) and observations.dtype == np.float32
+        return np.tanh(observations[:, :3])
+
+flags = dict(word[2:].split("=", 1) for word in sys.argv[1:])
+json.dump(flags, open("flags.json", "w"))
+_, _, train, _ = make_env_and_datasets(flags["env_name"], frame_stack=None)
+np.savez("seen.npz", **train)
+loggers = [CsvLogger(f"x/{name}.csv") for name in ("train", "eval")]
+for i in tqdm.tqdm(range(1, 1 + int(flags["offline_steps"])), smoothing=0.1):
+    loggers[0].log({"training/loss": np.float32(i), "time/epoch_time": 0.0}, step=i)
+    if i == 1 or i % int(flags["eval_interval"]) == 0:
+        loggers[1].log(evaluate(agent=Agent(), env=None, config={})[0], step=i)
+sys.exit()
+"""
+
+
+def test_fqls_program_runs_on_our_rows_in_our_evaluation(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for name in ("tqdm", "wandb", "envs.env_utils", "utils.evaluation", "utils.log_utils"):
+        monkeypatch.setitem(sys.modules, name, sys.modules.get(name))
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    place, env = fql_checkout(tmp_path / "fql", FQL), "hopper-medium-expert-demo"
+    line = ["--checkout", place, "--env", env, "--seed", "3", "--hidden", "64", *SHORT]
+    monkeypatch.setattr(sys, "argv", ["peers/fql.py", *line])
+    peers_fql.main(*parse(peers_fql.Args, peers_fql.fql.PRESETS, line))
+    assert "fql_authors score" in capsys.readouterr().out
+
+    given = json.loads((tmp_path / "flags.json").read_text())
+    assert given["agent.value_hidden_dims"] == "(64, 64, 64, 64)" and given["agent.tau"] == "0.02"
+    assert (given["agent.discount"], given["agent.normalize_q_loss"]) == ("0.99", "True")
+    data, task = load(env)
+    peers_fql.normalize_obs(data, eps=1e-3)
+    with np.load(tmp_path / "seen.npz") as seen:
+        assert np.array_equal(seen["observations"], data.obs.numpy())
+        assert np.array_equal(seen["masks"], 1 - data.terminal.numpy())
+        assert abs(seen["actions"]).max() == np.float32(1 - 1e-5) < data.action.abs().max()
+
+    (folder,) = (tmp_path / "runs").glob("hopper*__fql_authors__3")
+    result = report.read_run(folder)
+    assert result["finished"] and result["curve"].steps.tolist() == [10, 20]
+    scaling, envs = peers_fql.Scaling(data), [make(task) for _ in range(2)]
+    act = lambda obs: scaling.action(torch.tanh(scaling.obs(obs)[:, :3]))
+    returns = evaluate(act, envs, 3100, torch.device("cpu"))
+    assert np.allclose(result["curve"].score, score(task, returns), rtol=1e-6)
+    assert str(tmp_path) not in (folder / "config.json").read_text()
+
+
+FQL_BAD = {
+    "": "name a checkout of seohongpark/fql: --checkout PATH",
+    "--checkout .": "there is no agents/fql.py; use the folder of a checkout",
+    "--checkout fql --no-distill": "--no-distill: the authors' program has no such method",
+    "--checkout fql --steps 25 --eval-every 10": "--steps 25 is no multiple of --eval-every 10",
+}
+
+
+@pytest.mark.parametrize("line", FQL_BAD)
+def test_fqls_refusals(line, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    fql_checkout("fql")
+    with pytest.raises(InputError, match=FQL_BAD[line]):
+        peers_fql.main(*parse(peers_fql.Args, peers_fql.fql.PRESETS, line.split()))
 
 
 CORL_BAD = {
