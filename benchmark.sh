@@ -13,7 +13,7 @@
 # local_ablations  three methods of local, each without the part that its paper adds   3
 # corl             CORL's own TD3+BC and IQL on the three bundled datasets             3
 # modern           TD3+BC, IQL, ReBRAC and FQL on D4RL, as their papers do             5
-# ogbench          IQL, ReBRAC and FQL on the default task of OGBench's ten data sets  8
+# ogbench          BC, IQL, ReBRAC and FQL on OGBench's default tasks, as FQL's paper  8
 # ablations        the ablations of the papers of Fisher-BRC, iTRPO, BRAC+ and ARQ     3
 # fisher_brc_table1 brac_plus_table1 arq_table2 itrpo_table2 itrpo_table3    the paper's
 # The runs of local take 1 to 20 minutes each, about 11 hours of one core in all (AMD EPYC, Zen 4).
@@ -86,27 +86,15 @@ commands() {
         for file in td3_bc iql rebrac; do each "$data" $file.py; done
         data="$(name v2 antmaze "$maze") $(name v1 "$hand" "human cloned expert")"
         for file in iql rebrac fql; do each "$data" $file.py; done ;;
-    ogbench) # FQL's table 3, its settings of IQL and ReBRAC too; the networks are their files' own
+    ogbench) # the default tasks of FQL's table 3
         seeds=${SEEDS:-0 1 2 3 4 5 6 7}
-        local protocol="--eval-every 100000 --eval-episodes 50" gamma beta actor critic
-        while read -r data gamma beta actor critic; do # critic: ReBRAC's weight of cloning there
-            data=${data/%-task*/-singletask-${data##*-}-v0}
-            each "$data" fql.py
-            each "$data" iql.py --tau 0.9 --beta "$beta" --gamma "$gamma" --reward-shift 0 $protocol
-            each "$data" rebrac.py --actor-bc "$actor" --critic-bc "$critic" --gamma "$gamma" \
-                --reward-scale 1 --batch-size 256 --actor-lr 3e-4 --critic-lr 3e-4 $protocol
-        done <<'END' ;;
-antmaze-large-navigate-task1        0.99    10   0.003  0.01
-antmaze-giant-navigate-task1        0.995   10   0.003  0.01
-humanoidmaze-medium-navigate-task1  0.995   10   0.01   0.01
-humanoidmaze-large-navigate-task1   0.995   10   0.01   0.01
-antsoccer-arena-navigate-task4      0.995   1    0.01   0.01
-cube-single-play-task2              0.99    1    1      0
-cube-double-play-task2              0.99    0.3  0.1    0
-scene-play-task2                    0.99    10   0.1    0.01
-puzzle-3x3-play-task4               0.99    10   0.3    0.01
-puzzle-4x4-play-task4               0.99    3    0.3    0.01
-END
+        data="antmaze-large-navigate-singletask-task1 antmaze-giant-navigate-singletask-task1"
+        data+=" humanoidmaze-medium-navigate-singletask-task1"
+        data+=" humanoidmaze-large-navigate-singletask-task1"
+        data+=" antsoccer-arena-navigate-singletask-task4 cube-single-play-singletask-task2"
+        data+=" cube-double-play-singletask-task2 scene-play-singletask-task2"
+        data+=" puzzle-3x3-play-singletask-task4 puzzle-4x4-play-singletask-task4"
+        for file in bc iql rebrac fql; do each "${data// /-v0 }-v0" $file.py; done ;;
     ablations)
         data="hopper-medium-v0 walker2d-medium-v0 hopper-expert-v0" # Fisher-BRC's figures 2 and 5
         each "$data" fisher_brc.py --name lam0 --lam 0

@@ -142,6 +142,8 @@ class RunArgs(Flags):
     """fp32 matrix products: highest is full fp32; high may round to TF32, medium to bf16"""
     compile: bool = False
     """compile the whole update, which takes half a minute and makes training faster"""
+    short: bool = False
+    """shortened settings for a CPU, where the file's PRESETS has some for the data"""
     eval_episodes: Episodes = 10
     """episodes per evaluation"""
     eval_env: str | None = None
@@ -199,15 +201,22 @@ def parse(Args, presets: dict, argv: list[str]):
     """Words of a command line -> (args, preset in force). `presets` is {pattern of --env: {field:
     value}}. Its rows change defaults, so a typed flag wins; of two rows, the later wins. No row
     applies to the path of a file, and rows with "singletask" apply to OGBench's tasks alone, as
-    those without it (such as antmaze-*, for D4RL) do to all others. Where --steps is typed, an
-    earlier phase whose own flag is not typed is at most as long. Raises InputError."""
+    those without it (such as antmaze-*, for D4RL) do to all others. With --short, the rows whose
+    pattern begins with "short " follow. Where --steps is typed, an earlier phase whose own flag is
+    not typed is at most as long. Raises InputError."""
     import tyro
 
     words = [part for x in argv for part in (x.split("=", 1) if x[:2] == "--" else [x])]
     pairs = [(x, after) for x, after in zip(words, [*words[1:], ""]) if x[:2] == "--"]
     typed = {x[2:].replace("-", "_"): after for x, after in pairs}
     Args.check_words(typed)
-    preset = preset_of(presets, typed.get("env", getattr(Args, "env", "")))
+    env = typed.get("env", getattr(Args, "env", ""))
+    preset = preset_of(presets, env)
+    if "short" in typed:
+        short = preset_of(presets, f"short {env}")
+        if not short:
+            raise InputError(f"--short: there are no such settings for {env}: use --steps")
+        preset |= short
     default, fields = Args(**preset), Args.__dataclass_fields__
     if {"-h", "--help"} & {*argv}:
         default.resolve()  # shows what None stands for

@@ -34,7 +34,7 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from common import BatchSize, Count, Positive, PositiveShare, Seed
 from common import MLP, Adam, RunArgs, Scaling
-from common import graphed, minimize, normal_log_prob, normalize_obs, sample
+from common import glorot_, graphed, minimize, normal_log_prob, normalize_obs, sample
 
 
 @dataclass
@@ -55,6 +55,12 @@ class Args(RunArgs):
     """maximize a Gaussian's likelihood instead of minimizing the squared error"""
     lr: Positive = 3e-4
     """Adam's learning rate of the actor"""
+    hidden: Count = 256
+    """hidden units in each layer"""
+    layers: Count = 2
+    """hidden layers"""
+    gelu: bool = False
+    """GELU instead of ReLU, and OGBench's initial values instead of PyTorch's"""
     normalize_obs: bool = True
     """shift and scale observations to mean 0 and deviation 1 over the cloned data"""
 
@@ -66,7 +72,11 @@ class Nets(nn.Module):
         super().__init__()
         obs_dim, act_dim = data.obs.shape[1], data.action.shape[1]
         self.scaling = Scaling(data)
-        self.actor = MLP(obs_dim, 256, 256, act_dim)
+        hidden, activation = [args.hidden] * args.layers, "gelu" if args.gelu else "relu"
+        self.actor = MLP(obs_dim, *hidden, act_dim, activation=activation)
+        if args.gelu:
+            glorot_(self.actor)
+            self.actor.weights[-1].data.mul_(0.1)
         self.log_std = nn.Parameter(torch.zeros(act_dim))
 
 
@@ -138,7 +148,13 @@ This file, against the authors' code:
   goes on after the goal is reached, and every row at the goal is a terminal row, which ends an
   episode. So each further row at the goal is an episode of one row. Its return of 1 is the best
   there is, and the ranking cannot tell it from the path that led to the goal.
+- On OGBench's tasks, which CORL does not have, the networks are those of the other methods in
+  FQL's table 3 (4 layers of 512 units, GELU), and observations are not normalized. FQL's repository
+  has no BC, so nothing more is known of the settings behind that table's column BC.
 """
+
+OGBENCH = dict(hidden=512, layers=4, gelu=True, normalize_obs=False)
+OGBENCH |= dict(eval_every=100_000, eval_episodes=50)
 
 PRESETS = {
     "hopper-medium-expert-demo": dict(steps=20_000, eval_every=1_000),  # shortened
@@ -146,6 +162,17 @@ PRESETS = {
     "pointmaze-medium-demo": dict(steps=20_000, eval_every=1_000),  # shortened
     "antmaze-*": dict(eval_every=100_000, eval_episodes=100),
     "D4RL/antmaze/*": dict(eval_every=100_000, eval_episodes=100),
+    **dict.fromkeys(  # the names of FQL's table 3, all five tasks of each
+        [
+            f"{data}-singletask*"
+            for data in ("antmaze-large-navigate", "antmaze-giant-navigate")
+            + ("humanoidmaze-medium-navigate", "humanoidmaze-large-navigate")
+            + ("antsoccer-arena-navigate", "cube-single-play", "cube-double-play", "scene-play")
+            + ("puzzle-3x3-play", "puzzle-4x4-play")
+        ],
+        OGBENCH,
+    ),
+    "short *-singletask*": dict(steps=100_000, eval_every=20_000, eval_episodes=50, hidden=128),
 }
 
 if __name__ == "__main__":

@@ -287,7 +287,7 @@ PRESETS = {
     "*relocate?human-*": dict(steps=500_000, q_agg="min", alpha=10_000.0),
     "*relocate?cloned-*": dict(steps=500_000, q_agg="min", alpha=30_000.0),
     "*relocate?expert-*": dict(steps=500_000, q_agg="min", alpha=30_000.0),
-    # OGBench's names, all five tasks of each.
+    # OGBench's names, all five tasks of each, and what --short adds.
     "antmaze-large-navigate-singletask*": dict(q_agg="min", alpha=10.0),
     "antmaze-giant-navigate-singletask*": dict(q_agg="min", alpha=10.0, gamma=0.995),
     "humanoidmaze-medium-navigate-singletask*": dict(alpha=30.0, gamma=0.995),
@@ -298,6 +298,7 @@ PRESETS = {
     "scene-play-singletask*": dict(alpha=300.0),
     "puzzle-3x3-play-singletask*": dict(alpha=1000.0),
     "puzzle-4x4-play-singletask*": dict(alpha=1000.0),
+    "short *-singletask*": dict(steps=100_000, eval_every=20_000, eval_episodes=50, hidden=128),
 }
 
 if __name__ == "__main__":

@@ -45,7 +45,7 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from common import BatchSize, Count, InsideUnit, NonNegative, Number, Positive, PositiveShare, Seed
 from common import ShareBelow1
-from common import MLP, Adam, InputError, RunArgs, ScalarMLP, Scaling, orthogonal_
+from common import MLP, Adam, InputError, RunArgs, ScalarMLP, Scaling, glorot_, orthogonal_
 from common import graphed, largest_value, minimize, normal_log_prob, normalize_obs, polyak, sample
 
 
@@ -77,6 +77,14 @@ class Args(RunArgs):
     """share of the online critics that targets take over per step"""
     lr: Positive = 3e-4
     """Adam's learning rate of all networks; the actor's falls to 0 along a cosine over all steps"""
+    hidden: Count = 256
+    """hidden units in each layer of every network"""
+    layers: Count = 2
+    """hidden layers of every network"""
+    gelu: bool = False
+    """GELU instead of ReLU, and OGBench's initial values instead of orthogonal ones"""
+    critic_ln: bool = False
+    """layer normalization in V and Q, after the activation of every hidden layer"""
     dropout: ShareBelow1 = 0.0
     """share of the actor's hidden units that are dropped in its loss; none are when it acts"""
     normalize_obs: bool = False
@@ -94,12 +102,19 @@ class Nets(nn.Module):
         super().__init__()
         obs_dim, act_dim = data.obs.shape[1], data.action.shape[1]
         self.scaling = Scaling(data)
-        self.actor = MLP(obs_dim, 256, 256, act_dim)
+        hidden, activation = [args.hidden] * args.layers, "gelu" if args.gelu else "relu"
+        self.actor = MLP(obs_dim, *hidden, act_dim, activation=activation)
         self.log_std = nn.Parameter(torch.zeros(act_dim))
-        self.v = ScalarMLP(obs_dim, 256, 256)
-        self.q = ScalarMLP(obs_dim + act_dim, 256, 256, members=2)
+        critic = dict(activation=activation, layer_norm=args.critic_ln, norm_eps=1e-6)
+        self.v = ScalarMLP(obs_dim, *hidden, **critic)
+        self.q = ScalarMLP(obs_dim + act_dim, *hidden, members=2, **critic)
         for net in (self.actor, self.v, self.q):
-            orthogonal_(net, hidden_gain=math.sqrt(2), last_gain=math.sqrt(2))
+            if args.gelu:
+                glorot_(net)
+            else:
+                orthogonal_(net, hidden_gain=math.sqrt(2), last_gain=math.sqrt(2))
+        if args.gelu:
+            self.actor.weights[-1].data.mul_(0.1)
         self.q_target = copy.deepcopy(self.q).requires_grad_(False)
 
     def pi(self, s, dropout=0.0):
@@ -107,7 +122,7 @@ class Nets(nn.Module):
         *hidden, (w_last, b_last) = self.actor.layers
         x = s
         for w, b in hidden:
-            x = torch.addmm(b, x, w).relu_()
+            x = self.actor.activation(torch.addmm(b, x, w))
             if dropout:
                 x = x * (torch.rand_like(x) >= dropout) / (1 - dropout)
         return torch.addmm(b_last, x, w_last).tanh()
@@ -251,7 +266,17 @@ This file, against the authors' code:
   AntMaze.
 - The paper has no DDPG+BC. The loss and alpha_bc are those of OGBench, a benchmark of offline RL.
   OGBench's actor has no tanh at its end, and its learning rate does not fall.
+- On OGBench's tasks, beta and the networks are those of FQL's table 3: 4 layers, of 256 units in
+  cubes, scenes and puzzles and of 512 elsewhere, GELU, layer normalization in V and Q. The update
+  is that of IQL's authors. The IQL in FQL's repository takes the u of (7) from the online critics
+  instead of the targets, and V from before its step. Its Gaussian has a deviation of 1 and no tanh
+  at its mean, and its learning rate does not fall. The beta of antsoccer is that of the paper's
+  table of fine-tuning.
 """
+
+OGBENCH = dict(tau=0.9, hidden=512, layers=4, gelu=True, critic_ln=True)
+OGBENCH |= dict(eval_every=100_000, eval_episodes=50)
+ARM = OGBENCH | dict(hidden=256)
 
 PRESETS = {
     "halfcheetah-*": dict(normalize_reward=True),
@@ -290,6 +315,18 @@ PRESETS = {
         [f"{task}-*-v1" for task in ("pen", "door", "hammer", "relocate")],
         dict(tau=0.8, beta=3.0, dropout=0.0, normalize_obs=True),
     ),
+    # The names of FQL's table 3, all five tasks of each, and what --short adds.
+    "antmaze-large-navigate-singletask*": OGBENCH | dict(beta=10.0),
+    "antmaze-giant-navigate-singletask*": OGBENCH | dict(beta=10.0, gamma=0.995),
+    "humanoidmaze-medium-navigate-singletask*": OGBENCH | dict(beta=10.0, gamma=0.995),
+    "humanoidmaze-large-navigate-singletask*": OGBENCH | dict(beta=10.0, gamma=0.995),
+    "antsoccer-arena-navigate-singletask*": OGBENCH | dict(beta=1.0, gamma=0.995),
+    "cube-single-play-singletask*": ARM | dict(beta=1.0),
+    "cube-double-play-singletask*": ARM | dict(beta=0.3),
+    "scene-play-singletask*": ARM | dict(beta=10.0),
+    "puzzle-3x3-play-singletask*": ARM | dict(beta=10.0),
+    "puzzle-4x4-play-singletask*": ARM | dict(beta=3.0),
+    "short *-singletask*": dict(steps=100_000, eval_every=20_000, eval_episodes=50, hidden=128),
 }
 
 if __name__ == "__main__":

@@ -49,7 +49,7 @@ from torch import Tensor, nn
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from common import BatchSize, Count, NonNegative, Positive, PositiveShare, Seed, ShareBelow1
 from common import MLP, Adam, Data, InputError, RunArgs, ScalarMLP, Scaling
-from common import graphed, largest_value, minimize, normalize_obs, polyak, sample
+from common import glorot_, graphed, largest_value, minimize, normalize_obs, polyak, sample
 
 
 @dataclass
@@ -82,12 +82,16 @@ class Args(RunArgs):
     """bound c to which the noise of the target action is clipped: 0 is no noise"""
     policy_freq: Count = 2
     """critic steps per step of actor and targets; 1 is no delay"""
+    hidden: Count = 256
+    """hidden units in each layer of every network"""
     actor_layers: Count = 3
-    """hidden layers of the actor, 256 units each"""
+    """hidden layers of the actor"""
     critic_layers: Count = 3
-    """hidden layers of every critic, 256 units each"""
+    """hidden layers of every critic"""
+    gelu: bool = False
+    """GELU instead of ReLU, and OGBench's initial values instead of the authors'"""
     critic_ln: bool = True
-    """layer normalization in the critics, after the ReLU of every hidden layer"""
+    """layer normalization in the critics, after the activation of every hidden layer"""
     normalize_obs: bool = False
     """shift and scale observations to mean 0 and deviation 1 over the data"""
     reward_scale: Positive = 1.0
@@ -100,19 +104,26 @@ class Nets(nn.Module):
     def __init__(self, data, args):
         super().__init__()
         obs_dim, act_dim = data.obs.shape[1], data.action.shape[1]
-        actor_hidden = [256] * args.actor_layers
-        critic_hidden = [256] * args.critic_layers
+        actor_hidden = [args.hidden] * args.actor_layers
+        critic_hidden = [args.hidden] * args.critic_layers
+        activation = "gelu" if args.gelu else "relu"
         self.scaling = Scaling(data)
-        self.actor = MLP(obs_dim, *actor_hidden, act_dim)
+        self.actor = MLP(obs_dim, *actor_hidden, act_dim, activation=activation)
         self.q = ScalarMLP(
             obs_dim + act_dim,
             *critic_hidden,
             members=2,
+            activation=activation,
             layer_norm=args.critic_ln,
             norm_eps=1e-6,
         )
-        initial_values_(self.actor, 1e-3)
-        initial_values_(self.q, 3e-3)
+        if args.gelu:
+            glorot_(self.actor)
+            glorot_(self.q)
+            self.actor.weights[-1].data.mul_(0.1)
+        else:
+            initial_values_(self.actor, 1e-3)
+            initial_values_(self.q, 3e-3)
         self.actor_target = copy.deepcopy(self.actor).requires_grad_(False)
         self.q_target = copy.deepcopy(self.q).requires_grad_(False)
 
@@ -248,6 +259,11 @@ This file, against the authors' code:
 - The authors publish actor_bc and critic_bc for D4RL's data only. The defaults, 0.01 and 0.01, are
   the pair that they use most often. The values for Maze2D are CORL's. Minari's datasets take the
   values of the D4RL datasets of the same name, and its point mazes those of Maze2D.
+- On OGBench's tasks, the settings are those of FQL's table 3: 4 layers of 512 units, GELU, rates
+  of 3e-4. The ReBRAC in FQL's repository differs from this file: one Adam for all networks also
+  moves the actor on the steps without L_pi; L_pi and the targets take the critics from before their
+  step; the policy is updated on even steps; and the last row of a recording takes the first action
+  of the next one. The two weights of antsoccer are those of the paper's table of fine-tuning.
 """
 
 WEIGHTS = {  # (actor_bc, critic_bc) of the authors' configurations, by Minari's namespace
@@ -295,6 +311,8 @@ WEIGHTS = {  # (actor_bc, critic_bc) of the authors' configurations, by Minari's
 SMALL = dict(batch_size=256, actor_lr=3e-4, critic_lr=3e-4)  # the authors' rates for small batches
 MAZE2D = SMALL | dict(actor_bc=0.003, critic_bc=0.001)
 ANTMAZE = dict(batch_size=256, actor_lr=3e-4, critic_lr=5e-5, gamma=0.999, reward_scale=100.0)
+OGBENCH = SMALL | dict(hidden=512, actor_layers=4, critic_layers=4, gelu=True)
+OGBENCH |= dict(eval_every=100_000, eval_episodes=50)
 SHORT = SMALL | dict(steps=16_000, eval_every=800)  # for a CPU
 
 PRESETS = {
@@ -318,6 +336,22 @@ PRESETS = {
     "pointmaze-medium-demo": SHORT  # with faster targets
     | dict(actor_bc=0.003, critic_bc=0.001, polyak=0.02)
     | dict(steps=12_000, eval_every=600, eval_episodes=20),
+    # The names of FQL's table 3, all five tasks of each, and what --short adds.
+    "antmaze-large-navigate-singletask*": OGBENCH | dict(actor_bc=0.003, critic_bc=0.01),
+    "antmaze-giant-navigate-singletask*": OGBENCH
+    | dict(actor_bc=0.003, critic_bc=0.01, gamma=0.995),
+    "humanoidmaze-medium-navigate-singletask*": OGBENCH
+    | dict(actor_bc=0.01, critic_bc=0.01, gamma=0.995),
+    "humanoidmaze-large-navigate-singletask*": OGBENCH
+    | dict(actor_bc=0.01, critic_bc=0.01, gamma=0.995),
+    "antsoccer-arena-navigate-singletask*": OGBENCH
+    | dict(actor_bc=0.01, critic_bc=0.01, gamma=0.995),
+    "cube-single-play-singletask*": OGBENCH | dict(actor_bc=1.0, critic_bc=0.0),
+    "cube-double-play-singletask*": OGBENCH | dict(actor_bc=0.1, critic_bc=0.0),
+    "scene-play-singletask*": OGBENCH | dict(actor_bc=0.1, critic_bc=0.01),
+    "puzzle-3x3-play-singletask*": OGBENCH | dict(actor_bc=0.3, critic_bc=0.01),
+    "puzzle-4x4-play-singletask*": OGBENCH | dict(actor_bc=0.3, critic_bc=0.01),
+    "short *-singletask*": dict(steps=100_000, eval_every=20_000, eval_episodes=50, hidden=128),
 }
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ import time
 
 import torch
 
-from common import InputError
+from common import InputError, preset_of
 
 
 class Guest:
@@ -43,14 +43,18 @@ class Guest:
         phases = type(args).phases
         steps = [f"{phase} {getattr(args, field):,}" if field else f"{phase} one pass"
                  for phase, field in phases.items()]  # fmt: skip
-        preset = ", ".join(f"{name}={value}" for name, value in run.preset.items())
+        preset = ", ".join(f"{name}={value}" for name, value in run.preset.items()) or "none"
+        known = getattr(sys.modules[type(args).__module__], "PRESETS", {})
+        if "-singletask" in args.env and not preset_of(known, args.env):
+            text = "no published settings for this data: defaults of the file"
+            preset = f"{text}, with {preset}" if run.preset else text
         how = "compiled" if args.compile else "eager"
         rows, episodes = len(run.data.obs), len(run.data.episode_return)
         return [
             f"data:       {run.data.name}, {rows:,} transitions, {episodes:,} episodes, "
             f"{run.unit} {run.references['data']:.1f}",
             f"steps:      {', '.join(steps)}; seed {args.seed}",
-            f"preset:     {preset or 'none'}",
+            f"preset:     {preset}",
             f"folder:     {run.folder}",
             f"arithmetic: {run.device}, threads: {torch.get_num_threads()}, fp32 products: "
             f"{args.precision}, {how}",

@@ -65,7 +65,8 @@ NAMES = {
 # actor ignores it.
 FIXED = {
     "td3_bc": {"lr": 3e-4, "critics": 2},
-    "iql": {"extraction": "awr", "max_weight": 100.0, "dropout": 0.0},
+    "iql": {"extraction": "awr", "max_weight": 100.0, "dropout": 0.0, "hidden": 256, "layers": 2}
+    | {"gelu": False, "critic_ln": False},
 }
 ROWS = dict(observations="obs", actions="action", rewards="reward", terminals="terminal")
 ROWS |= dict(next_observations="next_obs")

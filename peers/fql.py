@@ -45,7 +45,7 @@ from peers import drive
 from peers.corl import PeerGuest, PeerRun, checked_commit, portable
 from run import parse
 
-COMMIT = "719d044"
+PRESETS, COMMIT = fql.PRESETS, "719d044"
 OTHER = f"use a checkout of commit {COMMIT}"
 # A field of our Args -> the agent's field of the same meaning.
 NAMES = {name: name for name in ("alpha", "q_agg", "flow_steps", "normalize_q_loss", "lr")}
@@ -157,4 +157,4 @@ def main(args, preset):
 
 
 if __name__ == "__main__":
-    main(*parse(Args, fql.PRESETS, sys.argv[1:]))
+    main(*parse(Args, PRESETS, sys.argv[1:]))

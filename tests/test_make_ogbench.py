@@ -106,7 +106,7 @@ def test_every_name_that_can_be_made_has_its_environment():
 
 def test_requirements_bound_mujoco_as_the_hint_does():
     """A newer MuJoCo than the hint names breaks every task, and pip takes the newest."""
-    bound = re.search(r"'mujoco(<[\d.]+)'", INSTALL['ogbench'])[1]
+    bound = re.search(r"'mujoco(<[\d.]+)'", INSTALL["ogbench"])[1]
     for file in ("requirements.txt", "tests/requirements.txt"):
         lines = [x for x in (ROOT / file).read_text().splitlines() if x.startswith("mujoco")]
         assert len(lines) == 1 and lines[0].endswith(bound), f"{file}: mujoco{bound}"

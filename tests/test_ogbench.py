@@ -8,13 +8,17 @@ import subprocess
 import sys
 from pathlib import Path
 
+import bc
+import fql
+import iql
 import numpy as np
 import pytest
+import rebrac
 import torch
 
 from common import InputError
 from harness.tasks import Task, build, register, table
-from run import evaluate, load, score
+from run import evaluate, load, parse, score
 
 ROOT = Path(__file__).resolve().parents[1]
 installed = pytest.mark.skipif(not importlib.util.find_spec("ogbench"), reason="no ogbench")
@@ -293,6 +297,59 @@ def test_a_failed_download_offers_to_make_the_data(folder, monkeypatch):
     assert error_of("cube-single-play-singletask-v0", eval_env="none").endswith(command)
     text = error_of("antmaze-large-navigate-singletask-v0", eval_env="none")
     assert "cannot download" in text and "make_ogbench" not in text
+
+
+# ---- published settings ----------------------------------------------------------------------
+
+PUBLISHED = {  # FQL's alpha, IQL's beta and hidden units, ReBRAC's two weights of cloning
+    "antmaze-large-navigate": (10, 10, 512, 0.003, 0.01),
+    "antmaze-giant-navigate": (10, 10, 512, 0.003, 0.01),
+    "humanoidmaze-medium-navigate": (30, 10, 512, 0.01, 0.01),
+    "humanoidmaze-large-navigate": (30, 10, 512, 0.01, 0.01),
+    "antsoccer-arena-navigate": (10, 1, 512, 0.01, 0.01),
+    "cube-single-play": (300, 1, 256, 1, 0),
+    "cube-double-play": (300, 0.3, 256, 0.1, 0),
+    "scene-play": (300, 10, 256, 0.1, 0.01),
+    "puzzle-3x3-play": (1000, 10, 256, 0.3, 0.01),
+    "puzzle-4x4-play": (1000, 3, 256, 0.3, 0.01),
+}
+
+
+@pytest.mark.parametrize("data", PUBLISHED)
+def test_settings_are_those_of_fqls_table(data):
+    for name in (f"{data}-singletask-v0", f"{data}-singletask-task5-v0"):
+        found = {x: parse(x.Args, x.PRESETS, ["--env", name])[0] for x in (bc, iql, rebrac, fql)}
+        a, b, c = found[fql], found[iql], found[rebrac]
+        assert (a.alpha, b.beta, b.hidden, c.actor_bc, c.critic_bc) == PUBLISHED[data]
+        assert a.q_agg == ("min" if data.startswith("antmaze") else "mean")
+        assert (b.tau, b.layers, b.critic_ln) == (0.9, 4, True)
+        assert (c.actor_layers, c.critic_layers, c.hidden, c.critic_ln) == (4, 4, 512, True)
+        assert (c.actor_lr, c.critic_lr, found[bc].layers, found[bc].hidden) == (3e-4, 3e-4, 4, 512)
+        for module, args in found.items():
+            assert getattr(args, "gelu", True) and not args.normalize_obs, module
+            short = parse(module.Args, module.PRESETS, ["--env", name, "--short"])[0]
+            assert (short.steps, short.eval_episodes, short.hidden) == (100_000, 50, 128)
+            assert short.steps // short.eval_every >= 3, "the last three count"
+
+
+@pytest.mark.parametrize("module", [bc, iql, rebrac], ids=lambda x: x.__name__)
+def test_networks_of_the_published_settings(module, tiny_data):
+    """GELU, Glorot's bounds, no biases; layer normalization after GELU, in the critics alone."""
+    name = "cube-single-play-singletask-v0"
+    args, _ = parse(module.Args, module.PRESETS, ["--env", name, "--hidden", "40"])
+    data = tiny_data()
+    nets = module.Nets(data, args)
+    sizes = [data.obs.shape[1], 40, 40, 40, 40, data.action.shape[1]]
+    assert [w.shape for w in nets.actor.weights] == [*map(torch.Size, zip(sizes, sizes[1:]))]
+    critics = [getattr(nets, x) for x in ("v", "q") if hasattr(nets, x)]
+    for net in (nets.actor, *critics):
+        assert not any(b.any() for b in net.biases)
+        for w in net.weights:
+            last = net is nets.actor and w is net.weights[-1]
+            bound = (0.1 if last else 1.0) * (6 / sum(w.shape[-2:])) ** 0.5
+            assert 0.8 * bound < w.abs().max() <= bound
+        assert net.activation(torch.tensor([-1.0])).item() == pytest.approx(-0.158808)
+        assert (len(net.norms), net.norm_eps) == ((4, 1e-6) if net in critics else (0, 1e-5))
 
 
 # ---- evaluation ------------------------------------------------------------------------------

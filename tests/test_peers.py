@@ -481,7 +481,7 @@ def test_fqls_program_runs_on_our_rows_in_our_evaluation(tmp_path, monkeypatch, 
     place, env = fql_checkout(tmp_path / "fql", FQL), "hopper-medium-expert-demo"
     line = ["--checkout", place, "--env", env, "--seed", "3", "--hidden", "64", *SHORT]
     monkeypatch.setattr(sys, "argv", ["peers/fql.py", *line])
-    peers_fql.main(*parse(peers_fql.Args, peers_fql.fql.PRESETS, line))
+    peers_fql.main(*parse(peers_fql.Args, peers_fql.PRESETS, line))
     assert "fql_authors score" in capsys.readouterr().out
 
     given = json.loads((tmp_path / "flags.json").read_text())
@@ -517,7 +517,7 @@ def test_fqls_refusals(line, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     fql_checkout("fql")
     with pytest.raises(InputError, match=FQL_BAD[line]):
-        peers_fql.main(*parse(peers_fql.Args, peers_fql.fql.PRESETS, line.split()))
+        peers_fql.main(*parse(peers_fql.Args, peers_fql.PRESETS, line.split()))
 
 
 CORL_BAD = {

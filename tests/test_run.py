@@ -130,6 +130,20 @@ def test_rows_for_d4rl_do_not_match_ogbench(env, steps):
     assert parse(Args, presets, ["--env", env])[1].get("steps") == steps
 
 
+def test_short_adds_the_rows_that_are_named_so():
+    presets = {"cube-singletask*": dict(alpha=9.0), "short *-singletask*": dict(steps=7)}
+
+    def values(line):
+        args = parse(Args, presets, line.split())[0]
+        return args.steps, args.alpha, args.short
+
+    assert values("--env cube-singletask-v0") == (1000, 9.0, False)
+    assert values("--env cube-singletask-v0 --short") == (7, 9.0, True)
+    assert values("--env cube-singletask-v0 --short --steps 8") == (8, 9.0, True)
+    with pytest.raises(InputError, match="--short: there are no such settings for ant2: use"):
+        values("--env ant2 --short")
+
+
 def test_typed_flag_wins_even_at_its_default():
     args = parsed("--steps 1000 --alpha 2.5 --batch-size 256")
     assert (args.steps, args.alpha, args.batch_size) == (1000, 2.5, 256)
@@ -674,6 +688,25 @@ def test_the_printed_preset_is_what_is_in_force(here, capsys):
     assert "preset:     steps=4, alpha=1.5\n" in capsys.readouterr().out
     config = json.loads(Path("runs/hopper-replay-demo__td3_bc__0/config.json").read_text())
     assert config["preset"] == dict(steps=4, alpha=1.5) and config["args"]["policy_freq"] == 1
+
+
+@pytest.mark.parametrize(
+    ("env", "line"),
+    [
+        ("cube-single-play-singletask-v0", "none"),  # its row is replaced by typed flags
+        ("cube-single-noisy-singletask-v0", "no published settings for this data: defaults of the"),
+        ("ant-medium-v2", "none"),
+    ],
+)
+def test_data_of_ogbench_without_published_settings_is_named(env, line):
+    import fql
+
+    args, preset = parse(fql.Args, fql.PRESETS, ["--env", env, "--alpha", "7"])
+    run = SimpleNamespace(args=args, preset=preset, data=SimpleNamespace(name=env))
+    run.data.obs = run.data.episode_return = []
+    run.unit, run.references, run.folder, run.device = "score", {"data": 0.0}, "runs", "cpu"
+    text = board.Guest.first_lines(SimpleNamespace(run=run))[2]
+    assert text.startswith(f"preset:     {line}")
 
 
 def test_every_phase_says_how_far_it_is_also_on_a_pipe(here, capsys, monkeypatch):
