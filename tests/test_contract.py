@@ -282,7 +282,7 @@ CLONING = {  # flags with which Q or entropy does not outweigh cloning in the ba
     "cql": dict(warm_start=1000, actor_lr=1e-2),
     "fisher_brc": dict(bc_lr=1e-2),
     "itrpo": dict(kl_coef=10.0, bc_lr=1e-2),
-    "rebrac": dict(actor_bc=1000.0, actor_lr=3e-4),
+    "rebrac": dict(actor_bc=1000.0, actor_lr=3e-4, hidden=256),
     "sac_bc": dict(alpha_bc=10.0),
     "td3_bc": dict(alpha=0.1),
 }
