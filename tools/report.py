@@ -63,8 +63,8 @@ ALL = "over its datasets"
 ENOUGH = 3  # seeds; with fewer, nothing is said about chance
 FIX = "finish that run with --resume, repeat it with --overwrite, or move its folder away"
 
-# Color and line of each method, the same in every figure. The runs of other people's code are dotted
-# in the color of ours.
+# Color and line of each method, the same in every figure. The runs of other people's code are
+# dotted in the color of ours.
 STYLES = {
     "bc": "C7 -",
     "bc-top10": "C7 --",
