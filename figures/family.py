@@ -48,7 +48,7 @@ TOLERANCE = 0.1  # nats
 WIDTH = 0.05  # standard deviation of a branch
 SHARED = dict(lr=3e-3, actor_lr=3e-3, critic_lr=3e-3, q_lr=3e-3, bc_lr=3e-3, score_lr=3e-3)
 SHARED |= dict(polyak=0.05, normalize_obs=True, warm_start=0, dual_start=1.0, beta_start=1.0)
-SHARED |= dict(hidden=128, width=128, samples=2, members=1, n_actions=4)
+SHARED |= dict(hidden=128, width=128, samples=2, members=1, n_actions=4, n=10, k=3)
 
 
 @dataclass
@@ -57,7 +57,7 @@ class Args:
     """gradient steps of every phase of every method"""
     batch_size: int = 64
     """rows per gradient step"""
-    rows: int = 1_000
+    rows: int = 4_000
     """rows of the data"""
     seed: int = 0
     """seeds data, networks and batches"""
@@ -91,16 +91,19 @@ def reward(s, a):
 
 def data_log_density(s, a):
     """log beta(a|s): two branches of equal shares, 0.4 above and below the middle of the hole."""
-    u = torch.stack([a - center(s) - 0.4, a - center(s) + 0.4])
+    u = a - center(s)
     log_std = torch.tensor(WIDTH).log()
-    return normal_log_prob(u, 0.0, log_std).logsumexp(0) - math.log(2)
+    above = normal_log_prob(u, 0.4, log_std)
+    below = normal_log_prob(u, -0.4, log_std)
+    return torch.logaddexp(above, below) - math.log(2)
 
 
 def bandit(rows):
     """Data of `rows` episodes of one step each."""
     s = 2 * torch.rand(rows, 1) - 1
-    branch = torch.randint(2, (rows, 1)) * 0.8 - 0.4
-    a = center(s) + branch + WIDTH * torch.randn(rows, 1)
+    branch = 0.8 * torch.randint(2, (rows, 1)) - 0.4
+    noise = WIDTH * torch.randn(rows, 1)
+    a = center(s) + branch + noise
     r = reward(s, a).squeeze(1)
     return Data(s, a, r, s.clone(), torch.ones(rows))
 
@@ -120,39 +123,49 @@ class Grid:
         """log-density (S, G) of a Gaussian (S, 1), through tanh if `squashed`."""
         x = torch.atanh(self.a) if squashed else self.a
         jacobian = tanh_log_det(x) if squashed else 0.0
-        return self.normalized(normal_log_prob(x, mean, log_std) - jacobian)
+        log_prob = normal_log_prob(x, mean, log_std)
+        return self.normalized(log_prob - jacobian)
 
     def quantile(self, log_prob, share):
         """The action (S,) below which this share of the probability lies."""
-        below = (log_prob.exp().cumsum(1) < share).sum(1)
-        return self.a[below.clamp(max=len(self.a) - 1)]
+        cumulative = log_prob.exp().cumsum(1)
+        i = (cumulative < share).sum(1)
+        return self.a[i.clamp(max=len(self.a) - 1)]
 
     def smaller_q(self, module, nets):
         """min_i Q_i (S, G) of a method's critics."""
-        s = nets.scaling.obs(self.s).expand(-1, len(self.a)).reshape(-1, 1)
-        a = self.a.repeat(len(self.s))[:, None]
-        return module.q(nets, s, a).amin(0).view(len(self.s), -1)
+        states, actions = len(self.s), len(self.a)
+        s = nets.scaling.obs(self.s)
+        s = s.expand(-1, actions).reshape(-1, 1)
+        a = self.a.repeat(states)
+        q = module.q(nets, s, a[:, None]).amin(0)
+        return q.view(states, actions)
 
 
 def weighted(grid, scale=TAU, bound=math.inf):
     """Optimum of weighted cloning: the data's density times the weights, which are bounded."""
     beta = grid.normalized(data_log_density(grid.s, grid.a))
     r = reward(grid.s, grid.a)
-    advantage = r - (beta.exp() * r).sum(1, keepdim=True)
+    v = (beta.exp() * r).sum(1, keepdim=True)
+    advantage = r - v
     log_weight = (advantage / scale).clamp(max=math.log(bound))
     return grid.normalized(beta + log_weight)
 
 
 def from_clone(grid, module, nets, args, alpha):
     """Optimum of BRAC and iTRPO: their clone times exp(Q / alpha)."""
-    clone = module.gaussian(nets.behavior, nets.scaling.obs(grid.s))
+    s = nets.scaling.obs(grid.s)
+    clone = module.gaussian(nets.behavior, s)
     prior = grid.gaussian(*clone, squashed=True)
-    return grid.normalized(prior + grid.smaller_q(module, nets) / alpha)
+    q = grid.smaller_q(module, nets)
+    return grid.normalized(prior + q / alpha)
 
 
 def from_log_mu(grid, module, nets, args):
     """Optimum of Fisher-BRC's actor."""
-    return grid.normalized(grid.smaller_q(module, nets) / nets.log_temperature.exp())
+    q = grid.smaller_q(module, nets)
+    temperature = nets.log_temperature.exp()
+    return grid.normalized(q / temperature)
 
 
 def latent_policy(nets, s):
@@ -254,6 +267,12 @@ class Panel:
     kl: float | None = None
 
 
+def kl(p, q):
+    """KL(p | q) in nats, the mean over states, of log-probabilities (S, G)."""
+    in_state = (p.exp() * (p - q)).sum(1)
+    return in_state.mean().item()
+
+
 @torch.no_grad()
 def look(name, grid, module, how, run):
     """The action that a trained file takes, the middle 90% of its policy's actions, and, where it
@@ -267,12 +286,14 @@ def look(name, grid, module, how, run):
         best = method.optimum(grid, module, run.nets, how)
         panel.best = grid.a[best.argmax(1)]
     if method.pi:
-        pi = method.pi(run.nets, run.nets.scaling.obs(grid.s))
+        s = run.nets.scaling.obs(grid.s)
+        pi = method.pi(run.nets, s)
         learned = grid.gaussian(*pi, method.squashed)
-        panel.low, panel.high = (grid.quantile(learned, share) for share in (0.05, 0.95))
+        panel.low = grid.quantile(learned, 0.05)
+        panel.high = grid.quantile(learned, 0.95)
     if method.optimum and method.pi:
-        p, q = (best, learned) if method.covers else (learned, best)
-        panel.kl = (p.exp() * (p - q)).sum(1).mean().item()
+        pair = (best, learned) if method.covers else (learned, best)
+        panel.kl = kl(*pair)
     return panel
 
 
@@ -286,40 +307,60 @@ def train_and_look(name, args):
 def background(axes, data):
     """The reward in gray levels, and rows of the data. Returns the image."""
     grid = Grid()
-    a = grid.a[::10]
-    levels = torch.linspace(-12, 12, 13)
-    pays = reward(grid.s, a).T
-    image = axes.contourf(grid.s[:, 0], a, pays, levels, cmap="Greys_r", extend="both")
+    image = axes.contourf(
+        grid.s[:, 0],
+        grid.a[::10],
+        reward(grid.s, grid.a[::10]).T,
+        torch.linspace(-12, 12, 13),
+        cmap="Blues_r",
+        extend="both",
+    )
     axes.plot(data.obs[:250], data.action[:250], ".", c="gold", ms=1.5)
-    ticks = (-1, 0, 1)
-    axes.set(xlim=(-0.99, 0.99), ylim=(-1, 1), xticks=ticks, yticks=ticks)
+    axes.set(
+        xlim=(-0.99, 0.99),
+        ylim=(-1, 1),
+        xticks=(-1, 0, 1),
+        yticks=(-1, 0, 1),
+    )
     return image
+
+
+POLICY = dict(color="tab:red", lw=2)
+BAND = dict(color="tab:red", alpha=0.5, lw=0)
+OPTIMUM = dict(color="darkturquoise", ls="--", lw=1.5)
 
 
 def draw(axes, name, panel, data):
     """The panel of one file."""
     s = Grid().s[:, 0]
     image = background(axes, data)
-    axes.fill_between(s, panel.low, panel.high, color="tab:red", alpha=0.5, lw=0)
-    axes.plot(s, panel.action, "tab:red", lw=2)
+    axes.fill_between(s, panel.low, panel.high, **BAND)
+    axes.plot(s, panel.action, **POLICY)
     if panel.best is not None:
-        axes.plot(s, panel.best, "--", c="cyan", lw=1.5)
-    kl = "" if panel.kl is None else f": KL {panel.kl:.2f}"
-    axes.set_title(METHODS[name].title + kl)
+        axes.plot(s, panel.best, **OPTIMUM)
+    title = METHODS[name].title
+    if panel.kl is not None:
+        title += f": KL {panel.kl:.2f}"
+    axes.set_title(title)
     return image
 
 
 def legend(figure, axes, image):
     """What the lines, the band, the dots and the gray levels are, in the place of a panel."""
     axes.set_axis_off()
-    axes.plot([], [], "tab:red", lw=2, label="action taken")
-    axes.fill_between([], [], color="tab:red", alpha=0.5, label="90% of policy")
-    axes.plot([], [], "--", c="darkturquoise", lw=1.5, label="optimum")
+    axes.plot([], [], label="action taken", **POLICY)
+    axes.fill_between([], [], label="90% of policy", **BAND)
+    axes.plot([], [], label="optimum", **OPTIMUM)
     axes.plot([], [], ".", c="goldenrod", label="data")
-    axes.legend(loc="upper center", frameon=False, borderpad=0)
+    axes.legend(loc="upper center", frameon=False)
     place = axes.inset_axes([0.05, 0.2, 0.9, 0.08])
-    bar = figure.colorbar(image, cax=place, orientation="horizontal", ticks=(-10, 0, 10))
-    bar.set_label("reward")
+    figure.colorbar(
+        image,
+        cax=place,
+        orientation="horizontal",
+        ticks=(-10, 0, 10),
+        label="reward",
+    )
 
 
 def main(args):

@@ -18,9 +18,13 @@ from common import InputError
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "figures"))
 import arq_densities  # noqa: E402
+import arq_rare  # noqa: E402
 import brac_plus_divergences  # noqa: E402
 import brac_plus_multiplier  # noqa: E402
+import brac_plus_noise  # noqa: E402
 import brac_plus_penalty  # noqa: E402
+import family  # noqa: E402
+import fisher_brc_actor  # noqa: E402
 import fisher_brc_bandit  # noqa: E402
 import fisher_brc_lambda  # noqa: E402
 import itrpo_paths  # noqa: E402
@@ -29,6 +33,7 @@ import results  # noqa: E402
 
 TINY = {  # figure: (module, settings, size in pixels)
     "arq_densities": (arq_densities, dict(steps=3, grid=6), (1430, 462)),
+    "arq_rare": (arq_rare, dict(steps=3, rows=40), (880, 462)),
     "brac_plus_divergences": (brac_plus_divergences, dict(points=21), (1540, 550)),
     "brac_plus_multiplier": (
         brac_plus_multiplier,
@@ -36,6 +41,13 @@ TINY = {  # figure: (module, settings, size in pixels)
         (880, 528),
     ),
     "brac_plus_penalty": (brac_plus_penalty, dict(steps=5), (880, 550)),
+    "brac_plus_noise": (
+        brac_plus_noise,
+        dict(bc_steps=4, states=5, estimates=3),
+        (880, 506),
+    ),
+    "family": (family, dict(steps=2, rows=20), (880, 924)),
+    "fisher_brc_actor": (fisher_brc_actor, dict(steps=2, rows=20), (880, 660)),
     "fisher_brc_bandit": (fisher_brc_bandit, dict(steps=3), (1430, 572)),
     "fisher_brc_lambda": (fisher_brc_lambda, dict(bc_steps=2, steps=4), (1100, 715)),
     "itrpo_paths": (itrpo_paths, dict(steps=5), (1155, 968)),
@@ -61,6 +73,48 @@ def test_draws_a_picture(name, tmp_path):
     png = out.read_bytes()
     assert png[:8] == b"\x89PNG\r\n\x1a\n" and struct.unpack(">II", png[16:24]) == size
     assert 10_000 < len(png) < 250_000
+
+
+# ---- the family ------------------------------------------------------------------------------
+
+
+def test_every_algorithm_is_in_the_family():
+    assert {path.stem for path in tracked("algorithms")} <= family.METHODS.keys()
+    for name, method in family.METHODS.items():
+        assert method.title == results.TITLES[name] and len(method.weight) <= 1
+
+
+def test_kl_on_the_grid_is_that_of_two_gaussians():
+    """log(2) + (1 + 1) / 8 - 1 / 2 for N(0, 0.05) from N(0.05, 0.1); tanh changes nothing."""
+    grid = family.Grid()
+    for squashed in (False, True):
+        p, q = (
+            grid.gaussian(torch.full((67, 1), mean), torch.tensor(std).log(), squashed)
+            for mean, std in ((0.0, 0.05), (0.05, 0.1))
+        )
+        assert family.kl(p, q) == pytest.approx(math.log(2) + 2 / 8 - 0.5, abs=1e-3)
+    assert_close(grid.quantile(p, 0.95), torch.full((67,), 0.0821), rtol=0, atol=2e-3)
+
+
+def test_optimum_of_weighted_cloning():
+    """Its log-ratio to the data is the reward / TAU, up to a constant in each state. At s = 0, V is
+    -3 exp(-(2 pi 0.05 / 0.8)^2 / 2) = -2.777, so the branches' advantages are 3.777, which the
+    bound of log 20 cuts, and -4.223."""
+    grid = family.Grid()
+    beta = grid.normalized(family.data_log_density(grid.s, grid.a))
+    ratio = family.weighted(grid) - beta - family.reward(grid.s, grid.a) / family.TAU
+    assert_close(ratio, ratio[:, :1].expand_as(ratio), rtol=0, atol=1e-3)
+    bounded = (family.weighted(grid, bound=20.0) - beta)[33]
+    down, up = (bounded[(grid.a - branch).abs().argmin()].item() for branch in (-0.4, 0.4))
+    assert up - down == pytest.approx(math.log(20) + 4.223, abs=0.02)
+
+
+@pytest.mark.parametrize(
+    "name, steps", [("awac", 2_500), ("iql", 2_500), ("brac", 600), ("itrpo", 600)]
+)
+def test_a_known_optimum_is_reached(name, steps):
+    panel = family.train_and_look(name, family.Args(steps=steps))
+    assert 0 <= panel.kl < family.TOLERANCE
 
 
 # ---- Fisher-BRC ------------------------------------------------------------------------------
