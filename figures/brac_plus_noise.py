@@ -1,9 +1,10 @@
 """BRAC+'s claim that its bound D(s) in closed form is less noisy than sampled log-densities.
 
 In each of 200 states of the data, D(s) is estimated 200 times by brac_plus.py's kl_bound, with one
-latent and with five, and 200 times with log pi - log p in place of KL(pi || p). All three have the
-same mean. The policy is BRAC+'s first one, which minimizes D, or this policy moved by one deviation
-in every action dimension, as RL moves it.
+latent and with five, and 200 times with log pi - log p in place of KL(pi || p). The means of D over
+all states are printed. They differ a little, because the latent is drawn for the very action at
+which p is taken. The policy is BRAC+'s first one, which minimizes D, or this policy moved by one
+deviation in every action dimension, as RL may move it.
 
 Differs: the papers claim this in words alone. The clone and the first policy are those of
 figures/brac_plus_multiplier.py, with 1,500 steps each.
