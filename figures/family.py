@@ -258,11 +258,13 @@ def learn(name, data, args, **own):
 
 @dataclass
 class Panel:
-    """What a panel shows at the states of the grid, (S,) each."""
+    """What a panel shows at the states of the grid, (S,) each. The band from low to high is the
+    middle 90% of the policy, and `best` the likeliest action of the optimum."""
 
     action: torch.Tensor
-    low: torch.Tensor
-    high: torch.Tensor
+    """the action taken; of a policy that acts with noise, (5, S) draws"""
+    low: torch.Tensor | None = None
+    high: torch.Tensor | None = None
     best: torch.Tensor | None = None
     kl: float | None = None
 
@@ -275,13 +277,11 @@ def kl(p, q):
 
 @torch.no_grad()
 def look(name, grid, module, how, run):
-    """The action that a trained file takes, the middle 90% of its policy's actions, and, where it
-    has an optimum, the likeliest action of this and the KL in nats."""
+    """The panel of a trained file."""
     method = METHODS[name]
-    draws = run.act(grid.s.repeat(100, 1)).view(100, -1)
-    action = draws.median(0).values
-    low, high = draws.quantile(torch.tensor([0.05, 0.95]), 0)
-    panel = Panel(action, low, high)
+    draws = run.act(grid.s.repeat(5, 1)).view(5, -1)
+    noisy = (draws[0] != draws[1]).any()
+    panel = Panel(draws if noisy else draws[0])
     if method.optimum:
         best = method.optimum(grid, module, run.nets, how)
         panel.best = grid.a[best.argmax(1)]
@@ -318,7 +318,7 @@ def background(axes, data):
     axes.plot(data.obs[:250], data.action[:250], ".", c="gold", ms=1.5)
     axes.set(
         xlim=(-0.99, 0.99),
-        ylim=(-1, 1),
+        ylim=(-1.06, 1.06),
         xticks=(-1, 0, 1),
         yticks=(-1, 0, 1),
     )
@@ -326,6 +326,7 @@ def background(axes, data):
 
 
 POLICY = dict(color="tab:red", lw=2)
+DRAWS = dict(c="tab:red", ls="", marker="o", ms=2)
 BAND = dict(color="tab:red", alpha=0.5, lw=0)
 OPTIMUM = dict(color="darkturquoise", ls="--", lw=1.5)
 
@@ -334,8 +335,12 @@ def draw(axes, name, panel, data):
     """The panel of one file."""
     s = Grid().s[:, 0]
     image = background(axes, data)
-    axes.fill_between(s, panel.low, panel.high, **BAND)
-    axes.plot(s, panel.action, **POLICY)
+    if panel.low is not None:
+        axes.fill_between(s, panel.low, panel.high, **BAND)
+    if panel.action.ndim == 2:
+        axes.plot(s, panel.action.T, **DRAWS)
+    else:
+        axes.plot(s, panel.action, **POLICY)
     if panel.best is not None:
         axes.plot(s, panel.best, **OPTIMUM)
     title = METHODS[name].title
@@ -349,6 +354,7 @@ def legend(figure, axes, image):
     """What the lines, the band, the dots and the gray levels are, in the place of a panel."""
     axes.set_axis_off()
     axes.plot([], [], label="action taken", **POLICY)
+    axes.plot([], [], label="five draws", **DRAWS)
     axes.fill_between([], [], label="90% of policy", **BAND)
     axes.plot([], [], label="optimum", **OPTIMUM)
     axes.plot([], [], ".", c="goldenrod", label="data")

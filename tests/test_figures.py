@@ -28,6 +28,7 @@ import fisher_brc_actor  # noqa: E402
 import fisher_brc_bandit  # noqa: E402
 import fisher_brc_lambda  # noqa: E402
 import itrpo_paths  # noqa: E402
+import itrpo_trust  # noqa: E402
 
 import results  # noqa: E402
 
@@ -51,6 +52,11 @@ TINY = {  # figure: (module, settings, size in pixels)
     "fisher_brc_bandit": (fisher_brc_bandit, dict(steps=3), (1430, 572)),
     "fisher_brc_lambda": (fisher_brc_lambda, dict(bc_steps=2, steps=4), (1100, 715)),
     "itrpo_paths": (itrpo_paths, dict(steps=5), (1155, 968)),
+    "itrpo_trust": (
+        itrpo_trust,
+        dict(bc_steps=2, steps=4, log_every=2, seeds=1),
+        (880, 462),
+    ),
 }
 
 
@@ -226,6 +232,28 @@ def test_mmd_stays_near_the_heavy_mode(bandwidth, place):
     assert x[mmd.argmin()].item() == pytest.approx(place, abs=1e-6)
 
 
+def test_noise_of_the_bound_by_hand():
+    """With one clone and one latent, all ways agree on average in the decoder's part where the
+    policy is the decoder itself: then KL(pi || p) is 0, and log pi - log p is 0 in every sample."""
+    args = brac_plus_noise.Args(bc_steps=3, states=4, estimates=300)
+    data, _ = brac_plus_noise.load(args.env, "cpu", "none")
+    torch.manual_seed(0)
+    nets = brac_plus_multiplier.start(data, args)
+    for net in (nets.actor, nets.behavior.decoder):
+        for p in net.parameters():
+            p.data.zero_()
+    found = brac_plus_noise.estimates(nets, data.obs[:4], 0.0, args)
+    assert found["sampled log-densities"].shape == (300, 4)
+    for d in found.values():
+        assert_close(d, found["closed form, 1 latent"], rtol=1e-4, atol=1e-4)
+    moved = brac_plus_noise.estimates(nets, data.obs[:4], 1.0, args)
+    gap = {name: d.mean() - found[name].mean() for name, d in moved.items()}
+    assert gap.keys() == found.keys() and moved["sampled log-densities"].std(0).min() > 0.5
+    assert (
+        moved["closed form, 5 latents"].std(0).max() < moved["sampled log-densities"].std(0).min()
+    )
+
+
 def test_multipliers_start_from_the_same_networks():
     """Without a step, D does not depend on the multiplier, and eps is 1 above its running mean."""
     args = brac_plus_multiplier.Args(bc_steps=3, steps=0, states=20)
@@ -263,6 +291,22 @@ def test_an_easy_density_is_learned():
     assert 0.5 * (p - true).abs().sum(1).mean() * 0.05 < 0.12
 
 
+def test_rare_bandit_pays_its_share_alone():
+    torch.manual_seed(0)
+    data = arq_rare.bandit(0.05, 4000)
+    assert data.reward.mean().item() == pytest.approx(0.05, abs=0.01)
+    assert torch.equal(data.reward > 0, data.action[:, 0] > 0.3)
+
+
+def test_a_clone_finds_no_rare_action():
+    """Half of the actions are found by no mean, all of them where all are good."""
+    args = arq_rare.Args(share=0.5, steps=200, rows=500)
+    good, between = arq_rare.shares("bc", {}, args)
+    assert good < 0.1 and between > 0.8
+    args.share = 1.0
+    assert arq_rare.shares("bc", {}, args) == (1.0, 0.0)
+
+
 # ---- iTRPO -----------------------------------------------------------------------------------
 
 
@@ -278,6 +322,15 @@ def test_paths_end_where_their_control_ends(tau):
     assert_close(q - 4 * tau * (path[-1] - mdp[2]), q_control, rtol=0, atol=1e-8)
     step, leap = (itrpo_paths.kl(p[1], p[0]).mean() for p in (path, control))
     assert step < 0.6 * leap
+
+
+def test_settings_of_the_trust_region_share_a_clone():
+    """And only one of them shapes rewards."""
+    args = itrpo_trust.Args(bc_steps=3, steps=4, log_every=2)
+    control, clone = itrpo_trust.curves(True, 0, None, args)
+    trust, same = itrpo_trust.curves(False, 0, clone, args)
+    assert all(torch.equal(clone[name], same[name]) for name in clone)
+    assert len(trust["kl_step"]) == 2 and control["shaping"] == [0.0, 0.0] != trust["shaping"]
 
 
 def test_limit_is_a_fixed_point_and_tau_0_is_brac():
