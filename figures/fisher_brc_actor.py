@@ -26,7 +26,7 @@ class Args:
     """gradient steps of the clone, and again of actor and critics, for each lambda"""
     batch_size: int = 64
     """rows per gradient step"""
-    rows: int = 1_000
+    rows: int = 4_000
     """rows of the data"""
     lambdas: tuple[float, ...] = (0.0, 0.1, 1.0, 10.0)
     """weights of the gradient penalty"""
@@ -37,9 +37,8 @@ class Args:
 
 
 @torch.no_grad()
-def densities(lam, data, grid, args):
+def densities(grid, module, how, run):
     """log-probabilities (S, G) of the actor and of exp(Q), and the temperature."""
-    module, _, run = family.learn("fisher_brc", data, args, lam=lam)
     s = run.nets.scaling.obs(grid.s)
     actor = grid.gaussian(*run.nets.pi(s), squashed=True)
     q = grid.smaller_q(module, run.nets)
@@ -69,7 +68,8 @@ def main(args):
     for axes, lam in zip(panels.flat, args.lambdas):
         torch.manual_seed(args.seed)
         data = family.bandit(args.rows)
-        actor, target, temperature = densities(lam, data, grid, args)
+        trained = family.learn("fisher_brc", data, args, lam=lam)
+        actor, target, temperature = densities(grid, *trained)
         tempered = grid.normalized(target / temperature)
         draw(axes, grid, actor, target)
         title = f"λ = {lam:g}: KL {family.kl(actor, target):.2f}"
