@@ -58,7 +58,7 @@ def draw(axes, grid, actor, target):
         p = log_prob[len(grid.s) // 2].exp()
         density = p * len(grid.a) / 2
         axes.plot(grid.a, density, c=color, lw=2, label=label)
-    axes.set(xlim=(-1, 1), ylim=(0, 10))
+    axes.set(xlim=(-1, 1), ylim=(0, 10), xticks=(-1, -0.5, 0, 0.5, 1))
 
 
 def main(args):
@@ -76,9 +76,8 @@ def main(args):
         title += f"\nfrom exp(Q / {temperature:.2f}): {family.kl(actor, tempered):.2f}"
         axes.set_title(title, fontsize=11)
         print(title)
-    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=3)
-    figure.supxlabel("action a")
-    figure.supylabel("density at s = 0")
+        axes.set(xlabel="action a", ylabel="density at s = 0")
+    panels[0, 1].legend()
     figure.suptitle("Fisher-BRC's actor and exp(O + log μ), normalized", fontweight="bold")
     Path(args.out).parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(args.out, dpi=110)

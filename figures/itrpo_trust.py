@@ -83,9 +83,11 @@ def main(args):
             for panel, (metric, title) in zip(panels, titles.items()):
                 label = names[control] if seed == 0 else None
                 panel.plot(t, seen[metric], ".-", c=color, label=label)
-                panel.set(title=title, xlabel="gradient step", ylim=(0, None))
+                panel.set(title=title, xlabel="gradient step")
                 values = " ".join(f"{x:.2f}" for x in seen[metric])
                 print(f"{names[control]}, seed {seed}, {metric}: {values}")
+    for panel in panels:
+        panel.set_ylim(bottom=0)
     panels[0].set_ylabel("nats, mean over the batch")
     handles = panels[0].get_legend_handles_labels()
     figure.legend(*handles, loc="outside lower center", ncols=2)
