@@ -427,6 +427,8 @@ def assert_acts_as_trained(name, variant, run, args):
     assert torch.equal(a, acted(lambda obs: module(name).policy(run.nets, obs, args), far))
     for one in (act, *run.references.values()):
         assert_scaled(run.nets, one, states.repeat(8, 1))
+        a_far = acted(one, far)
+        assert (a_far >= LOW - 1e-4).all() and (a_far <= HIGH + 1e-4).all(), "beyond the bounds"
     noisy = f"{name} {variant}".strip() in NOISY
     assert torch.equal(a, acted(act, far, seed=2)) != noisy
     if not noisy:
