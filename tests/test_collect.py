@@ -390,13 +390,14 @@ def test_a_full_disk_on_the_way(capsys):
 
 # ---- the maze --------------------------------------------------------------------------------
 
-MAZE = "--env PointMaze_Medium-v3 --level controller --steps 500"
+MAZE = "--env PointMaze_Medium-v3 --steps 500 --level"
 
 
-def test_the_mazes_pieces(capsys):
-    """Each episode is a walk of at most four cells from anywhere; the task is a corner to a cell
-    eight cells away, which no episode shows."""
-    run(f"{MAZE} --flat maze.npz")
+@pytest.mark.parametrize("level", collect.MAZES)
+def test_the_mazes_pieces(level):
+    """Each episode is a walk of at most four cells from anywhere; the task is from one cell to
+    another, eight cells away, which no episode shows."""
+    run(f"{MAZE} {level} --flat maze.npz")
     assert not list(Path().glob("*.agent.pt"))
     file = arrays("maze.npz")
     assert len(file["rewards"]) == 500 and np.abs(file["actions"]).max() < 1
@@ -417,10 +418,24 @@ def test_the_mazes_pieces(capsys):
     obs, _ = env.reset(seed=0)
     start = tuple(env.unwrapped.maze.cell_xy_to_rowcol(obs[:2]))
     goal = tuple(env.unwrapped.maze.cell_xy_to_rowcol(env.unwrapped.goal))
-    assert (start, goal) == (collect.MAZE_START, collect.MAZE_GOAL)
+    assert (start, goal) == collect.MAZES[level][:2]
     assert len(collect.paths_from(maze.maze_map, start)[goal]) == 8
-    run(f"{MAZE} --flat again.npz")
+    assert env.spec.max_episode_steps == (300 if level == "homing" else 600)
+    run(f"{MAZE} {level} --flat again.npz")
     assert_same_rows("maze.npz", "again.npz")
+
+
+def test_homing_walks_end_nearer_home():
+    env, home = collect.make_env("PointMaze_Medium-v3", continuing_task=False), (6, 5)
+    maze = env.unwrapped.maze
+    paths = collect.paths_from(maze.maze_map, home)
+    nearer = []
+    for homing in (0.0, 1.0):
+        walks = collect.drive_maze(env, 3000, 0, home, homing, (1, 6), lambda: None)
+        ends = [walks.obs[[e.start, e.stop - 1], :2].numpy() for e in walks.episodes()]
+        cells = [[tuple(maze.cell_xy_to_rowcol(xy)) for xy in pair] for pair in ends]
+        nearer.append(np.mean([len(paths[b]) < len(paths[a]) for a, b in cells]))
+    assert nearer[0] < 0.7 and nearer[1] > 0.9
 
 
 def test_paths_are_the_shortest():
@@ -433,7 +448,7 @@ def test_paths_are_the_shortest():
 
 
 def test_an_interrupted_controller_stops():
-    args = flags(f"{MAZE} --flat maze.npz")
+    args = flags(f"{MAZE} homing --flat maze.npz")
     job = collect.Collector(args)
     job.stopped = True
     with pytest.raises(SystemExit) as left:
@@ -460,7 +475,7 @@ BAD = {
     "--env Walk-v0 --level random --dataset-id walk": "use one like hopper/medium-replay-v0",
     "--env Walk-v0 --level expert --flat x.npz --agent no/agent.pt": "--agent no/agent.pt: use",
     "--env Walk-v0 --level controller --flat x.npz": "drives PointMaze_Medium-v3, not Walk",
-    "--env PointMaze_UMaze-v3 --level controller --flat x.npz": "drives PointMaze_Medium-v3, not",
+    "--env PointMaze_UMaze-v3 --level homing --flat x.npz": "drives PointMaze_Medium-v3, not",
 }
 
 

@@ -13,6 +13,7 @@ as the level asks:
     expert         --steps transitions of the expert agent, actions sampled
     medium-expert  --steps transitions of each of the two
     controller     --steps transitions of a noisy controller in a point maze; no agent
+    homing         the same, but in half of the episodes the controller walks home; no agent
 
 "Medium" is the first policy whose deterministic return (mean of 10 episodes, every 5,000 steps)
 reaches a third of the way between D4RL's reference scores, or --medium-return; or the policy of
@@ -20,8 +21,10 @@ reaches a third of the way between D4RL's reference scores, or --medium-return; 
 
 The controller wanders in the medium maze. Every episode starts in another cell, and the controller
 walks to a cell at most four cells away, with noise; in half of the episodes it stops midway. The
-task of the dataset is to get from one corner of the maze to a cell eight cells away, which no
-episode shows: good paths must be stitched together from pieces.
+task of the dataset is to get from one cell to another one eight cells away, which no episode shows:
+good paths must be stitched together from pieces. With `homing`, half of the walks lead towards the
+cell in which the task starts, and the way to the goal has turns to all sides: a clone of the walks
+comes home, and a clone of those that reach the goal walks into a wall.
 
 Ctrl-C saves the agent; the same command continues. With --agent FILE the agent is kept, and other
 levels can be cut from it without training again.
@@ -68,7 +71,11 @@ from harness.resume import load_tensors, to_bytes, write_atomic
 from harness.tasks import reference_scores, register
 from run import evaluate, parse
 
-WITHOUT_AGENT = ("random", "controller")
+MAZES = {  # level: start and goal of its task, eight cells apart; share of homing walks; rests; limit
+    "controller": ((1, 1), (4, 6), 0.0, (5, 20), {}),
+    "homing": ((6, 5), (2, 5), 0.5, (1, 6), {"max_episode_steps": 300}),
+}
+WITHOUT_AGENT = ("random", *MAZES)
 COLUMNS = ("obs", "action", "reward", "next_obs", "terminal", "cut")
 GAMMA, POLYAK, LR, BATCH = 0.99, 0.005, 3e-4, 256  # SAC's own settings
 EVAL_EVERY, EVAL_EPISODES, SAVE_EVERY = 5_000, 10, 20_000
@@ -86,6 +93,7 @@ class Args(Flags):
         "expert",
         "medium-expert",
         "controller",
+        "homing",
     ] = "medium-replay"
     """which policy acts (see above)"""
     steps: Count = 1_000_000
@@ -348,9 +356,6 @@ def progress(total, initial=0):
 # ---- the maze's controller -------------------------------------------------------------------
 
 
-MAZE_START, MAZE_GOAL = (1, 1), (4, 6)  # of the task, eight cells apart
-
-
 def maze_with(maze, start_cells, goal_cell):
     """A copy of the map in which episodes begin at `start_cells` and the goal is `goal_cell`."""
     marks = dict.fromkeys(start_cells, "r") | {goal_cell: "g"}
@@ -373,10 +378,12 @@ def paths_from(maze, start):
     return paths
 
 
-def drive_maze(env, steps: int, seed: int, after_step) -> Recorder:
-    """`steps` transitions of the noisy controller in a gymnasium-robotics point maze;
-    `after_step()` is called after each."""
+def drive_maze(env, steps: int, seed: int, home, homing: float, rests, after_step) -> Recorder:
+    """`steps` transitions of the noisy controller in a gymnasium-robotics point maze, where the
+    share `homing` of the walks ends nearer to the cell `home`, and the controller rests at the end
+    for `rests[0]` steps or more, but less than `rests[1]`. `after_step()` is called after each."""
     point, rng = env.unwrapped, np.random.default_rng(seed)
+    to_home = {cell: len(path) for cell, path in paths_from(point.maze.maze_map, home).items()}
     recorder = Recorder(*env.observation_space.shape, 2, steps)
     bar = progress(steps)
     while recorder.size < steps:
@@ -384,6 +391,9 @@ def drive_maze(env, steps: int, seed: int, after_step) -> Recorder:
         start = tuple(point.maze.cell_xy_to_rowcol(maze_position(point)))
         paths = paths_from(point.maze.maze_map, start)
         near_cells = [cell for cell in paths if 2 <= len(paths[cell]) <= 4]
+        nearer = [cell for cell in near_cells if to_home[cell] < to_home[start]]
+        if homing and rng.random() < homing:
+            near_cells = nearer or near_cells
         path = paths[near_cells[rng.integers(len(near_cells))]]
         if rng.random() < 0.5:  # stops midway
             path = path[: 1 + rng.integers(len(path))]
@@ -391,7 +401,7 @@ def drive_maze(env, steps: int, seed: int, after_step) -> Recorder:
             point.maze.cell_rowcol_to_xy(np.array(cell)) + rng.uniform(-0.25, 0.25, 2)
             for cell in path
         ]
-        reached, rest = 0, rng.integers(5, 20)  # steps that it spends where it stops
+        reached, rest = 0, rng.integers(*rests)  # steps that it spends where it stops
         while recorder.size < steps:
             error = targets[reached] - maze_position(point)
             if np.linalg.norm(error) < 0.4:
@@ -497,21 +507,21 @@ def step_of_medium(job, args, goal):
 
 
 def record_maze(job, args):
-    """The controller's transitions: it starts in every cell, the task only in one corner."""
-    maze = job.env.unwrapped.maze.maze_map if args.env.startswith("PointMaze") else [[1] * 3] * 3
-    paths = paths_from(maze, MAZE_START)
-    if len(paths.get(MAZE_GOAL, ())) != 8:
-        raise InputError(f"--level controller drives PointMaze_Medium-v3, not {args.env}")
-    anywhere = maze_with(maze, paths.keys() - {MAZE_GOAL}, MAZE_GOAL)
+    """The controller's transitions: it starts in every cell, the task only in one."""
+    if not args.env.startswith("PointMaze_Medium-"):
+        raise InputError(f"--level {args.level} drives PointMaze_Medium-v3, not {args.env}")
+    start, goal, homing, rests, limits = MAZES[args.level]
+    maze = job.env.unwrapped.maze.maze_map
+    anywhere = maze_with(maze, paths_from(maze, start).keys() - {goal}, goal)
     env = make_env(args.env, maze_map=anywhere, continuing_task=False)
-    one_start = maze_with(maze, [MAZE_START], MAZE_GOAL)
-    job.kwargs = {"maze_map": one_start, "continuing_task": False}
-    return drive_maze(env, args.steps, args.seed, job.leave_if_stopped)
+    one_start = maze_with(maze, [start], goal)
+    job.kwargs = {"maze_map": one_start, "continuing_task": False} | limits
+    return drive_maze(env, args.steps, args.seed, start, homing, rests, job.leave_if_stopped)
 
 
 def record(job, args, goal):
     """The transitions that the level asks for."""
-    if args.level == "controller":
+    if args.level in MAZES:
         return record_maze(job, args)
     if args.level == "full-replay":
         job.train(args.train_steps)
@@ -587,7 +597,7 @@ def collect(args):
         "action_low": job.low.tolist(),
         "action_high": job.high.tolist(),
         "level": args.level,
-        "algorithm": "controller" if args.level == "controller" else "SAC",
+        "algorithm": "controller" if args.level in MAZES else "SAC",
         "seed": args.seed,
         "ref_min_score": ref_min,
         "ref_max_score": ref_max,
