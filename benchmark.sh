@@ -9,9 +9,9 @@
 #                                  modern, ogbench and the tables that are named after a paper
 #
 # TABLE            what it runs                                                    seeds
-# local            every algorithm on the three bundled datasets: 144 runs             3
+# local            every algorithm on the four bundled datasets: 192 runs              3
 # local_ablations  three methods of local, each without the part that its paper adds   3
-# corl             CORL's own TD3+BC and IQL on the three bundled datasets             3
+# corl             CORL's own TD3+BC and IQL on the four bundled datasets              3
 # modern           TD3+BC, IQL, ReBRAC and FQL on D4RL, as their papers do             5
 # ogbench          BC, IQL, ReBRAC and FQL on OGBench's default tasks, as FQL's paper  8
 # ablations        the ablations of the papers of Fisher-BRC, iTRPO, BRAC+ and ARQ     3
@@ -57,6 +57,7 @@ name() { # VERSION "TASKS" "LEVELS": every task-level-version
 commands() {
     local gym="halfcheetah hopper walker2d" hand="pen hammer door relocate" file lam tau data
     local bundled="hopper-medium-expert-demo hopper-replay-demo pointmaze-medium-demo"
+    bundled+=" pointmaze-stitch-demo"
     local maze="umaze umaze-diverse medium-play medium-diverse large-play large-diverse"
     seeds=${SEEDS:-0 1 2} # where a table names no others
     case $1 in

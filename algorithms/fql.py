@@ -261,7 +261,7 @@ PRESETS = {
     "mujoco/*": dict(normalize_q_loss=True, alpha=1.0),
     "hopper-medium-expert-demo": SHORT,
     "hopper-replay-demo": SHORT,
-    "pointmaze-medium-demo": dict(
+    "pointmaze-*-demo": dict(
         steps=20_000,
         eval_every=2_000,
         eval_episodes=10,

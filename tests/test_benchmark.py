@@ -95,7 +95,7 @@ def test_corl_runs_beside_our_two_files():
     runs = [parse(corl.Args, {}, command[2:])[0] for command in listed]
     assert {(x.corl, x.out, x.precision) for x in runs} == {("the checkout", "runs", "high")}
     wanted = {(args.env, a) for _, args in map(parsed, commands("local")) for a in corl.NAMES}
-    assert len(runs) == 6 and {(run.env, run.algorithm) for run in runs} == wanted
+    assert len(runs) == 8 and {(run.env, run.algorithm) for run in runs} == wanted
 
 
 def test_local_runs_every_file_on_every_bundled_dataset():

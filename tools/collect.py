@@ -13,7 +13,7 @@ as the level asks:
     expert         --steps transitions of the expert agent, actions sampled
     medium-expert  --steps transitions of each of the two
     controller     --steps transitions of a noisy controller in a point maze; no agent
-    homing         the same, but in half of the episodes the controller walks home; no agent
+    homing         the same, but half of the walks lead towards the start of the task; no agent
 
 "Medium" is the first policy whose deterministic return (mean of 10 episodes, every 5,000 steps)
 reaches a third of the way between D4RL's reference scores, or --medium-return; or the policy of
@@ -23,8 +23,8 @@ The controller wanders in the medium maze. Every episode starts in another cell,
 walks to a cell at most four cells away, with noise; in half of the episodes it stops midway. The
 task of the dataset is to get from one cell to another one eight cells away, which no episode shows:
 good paths must be stitched together from pieces. With `homing`, half of the walks lead towards the
-cell in which the task starts, and the way to the goal has turns to all sides: a clone of the walks
-comes home, and a clone of those that reach the goal walks into a wall.
+cell in which the task starts, so a clone comes home again. The way leads right, up, left, up and
+right, so a clone of the walks that reach the goal, which begin beyond its turns, meets a wall.
 
 Ctrl-C saves the agent; the same command continues. With --agent FILE the agent is kept, and other
 levels can be cut from it without training again.
@@ -71,7 +71,7 @@ from harness.resume import load_tensors, to_bytes, write_atomic
 from harness.tasks import reference_scores, register
 from run import evaluate, parse
 
-MAZES = {  # level: start and goal of its task, eight cells apart; share of homing walks; rests; limit
+MAZES = {  # level: start and goal of the task, share of homing walks, steps of a rest, limits
     "controller": ((1, 1), (4, 6), 0.0, (5, 20), {}),
     "homing": ((6, 5), (2, 5), 0.5, (1, 6), {"max_episode_steps": 300}),
 }
