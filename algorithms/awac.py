@@ -209,6 +209,7 @@ PRESETS = {
     "pointmaze-*-demo": dict(  # shortened; faster targets; AntMaze's reward shift
         reward_shift=-1.0, polyak=0.02, steps=12_000, eval_every=600, eval_episodes=20
     ),
+    "pointmaze-stitch-demo": dict(steps=20_000, eval_every=1_000),  # longer
 }
 
 if __name__ == "__main__":
