@@ -16,12 +16,13 @@ import pytest
 import torch
 from gymnasium.envs.classic_control import PendulumEnv
 from PIL import Image
-from short_runs import SCRIPTS, start
+from short_runs import SCRIPTS, start, write_log
 from torch.testing import assert_close
 
 from common import Data, InputError
 from run import make, parse
 from tools import evaluate as judge
+from tools import fqe
 
 
 def trained(name, **more):
@@ -32,7 +33,7 @@ def trained(name, **more):
 
 def judged(folder, **flags):
     """What evaluate.py finds, with no more than the flags ask for."""
-    judge.main(judge.Args(str(folder), **{"episodes": 0, "fqe_steps": 0} | flags))
+    judge.main(judge.Args((str(folder),), **{"episodes": 0, "fqe_steps": 0} | flags))
     text = (folder / "evaluation.json").read_text()
     return json.loads(text, parse_constant=pytest.fail)  # NaN is no JSON
 
@@ -77,39 +78,137 @@ def always(action, act_dim=1):
 @pytest.mark.parametrize("action", [0.6, -0.2])
 def test_fqe_finds_the_exact_value_of_a_tabular_policy(action):
     data = chain()
-    found = judge.fqe(data, always(action), 0.9, 2_500, seed=1)
-    value = exact(0.9, action)[:3].mean()  # the data's start states
+    (_, found) = fqe.compare(data, {"x": always(action)}, 0.9, 1_000, seed=1)
+    value = exact(0.9, action)[data.obs[fqe.first_rows(data)].argmax(1)].mean()
     assert abs(found["fqe"] - value) < 0.08 * value + 0.03, (found, value)
     low, high = found["fqe_interval"]
-    assert low < found["fqe"] < high and found["held_out_episodes"] == 80
+    assert low < value < high and high - low < 0.5 * value + 0.2
     distance = (action - data.action).square().mean().sqrt()
-    assert abs(found["action_distance"] - distance) < 0.05
+    assert found["action_distance"] == pytest.approx(distance)
+
+
+@pytest.mark.parametrize("reward", [1.0, -1e5, 1e-4])
+def test_fqe_of_constant_rewards_is_exact(reward):
+    """reward / (1 - gamma), after any number of steps, for rewards of any size."""
+    data = chain(20)
+    data.terminal.zero_()
+    data.reward.fill_(reward)
+    for found in fqe.compare(data, {"x": always(0.3)}, 0.99, 20, seed=1):
+        assert found["fqe"] == pytest.approx(100 * reward, rel=1e-5)
+        assert found["td_error"] < 1e-5 * abs(reward)
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e5])
+def test_fqe_scales_with_the_rewards(scale):
+    data = chain(100)
+    plain, _ = fqe.compare(data, {}, 0.9, 50, seed=1) * 2
+    data.reward *= scale
+    scaled, _ = fqe.compare(data, {}, 0.9, 50, seed=1) * 2
+    for key in ("fqe", "td_error", "recorded_return"):
+        if plain[key] is not None:
+            assert scaled[key] == pytest.approx(scale * plain[key], rel=1e-3), key
+
+
+def walk(episodes=60, length=20, seed=0):
+    """x' = x + a / 10 + noise, with reward x, in episodes that a time limit ends. A policy that
+    always takes a has V(x) = x / (1 - gamma) + a / 10 gamma / (1 - gamma)^2."""
+    rng = np.random.default_rng(seed)
+    x, a = np.zeros((episodes, length + 1)), rng.uniform(-1, 1, (episodes, length))
+    x[:, 0] = rng.normal(size=episodes) + 1
+    for t in range(length):
+        x[:, t + 1] = x[:, t] + a[:, t] / 10 + 0.1 * rng.normal(size=episodes)
+    rows = [torch.tensor(y.reshape(-1, 1)).float() for y in (x[:, :-1], a, x[:, 1:])]
+    episode = torch.arange(episodes * length) // length
+    return Data(rows[0], rows[1], rows[0][:, 0], rows[2], torch.zeros(len(episode)), episode)
+
+
+def test_policy_and_data_have_one_horizon():
+    """In a log cut by time limits, the recorded returns are too small for the policy that made it,
+    and are not shown. FQE of the data's own actions and of a policy go on, both."""
+    data = walk()
+    own, found = fqe.compare(data, {"x": always(0.5)}, 0.9, 1_500, seed=1)
+    start = float(data.obs[fqe.first_rows(data)].mean())
+    assert own["recorded_return"] is None
+    assert own["fqe"] == pytest.approx(10 * start, abs=1.5)
+    assert found["minus_data"] == pytest.approx(4.5, abs=1)
+    low, high = found["minus_data_interval"]
+    assert low < 4.5 < high and low > 0
+
+
+def test_recorded_return_by_hand(tiny_data):
+    data = tiny_data(n=4)
+    data.reward = torch.tensor([1.0, 2, 4, 8])
+    data.episode, data.terminal = torch.tensor([0, 0, 1, 1]), torch.tensor([0.0, 1, 0, 1])
+    assert fqe.recorded_return(data, 0.5) == pytest.approx((1 + 1 + 4 + 4) / 2)
+    data.terminal[1] = 0
+    assert fqe.recorded_return(data, 0.5) is None
 
 
 def test_fqe_uses_the_bounds_of_the_actions():
     """The same chain with actions in [0, 10] has the same values and the same distance."""
-    data = chain()
-    plain = judge.fqe(data, always(0.5), 0.9, 200, seed=1)
+    data = chain(50)
+    _, plain = fqe.compare(data, {"x": always(0.5)}, 0.9, 50, seed=1)
     data.action_low, data.action_high = torch.zeros(1), torch.full((1,), 10.0)
-    scaled = judge.fqe(data, always(7.5), 0.9, 200, seed=1)
-    assert plain.keys() == scaled.keys()
-    for key, value in plain.items():
-        assert scaled[key] == pytest.approx(value, rel=1e-4), key
+    _, scaled = fqe.compare(data, {"x": always(7.5)}, 0.9, 50, seed=1)
+    for key in ("fqe", "minus_data", "action_distance"):
+        assert scaled[key] == pytest.approx(plain[key], rel=1e-4), key
 
 
-def test_discounted_return_by_hand(tiny_data):
-    data = tiny_data(n=4)
-    data.reward, data.episode = torch.tensor([1.0, 2, 4, 8]), torch.tensor([0, 0, 1, 1])
-    both = torch.tensor([True, True])
-    assert judge.discounted_return(data, both, 0.5) == pytest.approx((1 + 1 + 4 + 4) / 2)
-    assert judge.discounted_return(data, torch.tensor([False, True]), 0.5) == pytest.approx(8)
+def test_what_fqe_does_not_know_is_said():
+    """Few steps cover little of the horizon, and equal policies cannot be told apart."""
+    data = chain(50)
+    own, *found = fqe.compare(data, {"x": always(0.5), "y": always(0.5)}, 0.99, 30, seed=1)
+    ranked = [{"run": "the data"} | own, *({"run": n} | x for n, x in zip("xy", found))]
+    lines = "\n".join(fqe.notes(ranked, data))
+    assert "leave 97% of the horizon uncovered" in lines
+    assert "cannot tell x from y: their difference is 0 (0 to 0)" in lines
+    for x, error in zip(ranked, (0.1, 2.0, 0.1)):
+        x["td_error"] = error
+    words = [line for line in fqe.notes(ranked, data) if "as large as a reward" in line]
+    assert len(words) == 1 and words[0].startswith("note: x: the TD error")
 
 
 def test_fqe_needs_episodes(tiny_data):
     data = tiny_data()
     data.episode.zero_()
     with pytest.raises(InputError, match="one episode"):
-        judge.fqe(data, always(0.0, 2), 0.9, 1, 0)
+        fqe.compare(data, {}, 0.9, 1, 0)
+
+
+# ---- several runs ----------------------------------------------------------------------------
+
+
+def test_runs_are_compared_in_one_table(here, capsys):
+    """Best first, the data's own policy between them; each run keeps its results."""
+    runs = tuple(str(trained(name)) for name in ("bc", "td3_bc"))
+    capsys.readouterr()
+    judge.main(judge.Args(runs, episodes=2, fqe_steps=5))
+    lines = capsys.readouterr().out.splitlines()
+    head, *rows = lines = [line for line in lines if "Pendulum" not in line]
+    rows = rows[:3]
+    assert head.split() == ["FQE", "minus", "the", "data", "distance", "return", "score"]
+    values = [float(row.split(" (")[0].split()[-1]) for row in rows]
+    assert values == sorted(values, reverse=True)
+    assert {row.strip().partition("  ")[0] for row in rows} == {*runs, "the data"}
+    assert any("cannot tell" in line for line in lines[4:])
+    for run in runs:
+        found = json.loads((Path(run) / "evaluation.json").read_text())
+        assert found["fqe_steps"] == 5 and found["task"] == "Pendulum-v1" and found["run"] == run
+        gap = found["fqe"] - found["data_fqe"]
+        assert found["minus_data"] == pytest.approx(gap, abs=1e-6) and len(found["returns"]) == 2
+
+
+def test_runs_that_cannot_be_compared(here):
+    """Other data, another task, and flags for one run: one line each."""
+    one = trained("bc")
+    two = trained("bc", eval_env="none", out="alone")
+    write_log("other.npz", seed=1)
+    three = trained("bc", env="other.npz", out="others")
+    for other, words in {two: "has the task none, ", three: "has other data than"}.items():
+        with pytest.raises(InputError, match=words):
+            judge.main(judge.Args((str(one), str(other)), episodes=0, fqe_steps=1))
+    with pytest.raises(InputError, match="take one run"):
+        judge.main(judge.Args((str(one), str(one)), export="x.pt2"))
 
 
 # ---- a run of each algorithm -----------------------------------------------------------------
@@ -226,7 +325,7 @@ def test_simulated_return_and_its_discounted_form(here):
 def test_another_task(here, capsys):
     folder = trained("bc", eval_env="none")
     assert len(judged(folder, eval_env="Painted-v0", episodes=1)["returns"]) == 1
-    assert "1 episode in Painted-v0: return -" in capsys.readouterr().out
+    assert "Painted-v0" in capsys.readouterr().out
 
 
 def test_later_commands_add_to_the_file(here, capsys):
@@ -238,7 +337,7 @@ def test_later_commands_add_to_the_file(here, capsys):
     assert found["return_standard_error"] is None and len(found["returns"]) == 1
     assert "fqe" in before and before.items() <= found.items()
     out = capsys.readouterr().out
-    assert "(as recorded)" in out and "in Pendulum-v1: return -" in out and "nan" not in out
+    assert "the data" in out and "return" in out and "nan" not in out
     assert "fqe" not in judged(folder, seed=2) and "fqe" not in judged(folder, gamma=0.9)
     judged(folder, fqe_steps=3)
     saved = torch.load(folder / "checkpoint.pt")

@@ -1,30 +1,23 @@
-"""Judge a run's policy with or without a simulator, film it, take it away.
+"""Evaluate trained policies with or without a simulator, record a video, export one.
 
     python tools/evaluate.py runs/logs__iql__0                      # any algorithm's folder
+    python tools/evaluate.py runs/logs__iql__0 runs/logs__bc__0     # which one should act?
     python tools/evaluate.py runs/logs__iql__0 --export policy.pt2  # weights and scaling inside
     python tools/evaluate.py runs/hopper-replay-demo__td3_bc__0 --video hopper.gif
 
-With a simulator: returns of --episodes episodes. With or without: fitted Q evaluation (FQE; Le,
-Voloshin & Yue, ICML 2019; arXiv:1903.08738), the policy's Q, trained on four fifths of the data's
-episodes with
+It prints one table of the runs, which share their data and task, and of the data's own policy, best
+first. Fitted Q evaluation (FQE, tools/fqe.py) estimates a policy's discounted return from the data
+alone, at the first states of its episodes, with a 95% interval. The table has its difference from
+the data's own policy, estimated in the same way; the distance of the policy's actions from the
+data's (root mean square, action bounds mapped to [-1, 1]); and, with a simulator, the undiscounted
+return of --episodes episodes with its standard error. Notes say where FQE is not to be trusted.
+docs/selection.md shows how often it chooses the best of several runs, and where it fails.
 
-    L_Q = E[ (r + gamma Q'(s', pi(s')) - Q(s,a))^2 ]
-
-and read at the start states of the held-out fifth, beside the discounted return that the data had
-from them. Its 95% interval is a bootstrap over held-out episodes: it says how much start states
-vary, not how wrong Q may be. Read it together with the TD error on held-out transitions (root mean
-square, in units of reward) and with the distance of the policy's actions from the data's (root mean
-square, action bounds mapped to [-1, 1]): where the policy leaves the data, FQE extrapolates, mostly
-upwards: for bc.py's policy on the bundled data, 0.38 away from it, FQE says 186, the simulator 108
-(--episodes 50 --fqe-steps 50000). The policy itself was trained on all episodes. FQE goes on beyond
-time limits, the data's return ends where the recording does: in logs cut by time limits the two
-differ even for the policy that made them.
-
-Everything is written to evaluation.json in the run's folder, beside what an earlier command with
-the same --seed and --gamma found there for the same checkpoint.
+Everything is written to evaluation.json in each run's folder, beside what an earlier command with
+the same --seed, --gamma and task found there for the same checkpoint.
 """
 
-import copy
+import contextlib
 import dataclasses
 import importlib
 import io
@@ -34,6 +27,7 @@ import typing
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import torch
 import tyro
 from torch import nn
@@ -41,39 +35,28 @@ from torch.overrides import TorchFunctionMode
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "algorithms")]
-from common import (
-    Adam,
-    CountOrZero,
-    Data,
-    Flags,
-    InputError,
-    ScalarMLP,
-    Seed,
-    ShareBelow1,
-    minimize,
-    polyak,
-    prepare_device,
-)
+from common import CountOrZero, Data, Flags, InputError, Seed, ShareBelow1, prepare_device
 from harness.resume import load_tensors, read_json, write_atomic
 from run import evaluate, load, make, parse, score
+from tools import fqe
 
 
 @dataclasses.dataclass
 class Args(Flags):
-    run: tyro.conf.Positional[str] = ""
-    """folder of a run that has reached its last phase"""
+    runs: tyro.conf.Positional[tuple[str, ...]] = ()
+    """folders of runs that have reached their last phase, on the same data and task"""
     env: str = ""
     """the data, where it lies at another place than the run's own --env says"""
     episodes: CountOrZero = 100
     """episodes in the simulator, where there is one; 0: none"""
     eval_env: str | None = None
     """Gymnasium id to evaluate in; None: the run's own"""
-    fqe_steps: CountOrZero = 25_000
+    fqe_steps: CountOrZero = 10_000
     """gradient steps of fitted Q evaluation; 0: none"""
     gamma: ShareBelow1 = 0.99
     """discount of fitted Q evaluation and of the discounted return"""
     seed: Seed = 1
-    """seeds the start states, the split and the bootstrap"""
+    """seeds the simulator's start states and FQE"""
     video: str = ""
     """film one episode into this .gif of at most 1 MB (or .mp4, with imageio-ffmpeg)"""
     export: str = ""
@@ -186,76 +169,6 @@ def write(path, content) -> None:
         raise InputError(f"{line}: free some space or use another place") from None
 
 
-# ---- without a simulator ---------------------------------------------------------------------
-
-
-@torch.no_grad()
-def in_chunks(act, obs, rows: int = 10_000):
-    """Actions (N, A) of observations (N, S), computed `rows` at a time."""
-    return torch.cat([act(part) for part in obs.split(rows)])
-
-
-def fqe(data, act, gamma: float, steps: int, seed: int, batch_size: int = 256) -> dict:
-    """Fitted Q evaluation of `act` (raw observations to actions within the bounds); see above.
-
-    Returns the estimate, its interval, the held-out data's own discounted return, and the
-    root-mean-square TD error and action distance on held-out transitions. Raises InputError."""
-    torch.manual_seed(seed)
-    episodes = int(data.episode[-1]) + 1
-    if episodes < 2:
-        raise InputError(f"{data.name} is one episode, none can be held out: --fqe-steps 0")
-    held_out = torch.zeros(episodes, dtype=torch.bool)
-    held_out[torch.randperm(episodes)[: max(1, episodes // 5)]] = True
-    test = held_out[data.episode]
-    center, half = (
-        (data.action_high + data.action_low) / 2,
-        (data.action_high - data.action_low) / 2,
-    )
-    next_action = (in_chunks(act, data.next_obs) - center) / half
-    mean, std = data.obs[~test].mean(0), data.obs[~test].std(0) + 1e-3
-    unit = float(data.reward[~test].std().clamp(min=1e-8))  # so that one learning rate fits all
-    r = data.reward / unit
-    s, s2 = (data.obs - mean) / std, (data.next_obs - mean) / std
-    rows = torch.nonzero(~test).squeeze(1)
-    q = ScalarMLP(s.shape[1] + next_action.shape[1], 256, 256)
-    q_target, opt = copy.deepcopy(q).requires_grad_(False), Adam(q.parameters(), 3e-4)
-
-    def y(i):
-        return r[i] + gamma * (1 - data.terminal[i]) * q_target(s2[i], next_action[i])
-
-    for _ in range(steps):
-        i = rows[torch.randint(len(rows), (batch_size,))]
-        minimize(opt, (q(s[i], data.action[i]) - y(i)).square().mean())
-        polyak(q_target, q, 0.02)
-    first = torch.ones_like(test)
-    first[1:] = data.episode[1:] != data.episode[:-1]
-    with torch.no_grad():
-        start = first & test
-        values = unit * q(s[start], (in_chunks(act, data.obs[start]) - center) / half)
-        i = torch.nonzero(test).squeeze(1)
-        td = torch.cat([q(s[j], data.action[j]) - y(j) for j in i.split(100_000)])
-        own = (in_chunks(act, data.obs[test]) - center) / half
-    draws = np.random.default_rng(seed).integers(len(values), size=(2_000, len(values)))
-    low, high = np.quantile(values.numpy()[draws].mean(1), [0.025, 0.975])
-    return {
-        "fqe": float(values.mean()),
-        "fqe_interval": [float(low), float(high)],
-        "data_discounted_return": discounted_return(data, held_out, gamma),
-        "held_out_episodes": int(held_out.sum()),
-        "td_error": unit * float(td.square().mean().sqrt()),
-        "action_distance": float((own - data.action[test]).square().mean().sqrt()),
-    }
-
-
-def discounted_return(data, chosen, gamma: float) -> float:
-    """Mean discounted return of the chosen episodes (E,) as far as they were recorded."""
-    first = torch.searchsorted(data.episode, torch.arange(len(chosen)))
-    age = torch.arange(len(data.episode)) - first[data.episode]
-    returns = torch.zeros(len(chosen), dtype=torch.double)
-    returns.index_add_(0, data.episode, data.reward.double() * gamma ** age.double())
-    return float(returns[chosen].mean())
-
-
 # ---- with a simulator ------------------------------------------------------------------------
 
 
@@ -273,20 +186,36 @@ class Discounted:
         return obs, reward, *rest
 
 
+class Filmed:
+    """An environment that hands a picture of every `every`-th state to `keep`."""
+
+    def __init__(self, env, keep, every):
+        self.env, self.keep, self.every = env, keep, every
+        self.reset, self.steps = env.reset, 0
+
+    def step(self, action):
+        if self.steps % self.every == 0:
+            self.keep(self.env.render())
+        self.steps += 1
+        return self.env.step(action)
+
+
 def film(act, task, path: str, seed: int) -> float:
     """One episode into a .gif or .mp4; returns its return. Raises InputError."""
     try:
         import imageio
 
-        env = with_camera(task)
-        fps = env.metadata.get("render_fps", 30)
-        (total,) = evaluate(act, [env], seed, torch.device("cpu"))
-        frames = env.render()  # of the whole episode: Gymnasium's own recorder
-        if path.lower().endswith(".gif"):
-            every = max(1, round(fps / 12))
-            write(path, gif(frames[::every], every / fps))
-        else:
-            imageio.mimwrite(path, frames, fps=fps)
+        env, frames = with_camera(task), []
+        fps, is_gif = env.metadata.get("render_fps", 30), path.lower().endswith(".gif")
+        every = max(1, round(fps / 12)) if is_gif else 1
+        with contextlib.ExitStack() as stack:
+            keep = lambda frame: frames.append(shrunk(frame))
+            if not is_gif:
+                keep = stack.enter_context(imageio.get_writer(path, fps=fps)).append_data
+            filmed = Filmed(env, keep, every)
+            (total,) = evaluate(act, [filmed], seed, torch.device("cpu"))
+        if is_gif:
+            write(path, gif(frames, every / fps))
     except Exception as error:  # no display, no ffmpeg, no such folder: each library has its own
         line = (str(error).splitlines() or [type(error).__name__])[0]
         fix = "free some space" if isinstance(error, OSError) else "on a server set MUJOCO_GL=egl"
@@ -294,16 +223,24 @@ def film(act, task, path: str, seed: int) -> float:
     return total
 
 
+def shrunk(frame, most: int = 240):
+    """A picture (H, W, 3), at most 240 pixels high."""
+    from PIL import Image
+
+    image = Image.fromarray(frame)
+    image.thumbnail((10 * most, most))
+    return np.asarray(image)
+
+
 def with_camera(task):
-    """The task, keeping the pictures of an episode, seen by the camera that follows the body where
-    there is one."""
-    env = with_options(task, render_mode="rgb_array_list")
+    """The task with pictures, seen by the camera that follows the body where there is one."""
+    env = with_options(task, render_mode="rgb_array")
     model = getattr(env.unwrapped, "model", None)
     cameras = [model.camera(i).name for i in range(getattr(model, "ncam", 0))]
     if "track" not in cameras:
         return env
     env.close()
-    return with_options(task, render_mode="rgb_array_list", camera_name="track")
+    return with_options(task, render_mode="rgb_array", camera_name="track")
 
 
 def with_options(task, **options):
@@ -320,15 +257,14 @@ def gif(frames: list, seconds: float, most: int = 1_000_000) -> bytes:
 
     images = [Image.fromarray(frame) for frame in frames]
     width, height = images[0].size
+    pause = 10 * round(100 * seconds)  # the format has hundredths of a second
     palette = images[len(images) // 2].quantize(64)  # one for all, so that still parts stay still
     scale, content = min(1.0, 240 / height), bytes(most + 1)
     while len(content) > most and scale * height > 20:
         size = round(scale * width), round(scale * height)
         first, *rest = (x.resize(size).quantize(palette=palette, dither=0) for x in images)
         buffer = io.BytesIO()
-        first.save(
-            buffer, "GIF", save_all=True, append_images=rest, duration=1000 * seconds, loop=0
-        )
+        first.save(buffer, "GIF", save_all=True, append_images=rest, duration=pause, loop=0)
         content, scale = buffer.getvalue(), 0.8 * scale
     return content
 
@@ -395,63 +331,106 @@ def export(module, nets, args, path: str) -> list[str]:
     return names
 
 
+# ---- the command -----------------------------------------------------------------------------
+
+
+def load_runs(args) -> list[LoadedRun]:
+    """The runs of a command line. Raises InputError where their data or tasks differ."""
+    if args.export and not (args.env or args.video or args.eval_env):  # the data may be far away
+        run = load_run(args.runs[0], with_data=False)
+        try:
+            run = load_run(args.runs[0])
+        except InputError as error:
+            print(f"note: the policy is exported and not judged: {error}")
+        return [run]
+    first, *others = runs = [load_run(run, args.eval_env, args.env) for run in args.runs]
+    for folder, run in zip(args.runs[1:], others):
+        if run.data.digest != first.data.digest:
+            line = f"{folder} has other data than {args.runs[0]}"
+            raise InputError(f"{line}: name runs that were trained on the same data")
+        tasks = [one.task["env_id"] if one.task else "none" for one in (run, first)]
+        if tasks[0] != tasks[1]:
+            line = f"{folder} has the task {tasks[0]}, {args.runs[0]} has {tasks[1]}"
+            raise InputError(f"{line}: add --eval-env with one of them")
+        run.data = first.data
+    return runs
+
+
+def simulated(run, args) -> dict:
+    """Returns of --episodes episodes in the simulator."""
+    envs = [Discounted(make(run.task), args.gamma) for _ in range(args.episodes)]
+    returns = evaluate(run.act, envs, 10_000 * args.seed, torch.device("cpu"))
+    error = returns.std(ddof=1) / np.sqrt(len(returns)) if len(returns) > 1 else None
+    found = {"return": returns.mean(), "return_standard_error": error, "returns": list(returns)}
+    found["score"] = score(run.task, returns)
+    return found | {"discounted_return": float(np.mean([env.discounted for env in envs]))}
+
+
+def table(found: list[dict]) -> str:
+    """The results of all policies as text, a row for each."""
+    rows = []
+    for x in found:
+        row = {"": x["run"]}
+        for key, title in {"fqe": "FQE", "minus_data": "minus the data"}.items():
+            if key in x:
+                row[title] = "{:.4g} ({:.4g} to {:.4g})".format(x[key], *x[f"{key}_interval"])
+        if "action_distance" in x:
+            row["distance"] = f"{x['action_distance']:.2f}"
+        if "return" in x:
+            error = x["return_standard_error"]
+            row["return"] = f"{x['return']:.1f}" + (f" ± {error:.1f}" if error is not None else "")
+            row["score"] = f"{x['score']:.1f}"
+        rows.append(row)
+    return pd.DataFrame(rows).fillna("").to_string(index=False)
+
+
+def save(folder, found: dict) -> None:
+    """Write evaluation.json, beside what it has for the same checkpoint, flags and task."""
+    path = Path(folder) / "evaluation.json"
+    try:
+        old = read_json(path)
+        same = all(old[key] == found[key] for key in ("step", "seed", "gamma", "task"))
+        found = old | found if same else found
+    except (OSError, ValueError, TypeError, KeyError):  # none, or damaged
+        pass
+    write(path, json.dumps(found, indent=2).encode())
+
+
 def main(args):
-    if not args.run:
+    if not args.runs:
         raise InputError("use the folder of a run, for example runs/hopper-replay-demo__td3_bc__0")
     for path in filter(None, (args.export, args.video)):
+        if len(args.runs) > 1:
+            raise InputError("--export and --video take one run: name the best alone")
         if not Path(path).absolute().parent.is_dir():
             raise InputError(f"no folder {Path(path).parent} for {path}: make it first")
         if Path(path).is_dir():
             raise InputError(f"{path} is a folder: use a file's name")
-    if args.export and not (args.env or args.video or args.eval_env):  # the data may be far away
-        run = load_run(args.run, with_data=False)
-        try:
-            run = load_run(args.run)
-        except InputError as error:
-            print(f"note: the policy is exported and not judged: {error}")
-    else:
-        run = load_run(args.run, args.eval_env, args.env)
-    data, task, act = run.data, run.task, run.act
-    same = {"step": run.step, "seed": args.seed, "gamma": args.gamma}
-    found = {"run": str(args.run), **same}
+    run, *_ = runs = load_runs(args)
     if args.export:
         inputs = export(run.module, run.nets, run.args, args.export)
         print(f"{args.export}: torch.export.load(...).module()({', '.join(inputs)}) -> actions")
-    if task and args.episodes:
-        envs = [Discounted(make(task), args.gamma) for _ in range(args.episodes)]
-        returns = evaluate(act, envs, 10_000 * args.seed, torch.device("cpu"))
-        error = returns.std(ddof=1) / np.sqrt(len(returns)) if len(returns) > 1 else None
-        found |= {"return": returns.mean(), "return_standard_error": error}
-        found |= {"score": score(task, returns), "returns": list(returns)}
-        found["discounted_return"] = float(np.mean([env.discounted for env in envs]))
-        raw = score(task, [1e9]) == 1e9  # there are no references
-        first = "" if raw else f"score {found['score']:.1f}, "
-        spread = "" if error is None else f" ± {error:.1f} (standard error)"
-        print(
-            f"{args.episodes} episode{'s' * (args.episodes > 1)} in {task['env_id']}: "
-            f"{first}return {returns.mean():.1f}{spread}, "
-            f"discounted return {found['discounted_return']:.1f}"
-        )
     if args.video:
-        if not task:
+        if not run.task:
             raise InputError("--video needs a simulator: use --eval-env")
-        print(f"{args.video}: return {film(act, task, args.video, args.seed):.1f}")
-    if data and args.fqe_steps:
-        found |= fqe(data, act, args.gamma, args.fqe_steps, args.seed)
-        low, high = found["fqe_interval"]
-        print(
-            f"fitted Q evaluation: discounted return {found['fqe']:.1f} ({low:.1f} to {high:.1f}), "
-            f"the data itself {found['data_discounted_return']:.1f} (as recorded)\n"
-            f"held-out transitions: TD error {found['td_error']:.2f}, "
-            f"action distance {found['action_distance']:.2f}"
-        )
-    path = Path(args.run) / "evaluation.json"
-    try:
-        old = read_json(path)
-        found = old | found if same.items() <= old.items() else found
-    except (OSError, ValueError, AttributeError):  # none, or damaged
-        pass
-    write(path, json.dumps(found, indent=2).encode())
+        print(f"{args.video}: return {film(run.act, run.task, args.video, args.seed):.1f}")
+    task = run.task["env_id"] if run.task else None
+    same = {"seed": args.seed, "gamma": args.gamma, "task": task}
+    found = [{"run": folder, "step": one.step} | same for folder, one in zip(args.runs, runs)]
+    if task and args.episodes:
+        for one, x in zip(runs, found):
+            x |= simulated(one, args)
+    ranked, notes = sorted(found, key=lambda x: -x.get("return", 0)), []
+    if run.data and args.fqe_steps:
+        acts = dict(zip(args.runs, (one.act for one in runs)))
+        own, *judged = fqe.compare(run.data, acts, args.gamma, args.fqe_steps, args.seed)
+        found = [x | y for x, y in zip(found, judged)]
+        ranked = sorted([{"run": "the data"} | own, *found], key=lambda x: -x["fqe"])
+        notes = fqe.notes(ranked, run.data)
+    if len(ranked[0]) > 5:
+        print("\n".join([table(ranked), *notes]))
+    for folder, x in zip(args.runs, found):
+        save(folder, x)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,206 @@
+"""Fitted Q evaluation (FQE; Le, Voloshin & Yue, ICML 2019; arXiv:1903.08738): the discounted return
+of a policy, estimated from recorded data alone.
+
+The policy's Q is trained on the data's transitions with
+
+    L_Q = E[ (r + gamma (1 - terminal) Q'(s', pi(s')) - Q(s,a))^2 ]
+
+and read at the first states of the data's episodes. The policy that recorded the data is judged in
+the same way: its pi(s') is the action that the data have next, so that both numbers have the same
+horizon, which goes on beyond time limits.
+
+Five networks are trained. Each one learns from its own draw of the episodes, with replacement, and
+is read at the start states of that draw. The estimate is their mean, and the 95% interval is their
+standard deviation times Student's 2.78. With the same seed, every policy gets the same draws,
+batches and initial weights, so the interval of a difference of two policies is narrower than those
+of the two. The interval shows how much another log of the same size would change the estimate.
+Where a policy leaves the data, all five networks may be wrong together: read the notes.
+
+Two things keep the number right for rewards of any size. Q is b + unit * network, where b is the
+constant that solves the equation above best, and unit is the root mean square of the discounted
+returns that are left. And targets are kept inside what the data's rewards allow.
+"""
+
+import copy
+import math
+
+import torch
+from tqdm import tqdm
+
+from common import Adam, InputError, ScalarMLP, minimize, polyak
+
+MEMBERS, STUDENT = 5, 2.78  # Student's t for 95% and four degrees of freedom
+FASTEST = 0.1  # share of the way that a target goes in one step
+
+
+@torch.no_grad()
+def in_chunks(act, obs, rows: int = 10_000):
+    """What `act` returns (N, ...) for observations (N, S), computed `rows` at a time."""
+    return torch.cat([act(part) for part in obs.split(rows)])
+
+
+def first_rows(data):
+    """The index (E,) of the first row of every episode."""
+    return torch.searchsorted(data.episode, torch.arange(int(data.episode[-1]) + 1))
+
+
+def last_rows(data):
+    """Whether a row (N,) is the last one of its episode."""
+    return torch.cat([data.episode[1:] != data.episode[:-1], torch.ones(1, dtype=torch.bool)])
+
+
+def actions_of(data, act):
+    """Actions of a policy (raw observations to actions within the bounds) as the data have them, in
+    [-1, 1]: at the rows' next states (N, A) and at the rows themselves (N, A)."""
+    center = (data.action_high + data.action_low) / 2
+    half = (data.action_high - data.action_low) / 2
+    return [(in_chunks(act, x) - center) / half for x in (data.next_obs, data.obs)]
+
+
+def recorded_actions(data):
+    """`actions_of` for the policy that recorded the data. What it did after an episode's last row
+    is not known (NaN), and does not matter where the task itself ended."""
+    follows = data.episode[1:] == data.episode[:-1]
+    after = torch.full_like(data.action, math.nan)
+    after[:-1][follows] = data.action[1:][follows]
+    after[data.terminal > 0] = 0
+    return after, data.action
+
+
+def interval(members) -> list[float]:
+    """The 95% interval of an estimate, from the five networks' values (5,)."""
+    x = torch.as_tensor(members)
+    width = STUDENT * x.std()
+    return [float(x.mean() - width), float(x.mean() + width)]
+
+
+def returns_left(reward, weight, last):
+    """sum_k (the product of weights up to k) reward_k from every row (N,) to its episode's end."""
+    left, total = [], 0.0
+    for r, w, end in zip(*(x.flip(0).tolist() for x in (reward, weight, last))):
+        total = r if end else r + w * total
+        left.append(total)
+    return torch.tensor(left, dtype=torch.double).flip(0)
+
+
+def recorded_return(data, gamma: float) -> float | None:
+    """Mean discounted return of the data's episodes, or None where a time limit cuts one off."""
+    if not data.terminal[last_rows(data)].all():
+        return None
+    left = returns_left(data.reward, gamma * (1 - data.terminal), last_rows(data))
+    return float(left[first_rows(data)].mean())
+
+
+def draw_episodes(episodes: int):
+    """A draw (5, E) of E episodes, with replacement, for each network; each leaves one out."""
+    while True:
+        draws = torch.randint(episodes, (MEMBERS, episodes))
+        if all(len(draw.unique()) < episodes for draw in draws):
+            return draws
+
+
+def estimate(data, actions, gamma: float, steps: int, seed: int, name: str, batch_size=128) -> dict:
+    """FQE of a policy whose `actions` are those of `actions_of`. Returns its value, the values of
+    the five networks, their interval, the root-mean-square TD error on the rows of the episodes
+    that a network did not see, and the share of the horizon that the steps leave uncovered. Raises
+    InputError."""
+    episodes = int(data.episode[-1]) + 1
+    if episodes < 2:
+        raise InputError(f"{data.name} is one episode, none can be held out: --fqe-steps 0")
+    torch.manual_seed(seed)
+    first, draws = first_rows(data), draw_episodes(episodes)
+    after, action = actions
+    known = after.isfinite().all(1)
+    mean, std = data.obs.mean(0), data.obs.std(0) + 1e-3
+    x = torch.cat([(data.obs - mean) / std, data.action], 1)
+    x2 = torch.cat([(data.next_obs - mean) / std, after.nan_to_num()], 1)
+    x0 = torch.cat([(data.obs[first] - mean) / std, action[first]], 1)
+
+    reward, go_on = data.reward.double(), gamma * (1 - data.terminal.double())
+    b = reward[known].sum() / (1 - go_on[known]).sum()
+    reward = reward - (1 - go_on) * b  # of Q - b
+    left = returns_left(reward, go_on, last_rows(data))
+    unit = left.square().mean().sqrt() + 1e-9 * b.abs() + 1e-30
+    low, high = (torch.stack([x, 0 * x]) for x in data.reward.double().aminmax())
+    low, high = (low.amin() / (1 - gamma) - b) / unit, (high.amax() / (1 - gamma) - b) / unit
+    r, go_on = (reward / unit).float(), go_on.float()
+
+    q = ScalarMLP(x.shape[1], 64, 64, members=MEMBERS)
+    q_target, opt = copy.deepcopy(q).requires_grad_(False), Adam(q.parameters(), 1e-3)
+    speed = target_speed(gamma, steps)
+    counts = torch.stack([draw.bincount(minlength=episodes) for draw in draws])[:, data.episode]
+    drawn = [torch.arange(len(known)).repeat_interleave(count) for count in counts]
+    for t in tqdm(range(steps), desc=f"FQE of {name}", disable=None):
+        opt.lr.fill_(1e-3 * (1 - t / steps))
+        i = torch.stack([rows[torch.randint(len(rows), (batch_size,))] for rows in drawn])  # (E, B)
+        y = (r[i] + go_on[i] * q_target(x2[i])).clamp(low, high)
+        loss = known[i] * (q(x[i]) - y).square()
+        minimize(opt, loss.mean(1).sum())
+        polyak(q_target, q, speed)
+
+    with torch.no_grad():
+        values = b + unit * q_target(x0).double()  # (5, E)
+        members = values.gather(1, draws).mean(1)
+        errors = []
+        for k, count in enumerate(counts):
+            for i in torch.nonzero((count == 0) & known).squeeze(1).split(10_000):
+                y = (r[i] + go_on[i] * q_target(x2[i], member=k)).clamp(low, high)
+                errors.append(q_target(x[i], member=k) - y)
+    return {
+        "fqe": float(members.mean()),
+        "fqe_interval": interval(members),
+        "fqe_members": members.tolist(),
+        "td_error": float(unit * torch.cat(errors).square().mean().sqrt()),
+        "uncovered": math.exp(-speed * (1 - gamma) * steps),
+    }
+
+
+def target_speed(gamma: float, steps: int) -> float:
+    """The share of the way that targets go in one step. After n steps, exp(-n (1 - gamma) speed) of
+    the horizon is uncovered: 1%, or more where the steps are few."""
+    return min(FASTEST, max(0.005, math.log(100) / ((1 - gamma) * max(steps, 1))))
+
+
+def compare(data, acts: dict, gamma: float, steps: int, seed: int) -> list[dict]:
+    """FQE of the data's own policy, then of every policy of `acts`, {name: raw observations to
+    actions within the bounds}, with its difference from the data's. Raises InputError."""
+    own = estimate(data, recorded_actions(data), gamma, steps, seed, "the data")
+    found = [own | {"recorded_return": recorded_return(data, gamma)}]
+    for name, act in acts.items():
+        actions = actions_of(data, act)
+        x = estimate(data, actions, gamma, steps, seed, name) | {"fqe_steps": steps}
+        x["minus_data"], x["minus_data_interval"] = difference(x, own)
+        x |= {f"data_{key}": own[key] for key in ("fqe", "fqe_interval")}
+        x["action_distance"] = float((actions[1] - data.action).square().mean().sqrt())
+        found.append(x)
+    return found
+
+
+def difference(x: dict, y: dict):
+    """How much more FQE finds for x than for y, and its 95% interval."""
+    members = torch.tensor(x["fqe_members"]) - torch.tensor(y["fqe_members"])
+    return float(members.mean()), interval(members)
+
+
+def notes(ranked: list[dict], data) -> list[str]:
+    """Where FQE is not to be trusted, one line each, for policies in FQE's order, best first."""
+    lines, size = [], float(data.reward.square().mean().sqrt())
+    for x in ranked:
+        if x["td_error"] > size:
+            lines.append(
+                f"{x['run']}: the TD error on held-out transitions, {x['td_error']:.3g}, is as "
+                f"large as a reward, {size:.3g}, so FQE may be far off: use more data"
+            )
+    if (share := ranked[0]["uncovered"]) > 0.05:
+        lines.append(
+            f"the steps leave {share:.0%} of the horizon uncovered: use more --fqe-steps or a "
+            "smaller --gamma"
+        )
+    for x, y in zip(ranked, ranked[1:]):
+        gap, (low, high) = difference(x, y)
+        if low <= 0:
+            lines.append(
+                f"FQE cannot tell {x['run']} from {y['run']}: their difference is {gap:.3g} "
+                f"({low:.3g} to {high:.3g})"
+            )
+    return [f"note: {line}" for line in lines]
