@@ -29,6 +29,7 @@ import fisher_brc_bandit  # noqa: E402
 import fisher_brc_lambda  # noqa: E402
 import itrpo_paths  # noqa: E402
 import itrpo_trust  # noqa: E402
+import selection  # noqa: E402
 
 import results  # noqa: E402
 
@@ -62,7 +63,11 @@ TINY = {  # figure: (module, settings, size in pixels)
 
 def test_every_figure_is_tested():
     scripts = {p.stem: p for p in (ROOT / "figures").glob("*.py")}
-    for name in ("maze_paths", "results"):  # they need finished runs; have tests of their own
+    for name in (
+        "maze_paths",
+        "results",
+        "selection",
+    ):  # they need finished runs; have tests of their own
         scripts.pop(name)
     assert scripts.keys() == TINY.keys()
     for name, path in scripts.items():
@@ -486,3 +491,20 @@ def test_results_refuses_a_folder_without_runs(tmp_path):
     write_runs(tmp_path, "td3_bc", "hopper-medium-v2")
     with pytest.raises(InputError, match="is on a bundled dataset"):
         results.main(results.Args(str(tmp_path)))
+
+
+def test_how_well_fqe_chooses(tmp_path, capsys):
+    """By hand: FQE exchanges the two best of three, and so loses 10 points of score."""
+    for name, fqe, score in (("a", 3.0, 80.0), ("b", 2.0, 90.0), ("c", 1.0, 10.0)):
+        folder = tmp_path / f"data__{name}__0"
+        folder.mkdir()
+        found = {"run": str(folder), "fqe": fqe, "fqe_interval": [fqe - 1, fqe + 1]}
+        found |= {"score": score, "data_fqe": 1.5}
+        (folder / "evaluation.json").write_text(json.dumps(found))
+        (folder / "config.json").write_text(json.dumps({"args": {"env": "data"}}))
+    selection.main(selection.Args(str(tmp_path), str(tmp_path / "x.png")))
+    row = "| data | 3 | 0.50 | 10.0 | data__a__0 | data__b__0 |"
+    assert row in capsys.readouterr().out.splitlines()
+    assert (tmp_path / "x.png").stat().st_size > 1000
+    with pytest.raises(InputError, match="no run with an FQE"):
+        selection.read(tmp_path / "nowhere")

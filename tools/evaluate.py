@@ -370,7 +370,7 @@ def table(found: list[dict]) -> str:
     """The results of all policies as text, a row for each."""
     rows = []
     for x in found:
-        row = {"": x["run"]}
+        row = {}
         for key, title in {"fqe": "FQE", "minus_data": "minus the data"}.items():
             if key in x:
                 row[title] = "{:.4g} ({:.4g} to {:.4g})".format(x[key], *x[f"{key}_interval"])
@@ -381,7 +381,7 @@ def table(found: list[dict]) -> str:
             row["return"] = f"{x['return']:.1f}" + (f" ± {error:.1f}" if error is not None else "")
             row["score"] = f"{x['score']:.1f}"
         rows.append(row)
-    return pd.DataFrame(rows).fillna("").to_string(index=False)
+    return pd.DataFrame(rows, index=[x["run"] for x in found]).fillna("").to_string()
 
 
 def save(folder, found: dict) -> None:

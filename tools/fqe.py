@@ -23,6 +23,7 @@ returns that are left. And targets are kept inside what the data's rewards allow
 
 import copy
 import math
+from dataclasses import dataclass
 
 import torch
 from tqdm import tqdm
@@ -99,7 +100,59 @@ def draw_episodes(episodes: int):
             return draws
 
 
-def estimate(data, actions, gamma: float, steps: int, seed: int, name: str, batch_size=128) -> dict:
+@dataclass
+class Problem:
+    """A policy's Bellman equation on the data's N rows, as the networks take it: Q is
+    b + unit * network."""
+
+    x: torch.Tensor  # (N, S + A) states and actions
+    x2: torch.Tensor  # (N, S + A) next states and the policy's actions there
+    x0: torch.Tensor  # (E, S + A) start states and the policy's actions there
+    reward: torch.Tensor  # (N,) of (Q - b) / unit
+    go_on: torch.Tensor  # (N,) gamma, or 0 at a terminal
+    known: torch.Tensor  # (N,) whether the policy's action at the next state is known
+    b: float
+    unit: float
+    low: float  # the values that the data's rewards allow, of (Q - b) / unit
+    high: float
+
+    def y(self, q_target, i, member=None):
+        """The targets of rows i, for all networks or one."""
+        y = self.reward[i] + self.go_on[i] * q_target(self.x2[i], member=member)
+        return y.clamp(self.low, self.high)
+
+
+def problem(data, actions, gamma: float) -> Problem:
+    """The equation of a policy whose `actions` are those of `actions_of`."""
+    after, action = actions
+    known = after.isfinite().all(1)
+    go_on = gamma * (1 - data.terminal.double())
+    reward = data.reward.double()
+    b = reward[known].sum() / (1 - go_on[known]).sum()
+    low = min(reward.min(), 0) / (1 - gamma)
+    high = max(reward.max(), 0) / (1 - gamma)
+    reward = reward - (1 - go_on) * b
+    left = returns_left(reward, go_on, last_rows(data))
+    unit = left.square().mean().sqrt() + 1e-9 * b.abs() + 1e-30
+
+    first = first_rows(data)
+    mean, std = data.obs.mean(0), data.obs.std(0) + 1e-3
+    s, s2 = (data.obs - mean) / std, (data.next_obs - mean) / std
+    return Problem(
+        torch.cat([s, data.action], 1),
+        torch.cat([s2, after.nan_to_num()], 1),
+        torch.cat([s[first], action[first]], 1),
+        (reward / unit).float(),
+        go_on.float(),
+        known,
+        float(b),
+        float(unit),
+        float((low - b) / unit),
+        float((high - b) / unit),
+    )
+
+
+def estimate(data, actions, gamma: float, steps: int, seed: int, name: str) -> dict:
     """FQE of a policy whose `actions` are those of `actions_of`. Returns its value, the values of
     the five networks, their interval, the root-mean-square TD error on the rows of the episodes
     that a network did not see, and the share of the horizon that the steps leave uncovered. Raises
@@ -108,51 +161,44 @@ def estimate(data, actions, gamma: float, steps: int, seed: int, name: str, batc
     if episodes < 2:
         raise InputError(f"{data.name} is one episode, none can be held out: --fqe-steps 0")
     torch.manual_seed(seed)
-    first, draws = first_rows(data), draw_episodes(episodes)
-    after, action = actions
-    known = after.isfinite().all(1)
-    mean, std = data.obs.mean(0), data.obs.std(0) + 1e-3
-    x = torch.cat([(data.obs - mean) / std, data.action], 1)
-    x2 = torch.cat([(data.next_obs - mean) / std, after.nan_to_num()], 1)
-    x0 = torch.cat([(data.obs[first] - mean) / std, action[first]], 1)
-
-    reward, go_on = data.reward.double(), gamma * (1 - data.terminal.double())
-    b = reward[known].sum() / (1 - go_on[known]).sum()
-    reward = reward - (1 - go_on) * b  # of Q - b
-    left = returns_left(reward, go_on, last_rows(data))
-    unit = left.square().mean().sqrt() + 1e-9 * b.abs() + 1e-30
-    low, high = (torch.stack([x, 0 * x]) for x in data.reward.double().aminmax())
-    low, high = (low.amin() / (1 - gamma) - b) / unit, (high.amax() / (1 - gamma) - b) / unit
-    r, go_on = (reward / unit).float(), go_on.float()
-
-    q = ScalarMLP(x.shape[1], 64, 64, members=MEMBERS)
-    q_target, opt = copy.deepcopy(q).requires_grad_(False), Adam(q.parameters(), 1e-3)
+    draws = draw_episodes(episodes)
+    counts = torch.stack([draw.bincount(minlength=episodes) for draw in draws])
+    counts = counts[:, data.episode]  # (5, N)
+    one = problem(data, actions, gamma)
     speed = target_speed(gamma, steps)
-    counts = torch.stack([draw.bincount(minlength=episodes) for draw in draws])[:, data.episode]
-    drawn = [torch.arange(len(known)).repeat_interleave(count) for count in counts]
-    for t in tqdm(range(steps), desc=f"FQE of {name}", disable=None):
-        opt.lr.fill_(1e-3 * (1 - t / steps))
-        i = torch.stack([rows[torch.randint(len(rows), (batch_size,))] for rows in drawn])  # (E, B)
-        y = (r[i] + go_on[i] * q_target(x2[i])).clamp(low, high)
-        loss = known[i] * (q(x[i]) - y).square()
-        minimize(opt, loss.mean(1).sum())
-        polyak(q_target, q, speed)
-
+    q_target = train(one, counts, speed, tqdm(range(steps), desc=f"FQE of {name}", disable=None))
     with torch.no_grad():
-        values = b + unit * q_target(x0).double()  # (5, E)
+        values = one.b + one.unit * q_target(one.x0).double()  # (5, E)
         members = values.gather(1, draws).mean(1)
         errors = []
         for k, count in enumerate(counts):
-            for i in torch.nonzero((count == 0) & known).squeeze(1).split(10_000):
-                y = (r[i] + go_on[i] * q_target(x2[i], member=k)).clamp(low, high)
-                errors.append(q_target(x[i], member=k) - y)
+            held_out = torch.nonzero((count == 0) & one.known).squeeze(1)
+            for i in held_out.split(10_000):
+                errors.append(q_target(one.x[i], member=k) - one.y(q_target, i, k))
     return {
         "fqe": float(members.mean()),
         "fqe_interval": interval(members),
         "fqe_members": members.tolist(),
-        "td_error": float(unit * torch.cat(errors).square().mean().sqrt()),
+        "td_error": one.unit * float(torch.cat(errors).square().mean().sqrt()),
         "uncovered": math.exp(-speed * (1 - gamma) * steps),
     }
+
+
+def train(one: Problem, counts, speed: float, steps, batch_size: int = 128, lr: float = 1e-3):
+    """Train five networks, each on rows drawn as often as its `counts` (5, N) say; returns their
+    targets. The learning rate falls to 0."""
+    q = ScalarMLP(one.x.shape[1], 64, 64, members=MEMBERS)
+    q_target = copy.deepcopy(q).requires_grad_(False)
+    opt = Adam(q.parameters(), lr)
+    drawn = [torch.arange(len(one.x)).repeat_interleave(count) for count in counts]
+    for t in steps:
+        opt.lr.fill_(lr * (1 - t / len(steps)))
+        i = torch.stack([rows[torch.randint(len(rows), (batch_size,))] for rows in drawn])
+        error = q(one.x[i]) - one.y(q_target, i)  # (5, B)
+        loss = one.known[i] * error.square()
+        minimize(opt, loss.mean(1).sum())
+        polyak(q_target, q, speed)
+    return q_target
 
 
 def target_speed(gamma: float, steps: int) -> float:

@@ -1,0 +1,94 @@
+"""How well FQE ranks trained policies: its estimates against the simulator's scores, a panel for
+each dataset.
+
+Every point is a run that `python tools/evaluate.py` has judged with a simulator; bars are FQE's 95%
+intervals. The line shows what FQE gives to the data's own policy. The command prints, for each
+dataset, Spearman's rank correlation of FQE with the score, and regret@1: how many points of score
+the run that FQE puts first lies below the best run. Differs from the other figures: it needs runs,
+and no paper has it.
+
+    python tools/evaluate.py runs/hopper-replay-demo__*
+    python figures/selection.py runs
+"""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import matplotlib.figure
+import numpy as np
+import pandas as pd
+import tyro
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from common import InputError
+from harness.resume import read_json
+
+
+@dataclass
+class Args:
+    folder: tyro.conf.Positional[str] = "runs"
+    """folder of runs that tools/evaluate.py has judged"""
+    out: str = "figures/selection.png"
+    """where the picture goes"""
+
+
+def read(folder) -> pd.DataFrame:
+    """A row for each run that has an FQE and a score. Raises InputError where there is none."""
+    rows = []
+    for path in sorted(Path(folder).glob("*/evaluation.json")):
+        row = read_json(path) | {"data": read_json(path.with_name("config.json"))["args"]["env"]}
+        if {"fqe", "score"} <= row.keys():
+            rows.append(row)
+    if not rows:
+        raise InputError(f"{folder} has no run with an FQE and a score: use tools/evaluate.py")
+    return pd.DataFrame(rows)
+
+
+def choice(runs) -> tuple[float, float]:
+    """(rank correlation, regret@1 in points of score) of one dataset's runs."""
+    correlation = runs["fqe"].corr(runs["score"], method="spearman")
+    chosen = runs.loc[runs["fqe"].idxmax(), "score"]
+    return correlation, runs["score"].max() - chosen
+
+
+def draw(ax, runs) -> None:
+    """The panel of one dataset."""
+    low, high = np.array(runs["fqe_interval"].tolist()).T
+    bars = [runs["fqe"] - low, high - runs["fqe"]]
+    ax.errorbar(runs["score"], runs["fqe"], bars, fmt="o", capsize=3)
+    for run, x, y in zip(runs["run"], runs["score"], runs["fqe"]):
+        label = Path(run).name.split("__")[1]
+        ax.annotate(label, (x, y), (4, 4), textcoords="offset points", fontsize=8)
+    ax.axhline(runs["data_fqe"].mean(), color="gray", linestyle="--")
+    ax.set_xlabel("score in the simulator")
+
+
+def row(name, runs) -> str:
+    """The table's row of one dataset."""
+    correlation, regret = choice(runs)
+    cells = [name, str(len(runs)), f"{correlation:.2f}", f"{regret:.1f}"]
+    for x in ("fqe", "score"):
+        cells.append(Path(runs.loc[runs[x].idxmax(), "run"]).name)
+    return f"| {' | '.join(cells)} |"
+
+
+def main(args):
+    groups = list(read(args.folder).groupby("data"))
+    figure = matplotlib.figure.Figure(figsize=(4 * len(groups), 3.8), layout="constrained")
+    panels = figure.subplots(1, len(groups), squeeze=False)[0]
+    print(
+        "| data | runs | rank correlation | regret@1 | chosen | best |\n|---|---|---|---|---|---|"
+    )
+    for ax, (name, runs) in zip(panels, groups):
+        print(row(name, runs))
+        draw(ax, runs)
+        ax.set_title(name)
+    panels[0].set_ylabel("FQE: estimated discounted return")
+    Path(args.out).parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(args.out, dpi=110)
+    print(f"written to {args.out}")
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args, description=__doc__))
