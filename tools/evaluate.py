@@ -427,6 +427,9 @@ def main(args):
         found = [x | y for x, y in zip(found, judged)]
         ranked = sorted([{"run": "the data"} | own, *found], key=lambda x: -x["fqe"])
         notes = fqe.notes(ranked, run.data)
+        if task and args.episodes:
+            line = "FQE starts where the data's episodes start, the return where the task starts"
+            notes.append(f"note: {line}")
     if len(ranked[0]) > 5:
         print("\n".join([table(ranked), *notes]))
     for folder, x in zip(args.runs, found):
