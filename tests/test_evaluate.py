@@ -144,6 +144,16 @@ def test_recorded_return_by_hand(tiny_data):
     assert fqe.recorded_return(data, 0.5) is None
 
 
+def test_the_data_have_the_actions_of_their_next_rows(tiny_data):
+    """None is known after a cut, and none matters after a terminal."""
+    data = tiny_data(n=4, act_dim=1)
+    data.episode, data.terminal = torch.tensor([0, 0, 1, 1]), torch.tensor([0.0, 0, 0, 1])
+    after, action = fqe.recorded_actions(data)
+    assert torch.equal(action, data.action)
+    assert after[0] == action[1] and after[2] == action[3] and after[3] == 0
+    assert after[1].isnan()
+
+
 def test_fqe_uses_the_bounds_of_the_actions():
     """The same chain with actions in [0, 10] has the same values and the same distance."""
     data = chain(50)
