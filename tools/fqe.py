@@ -237,7 +237,7 @@ def notes(ranked: list[dict], data) -> list[str]:
                 f"{x['run']}: the TD error on held-out transitions, {x['td_error']:.3g}, is as "
                 f"large as a reward, {size:.3g}, so FQE may be far off: use more data"
             )
-    if (share := ranked[0]["uncovered"]) > 0.05:
+    if (share := ranked[0]["uncovered"]) > 0.02:
         lines.append(
             f"the steps leave {share:.0%} of the horizon uncovered: use more --fqe-steps or a "
             "smaller --gamma"
