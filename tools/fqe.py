@@ -14,7 +14,8 @@ is read at the start states of that draw. The estimate is their mean, and the 95
 standard deviation times Student's 2.78. With the same seed, every policy gets the same draws,
 batches and initial weights, so the interval of a difference of two policies is narrower than those
 of the two. The interval shows how much another log of the same size would change the estimate.
-Where a policy leaves the data, all five networks may be wrong together: read the notes.
+Where a policy leaves the data, all five networks may be wrong together: read the notes, and
+docs/selection.md for how often the interval held the truth.
 
 Two things keep the number right for rewards of any size. Q is b + unit * network, where b is the
 constant that solves the equation above best, and unit is the root mean square of the discounted
