@@ -26,6 +26,7 @@ import sys
 import typing
 from pathlib import Path
 
+import gymnasium
 import numpy as np
 import pandas as pd
 import torch
@@ -172,11 +173,12 @@ def write(path, content) -> None:
 # ---- with a simulator ------------------------------------------------------------------------
 
 
-class Discounted:
+class Discounted(gymnasium.Wrapper):
     """An environment that adds up the discounted return of its one episode."""
 
     def __init__(self, env, gamma):
-        self.env, self.gamma, self.reset = env, gamma, env.reset
+        super().__init__(env)
+        self.gamma = gamma
         self.weight, self.discounted = 1.0, 0.0
 
     def step(self, action):
@@ -186,12 +188,12 @@ class Discounted:
         return obs, reward, *rest
 
 
-class Filmed:
+class Filmed(gymnasium.Wrapper):
     """An environment that hands a picture of every `every`-th state to `keep`."""
 
     def __init__(self, env, keep, every):
-        self.env, self.keep, self.every = env, keep, every
-        self.reset, self.steps = env.reset, 0
+        super().__init__(env)
+        self.keep, self.every, self.steps = keep, every, 0
 
     def step(self, action):
         if self.steps % self.every == 0:
