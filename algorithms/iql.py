@@ -46,7 +46,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from common import BatchSize, Count, InsideUnit, NonNegative, Number, Positive, PositiveShare, Seed
 from common import ShareBelow1
 from common import MLP, Adam, InputError, RunArgs, ScalarMLP, Scaling, glorot_, orthogonal_
-from common import graphed, largest_value, minimize, normal_log_prob, normalize_obs, polyak, sample
+from common import affine, graphed, largest_value, minimize, normal_log_prob, normalize_obs
+from common import polyak, sample
 
 
 @dataclass
@@ -122,10 +123,10 @@ class Nets(nn.Module):
         *hidden, (w_last, b_last) = self.actor.layers
         x = s
         for w, b in hidden:
-            x = self.actor.activation(torch.addmm(b, x, w))
+            x = self.actor.activation(affine(x, w, b))
             if dropout:
                 x = x * (torch.rand_like(x) >= dropout) / (1 - dropout)
-        return torch.addmm(b_last, x, w_last).tanh()
+        return affine(x, w_last, b_last).tanh()
 
 
 def scale_rewards(data, args):

@@ -74,6 +74,20 @@ def test_every_cpu_thread_flushes_subnormals():
 # ---- networks --------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("members", [None, 3])
+@pytest.mark.parametrize("sizes", [(5, 8, 8, 1), (5, 8, 2)])
+def test_what_compilers_see_is_the_same_function(members, sizes, monkeypatch):
+    """Values and gradients, in float64."""
+    torch.manual_seed(0)
+    net, x = MLP(*sizes, members=members, activation="gelu").double(), torch.randn(7, 5).double()
+    plain = net(x)
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    seen = net(x)
+    assert_close(seen, plain, rtol=1e-12, atol=1e-12)
+    gradients = [torch.autograd.grad(y.sin().sum(), list(net.parameters())) for y in (seen, plain)]
+    assert_close(*gradients, rtol=1e-12, atol=1e-12)
+
+
 @pytest.mark.parametrize("lead", [(7,), (3, 7), (1, 7)])
 def test_members_are_separate_linear_stacks(lead):
     torch.manual_seed(0)
@@ -486,6 +500,27 @@ def test_normalized_observations_and_the_policy_see_the_same(tiny_data):
     fresh.load_state_dict(scaling.state_dict())
     assert torch.equal(fresh.obs(torch.tensor(obs)), data.obs)
     assert not other.obs_mean.any() and (other.obs_std == 1).all(), "a checkpoint changes no data"
+
+
+def test_normalization_computes_in_float64(tiny_data):
+    """In float32, the mean of a large constant column is not the constant."""
+    data = tiny_data(n=20_000)
+    data.obs[:, 0], data.obs[:, 1] = 12345.678, 1e4 + torch.rand(20_000)
+    expected = data.obs.double()
+    normalize_obs(data, eps=1e-3)
+    assert torch.equal(data.obs[:, 0], torch.zeros(20_000))
+    assert_close(data.obs_mean, expected.mean(0).float(), rtol=0, atol=0)
+    deviation = expected.std(0, correction=0) + 1e-3
+    assert_close(data.obs_std, deviation.float(), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("value", [1e6, -1e6, 3.0])
+def test_a_row_that_squeezes_a_column_is_named(value, tiny_data, capsys):
+    data = tiny_data(n=1_000)
+    data.obs[7, 1] = value
+    normalize_obs(data, eps=1e-3)
+    line = f"note: column 1 of the observations is {value:.3g} in row 7"
+    assert capsys.readouterr().out.startswith(line) == (abs(value) > 100)
 
 
 def test_actions_reach_the_bounds_of_the_task(tiny_data):
