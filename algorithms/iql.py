@@ -44,9 +44,8 @@ from torch import nn
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from common import BatchSize, Count, InsideUnit, NonNegative, Number, Positive, PositiveShare, Seed
-from common import ShareBelow1
-from common import MLP, Adam, InputError, RunArgs, ScalarMLP, Scaling, glorot_, orthogonal_
-from common import affine, graphed, largest_value, minimize, normal_log_prob, normalize_obs
+from common import ShareBelow1, Adam, InputError, MLP, RunArgs, ScalarMLP, Scaling, affine, glorot_
+from common import graphed, largest_value, minimize, normal_log_prob, normalize_obs, orthogonal_
 from common import polyak, sample
 
 
