@@ -1,0 +1,272 @@
+"""A table with one row per time step becomes a checked .npz file, which --env takes.
+
+    python tools/from_csv.py log.csv --obs x v --actions u --reward r --episode id
+    python tools/from_csv.py log.csv --obs x v --actions u --reward r --episode id --step t --terminal failed
+
+A row holds what was observed, the action that was then taken, and the reward that followed. Rows of
+an episode stand together, in the order of time. A row that lacks a number is cut, and what stood
+before and after it never becomes a transition; the same holds where --step skips. Everything else
+that cannot be right is refused with its line in the file. What is printed says which lines are not
+used and why, then what the columns hold, so that a wrong column or unit is seen before training.
+"""
+
+import csv
+import io
+import json
+import sys
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import tyro
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "algorithms")]
+from common import Flags, InputError, Number, in_one_line
+from harness.readers import read
+from harness.resume import write_atomic
+from harness.tasks import near, require
+from run import parse
+
+SKIPS = 1.5  # times the usual rise of --step: more is a hole
+ROUNDING = 1e-5  # of the range of an action, as in harness/readers
+PLAIN = "write it with commas between columns and points in numbers"
+
+
+@dataclass
+class Args(Flags):
+    log: tyro.conf.Positional[str] = ""
+    """the table: a .csv file in UTF-8, whose first line names the columns"""
+    obs: tuple[str, ...] = ()
+    """columns of the observation"""
+    actions: tuple[str, ...] = ()
+    """columns of the action"""
+    reward: str = ""
+    """column of the reward that followed the action"""
+    episode: str = ""
+    """column with a number or name for each episode"""
+    step: str = ""
+    """column that rises evenly inside an episode, in any unit: a larger rise is a hole"""
+    terminal: str = ""
+    """column that is 1 in the row after which the task itself ended, as by a failure, and else 0"""
+    low: tuple[Number, ...] = ()
+    """lowest possible action, one number for all or one for each; left out: the data's lowest"""
+    high: tuple[Number, ...] = ()
+    """highest possible action, one number for all or one for each; left out: the data's highest"""
+    out: str = "logs.npz"
+    """file to write; an older one is replaced"""
+
+    def resolve(self):
+        for name in ("obs", "actions", "reward", "episode") if self.log else ():
+            require(getattr(self, name), f"--{name} is missing: add it with a column of {self.log}")
+        names = [*self.obs, *self.actions, self.reward]
+        for name in names:
+            once = names.count(name) == 1
+            require(once, f"{name} is named twice in --obs, --actions and --reward: name it once")
+        for name in ("low", "high"):
+            count = len(getattr(self, name))
+            fits = count in (0, 1, len(self.actions))
+            require(fits, f"--{name} has {count} numbers: use one, or one for each of --actions")
+        require(self.out.endswith(".npz"), f"--out is {self.out}: use a name that ends in .npz")
+
+
+# ---- reading ---------------------------------------------------------------------------------
+
+
+def read_table(args) -> pd.DataFrame:
+    """The columns that the flags name. The index is the line in the file. Raises InputError."""
+    path = args.log
+    used = [*args.obs, *args.actions, args.reward, args.episode, args.step, args.terminal]
+    used = list(dict.fromkeys(filter(None, used)))
+    fix = f"if it is a table, {PLAIN}, as 'CSV UTF-8'"
+    with in_one_line(path, fix), warnings.catch_warnings():
+        warnings.simplefilter("error", pd.errors.ParserWarning)  # a row is longer than the header
+        with open(path, newline="", encoding="utf-8-sig") as file:  # which drops Excel's mark
+            head = [name.strip() for name in next(csv.reader(file), [])]
+            check_head(path, head, used)
+            rows = pd.read_csv(
+                file,
+                names=range(len(head)),
+                index_col=False,
+                skipinitialspace=True,
+                skip_blank_lines=False,
+                low_memory=False,
+            )
+    require(len(rows), f"{path} has a header and no rows: write the rows below it")
+    rows.index += 2
+    table = rows[[head.index(name) for name in used]].set_axis(used, axis=1)
+    for name in used:
+        if name != args.episode:
+            table[name] = numbers(path, table[name])
+    return table
+
+
+def check_head(path, head, used):
+    """Raises InputError where the header is not one, or lacks a column."""
+    require(head, f"{path} is empty: write a header and rows")
+    for name in used:
+        if len(head) == 1:
+            require(name in head, f"{path} has one column, {head[0]!r:.60}: {PLAIN}")
+        found = ", ".join(head)
+        line = f"{path} has no column {name}{near(name, head)}: use one of {found:.200}"
+        require(name in head, line)
+        require(head.count(name) == 1, f"{path} has two columns {name}: rename one of them")
+
+
+def numbers(path, column) -> pd.Series:
+    """A column as float64, NaN where there is no finite number. Raises InputError for text."""
+    found = pd.to_numeric(column, errors="coerce").astype(float)
+    for line in column.index[found.isna() & column.notna()][:1]:
+        raise InputError(
+            f"{path} line {line}: {column.name} is {column[line]!r:.40}, not a number: write numbers "
+            "with a decimal point, and nothing where one is missing"
+        )
+    return found.where(np.isfinite(found))
+
+
+# ---- episodes --------------------------------------------------------------------------------
+
+
+def some(lines) -> str:
+    """The first of many lines of the file, in words."""
+    more = f" and {len(lines) - 5} more" if len(lines) > 5 else ""
+    return f"line{'s' * (len(lines) > 1)} {', '.join(map(str, lines[:5]))}{more}"
+
+
+def complete_rows(table) -> pd.DataFrame:
+    """The rows that have a value in every column; prints which are cut."""
+    for name in table:
+        lines = table.index[table[name].isna()]
+        if len(lines):
+            print(f"cut: {len(lines)} rows without a value in {name}: {some(lines)}")
+    table = table.dropna()
+    require(len(table), "no row has a value in every column: leave out the column that lacks them")
+    return table
+
+
+def marks(args, table):
+    """(episode, terminal, timeout) of each row (N,): a number for its episode, whether the task
+    ended, and whether the recording stopped or a row is missing after it. Raises InputError."""
+    path, lines, label = args.log, table.index, table[args.episode]
+    begins = label.ne(label.shift()).to_numpy()
+    last = np.append(begins[1:], True)
+    for line in lines[begins & label.duplicated()][:1]:
+        raise InputError(
+            f"{path} line {line}: episode {label[line]} goes on after another one began: sort the "
+            "rows by episode and time, or give each part a name of its own"
+        )
+    hole = np.append(np.diff(lines) > 1, False)
+    if args.step:
+        rise = np.append(np.diff(table[args.step]), np.nan)
+        usual = np.median(rise[~last]) if (~last).any() else 1.0
+        for line in lines[~last & (rise <= 0)][:1]:
+            raise InputError(
+                f"{path} line {line}: {args.step} does not rise after {table[args.step][line]:g}: "
+                "sort the rows of the episode by time, and remove repeated ones"
+            )
+        hole |= rise > SKIPS * usual
+        print(f"{args.step} rises by {usual:g}; a rise above {SKIPS * usual:g} is a hole")
+    terminal = np.zeros(len(table), bool)
+    if args.terminal:
+        x = table[args.terminal]
+        for line in lines[~x.isin((0, 1))][:1]:
+            fix = "write 1 where the task itself ended, else 0"
+            raise InputError(f"{path} line {line}: {args.terminal} is {x[line]:g}: {fix}")
+        terminal = x.to_numpy() > 0
+        for line in lines[terminal & ~last][:1]:
+            raise InputError(
+                f"{path} line {line}: {args.terminal} is 1, but episode {label[line]} goes on: "
+                "write 1 in its last row alone"
+            )
+    hole &= ~last
+    if hole.any():
+        print(f"holes: {hole.sum()}, before each a row without a known successor: "
+              f"{some(lines[hole])}")  # fmt: skip
+    stopped = last & ~terminal
+    if args.terminal:
+        print(f"terminal: {terminal.sum()} of {last.sum()} episodes")
+    if stopped.any():
+        print(f"stopped: {stopped.sum()} episodes, whose last row has no known successor: "
+              f"{some(lines[stopped])}")  # fmt: skip
+    numeric = pd.api.types.is_numeric_dtype(label) and (label % 1 == 0).all()
+    episode = label.astype(float) if numeric else pd.factorize(label)[0]
+    return np.asarray(episode, float), terminal, stopped | hole
+
+
+def bounds(args, actions):
+    """(lowest, highest) action as metadata: what the flags or the data have. Raises InputError."""
+    found = []
+    for typed, seen in ((args.low, actions.min()), (args.high, actions.max())):
+        x = typed or tuple(seen)
+        found.append(x[0] if len(typed) == 1 else list(x))
+    low, high = (np.broadcast_to(x, len(args.actions)) for x in found)
+    for name, a, b in zip(args.actions, low, high):
+        require(a < b, f"{name} has the bounds {a:g} and {b:g}: correct --low and --high, or leave "
+                f"{name} out of --actions if it never changes")  # fmt: skip
+        beyond = np.maximum(a - actions[name], actions[name] - b) > ROUNDING * (b - a)
+        for line in actions.index[beyond][:1]:
+            raise InputError(
+                f"{args.log} line {line}: {name} is {actions[name][line]:g}, not in {a:g} to "
+                f"{b:g}: correct the row, or --low and --high"
+            )
+    return found
+
+
+# ---- what a person wants to see --------------------------------------------------------------
+
+
+def show(args, table, episode, low, high):
+    """Print episodes, returns and columns of the rows that are kept."""
+    reward = table[args.reward].groupby(episode)
+    for title, x in (("lengths", reward.size()), ("returns", reward.sum())):
+        print(f"{title}: {x.min():.6g} to {x.max():.6g}, mean {x.mean():.6g}")
+    names = [*args.obs, *args.actions, args.reward]
+    x = table[names]
+    kinds = ["observation"] * len(args.obs) + ["action"] * len(args.actions) + ["reward"]
+    shown = pd.DataFrame({"": kinds, "min": x.min(), "mean": x.mean(), "max": x.max()})
+    actions = x[list(args.actions)]
+    for title, bound in (("at low", low), ("at high", high)):
+        near = np.isclose(actions, bound, rtol=0, atol=ROUNDING * np.subtract(high, low))
+        share = pd.Series(near.mean(0), args.actions).map("{:.1%}".format)
+        shown[title] = share.reindex(names).fillna("")
+    print(shown.to_string(float_format="{:.6g}".format))
+    for which, typed in (("lowest", args.low), ("highest", args.high)):
+        flag = "--low" if which == "lowest" else "--high"
+        source = f"typed as {flag}" if typed else f"the data's, because {flag} is not given"
+        print(f"{which} action: {source}")
+    constant = [name for name in args.obs if x[name].min() == x[name].max()]
+    if constant:
+        print(f"note: constant, so of no use in --obs: {', '.join(constant)}")
+
+
+def main(args):
+    require(args.log, "no table: python tools/from_csv.py log.csv --obs x v --actions u ...")
+    whole = read_table(args)
+    print(f"{args.log}: {len(whole)} rows")
+    table = complete_rows(whole)
+    episode, terminal, timeout = marks(args, table)
+    print(f"kept: {len(table)} rows in {len(set(episode))} episodes")
+    actions = table[list(args.actions)]
+    low, high = bounds(args, actions)
+    show(args, table, episode, low, high)
+    file = io.BytesIO()
+    np.savez(
+        file,
+        observations=table[list(args.obs)].to_numpy(),
+        actions=actions.to_numpy(),
+        rewards=table[args.reward].to_numpy(),
+        terminals=terminal,
+        timeouts=timeout,
+        episode=episode,
+        metadata=json.dumps({"action_low": low, "action_high": high}),
+    )
+    with in_one_line(args.out, "use another folder"):
+        write_atomic(Path(args.out), file.getvalue())
+    read(args.out)
+    print(f"{args.out} is written; next: python algorithms/iql.py --env {args.out} --steps 20000")
+
+
+if __name__ == "__main__":
+    main(parse(Args, {}, sys.argv[1:])[0])
