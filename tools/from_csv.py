@@ -81,19 +81,18 @@ def read_table(args) -> pd.DataFrame:
     used = [*args.obs, *args.actions, args.reward, args.episode, args.step, args.terminal]
     used = list(dict.fromkeys(filter(None, used)))
     fix = f"if it is a table, {PLAIN}, as 'CSV UTF-8'"
+    form = {"encoding": "utf-8-sig"}  # drops Excel's mark
     with in_one_line(path, fix), warnings.catch_warnings():
-        warnings.simplefilter("error", pd.errors.ParserWarning)  # a row is longer than the header
-        with open(path, newline="", encoding="utf-8-sig") as file:  # which drops Excel's mark
+        with open(path, newline="", **form) as file:
             head = [name.strip() for name in next(csv.reader(file), [])]
-            check_head(path, head, used)
-            rows = pd.read_csv(
-                file,
-                names=range(len(head)),
-                index_col=False,
-                skipinitialspace=True,
-                skip_blank_lines=False,
-                low_memory=False,
-            )
+        check_head(path, head, used)
+        warnings.simplefilter("error", pd.errors.ParserWarning)
+        form |= {"names": range(len(head)), "index_col": False, "skiprows": 1}
+        form |= {"skipinitialspace": True, "skip_blank_lines": False, "low_memory": False}
+        try:
+            rows = pd.read_csv(path, **form)
+        except pd.errors.ParserWarning:
+            raise ValueError("its rows have more values than its header has names") from None
     require(len(rows), f"{path} has a header and no rows: write the rows below it")
     rows.index += 2
     table = rows[[head.index(name) for name in used]].set_axis(used, axis=1)
@@ -120,8 +119,8 @@ def numbers(path, column) -> pd.Series:
     found = pd.to_numeric(column, errors="coerce").astype(float)
     for line in column.index[found.isna() & column.notna()][:1]:
         raise InputError(
-            f"{path} line {line}: {column.name} is {column[line]!r:.40}, not a number: write numbers "
-            "with a decimal point, and nothing where one is missing"
+            f"{path} line {line}: {column.name} is {column[line]!r:.40}, not a number: write "
+            "numbers with a decimal point, and nothing where one is missing"
         )
     return found.where(np.isfinite(found))
 
@@ -140,7 +139,7 @@ def complete_rows(table) -> pd.DataFrame:
     for name in table:
         lines = table.index[table[name].isna()]
         if len(lines):
-            print(f"cut: {len(lines)} rows without a value in {name}: {some(lines)}")
+            print(f"cut for want of {name}: {len(lines)} of {len(table)} rows: {some(lines)}")
     table = table.dropna()
     require(len(table), "no row has a value in every column: leave out the column that lacks them")
     return table

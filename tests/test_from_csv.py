@@ -1,0 +1,209 @@
+"""tools/from_csv.py: the README's file from the README's table; what is cut, shown and refused."""
+
+import json
+import re
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from test_readme import block
+
+from common import InputError, parse
+from run import load
+from tools import from_csv
+
+FLAGS = "--obs x v --actions u --reward reward --episode episode"
+LIMITS = f"{FLAGS} --low -2 --high 2"
+ALL = f"{LIMITS} --step t --terminal failed"
+
+
+@pytest.fixture
+def log(tmp_path, monkeypatch):
+    """The README's table in log.csv: six episodes of ten rows, three of which failed. x counts up
+    by 1 inside an episode."""
+    monkeypatch.chdir(tmp_path)
+    rng, n = np.random.default_rng(0), 60
+    episode, t = np.divmod(np.arange(n), 10)
+    table = pd.DataFrame({"episode": episode, "x": 100 * episode + t, "v": rng.normal(size=n)})
+    table["u"], table["reward"] = rng.uniform(-1.9, 1.9, n), rng.normal(size=n)
+    table["failed"], table["t"] = (episode % 2) * (t == 9), 0.5 * t
+    table.loc[[3, 4, 5], "u"] = 2.0
+    save(table)
+    return table
+
+
+def save(table, **options):
+    table.to_csv("log.csv", index=False, **options)
+
+
+def convert(flags=ALL, out="logs.npz"):
+    """The arrays that the command writes, and its metadata."""
+    words = ["log.csv", *flags.split(), "--out", out]
+    from_csv.main(parse(from_csv.Args, {}, words)[0])
+    with np.load(out) as file:
+        arrays = dict(file)
+    return arrays, json.loads(arrays.pop("metadata").item())
+
+
+def assert_same(one, other):
+    assert one[0].keys() == other[0].keys() and one[1] == other[1]
+    for key, x in one[0].items():
+        y = other[0][key]
+        assert (x.dtype, x.shape) == (y.dtype, y.shape), key
+        np.testing.assert_allclose(x, y, rtol=1e-15, atol=0, err_msg=key)  # pandas 2 rounds so
+
+
+def test_the_file_is_the_one_of_the_readme(log):
+    exec(block("import numpy as np"), {})
+    with np.load("logs.npz") as file:
+        arrays = dict(file)
+    by_hand = arrays, json.loads(arrays.pop("metadata").item())
+    assert_same(convert(f"{LIMITS} --terminal failed", "mine.npz"), by_hand)
+    assert_same(convert(ALL, "mine.npz"), by_hand)
+    assert by_hand[0]["terminals"].sum() == 3
+
+
+def test_rows_around_a_gap_are_no_transition(log, capsys):
+    """A row cut for want of a number, one that is infinite, one that is absent: x rises by 1."""
+    log = log.astype({"x": float})
+    log.loc[3, "v"], log.loc[25, "x"], log.loc[44, "reward"] = np.nan, np.inf, np.nan
+    save(log.drop(index=[17, 35]))
+    arrays, _ = convert()
+    said = capsys.readouterr().out
+    for line in (
+        "log.csv: 58 rows\n",
+        "cut for want of x: 1 of 58 rows: line 26\n",
+        "cut for want of v: 1 of 58 rows: line 5\n",
+        "cut for want of reward: 1 of 58 rows: line 44\n",
+        "t rises by 0.5; a rise above 0.75 is a hole\n",
+        "holes: 5, before each a row without a known successor: lines 4, 18, 25, 35, 43\n",
+        "stopped: 3 episodes, whose last row has no known successor: lines 11, 30, 49\n",
+        "kept: 55 rows in 6 episodes\n",
+    ):
+        assert line in said, line
+    assert len(arrays["rewards"]) == 55 and arrays["timeouts"].sum() == 8
+    data, _ = load("logs.npz")
+    alive = data.terminal == 0
+    assert (data.next_obs - data.obs)[alive, 0].eq(1).all() and len(data.obs) == 55 - 8
+    kept = log.dropna().replace(np.inf, np.nan).dropna().drop(index=[17, 35])
+    whole = torch.tensor(kept.groupby("episode").reward.sum().to_numpy())
+    assert torch.allclose(data.episode_return.unique_consecutive().double(), whole)
+
+
+def test_without_step_a_row_that_is_cut_is_a_gap_too(log):
+    log.loc[3, "v"] = np.nan
+    save(log)
+    arrays, _ = convert(f"{LIMITS} --terminal failed")
+    assert list(np.flatnonzero(arrays["timeouts"])) == [2, 8, 28, 48]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda text: "\ufeff" + text,
+        lambda text: text.replace("\n", "\r\n"),
+        lambda text: text.replace(",", " , "),
+        lambda text: text + "\n\n",
+        lambda text: re.sub(r",1,(4.5\n)", r",True,\1", re.sub(r",0,([\d.]+\n)", r",False,\1", text)),
+    ],
+    ids=["mark", "windows", "spaces", "blank", "words"],
+)
+def test_forms_of_one_table_give_one_file(log, change):
+    plain = convert(out="plain.npz")
+    with open("log.csv", "r+", newline="", encoding="utf-8") as file:
+        text = change(file.read())
+        file.seek(0)
+        file.write(text)
+    assert_same(convert(), plain)
+
+
+def test_episodes_may_have_names(log):
+    numbered, _ = convert(out="plain.npz")
+    save(log.assign(episode="run " + log.episode.astype(str)))
+    named, _ = convert()
+    assert np.array_equal(named["episode"], numbered["episode"])
+
+
+def test_a_person_sees_ranges_bounds_and_columns_that_say_nothing(log, capsys):
+    log["v"], log["big"] = 7, 1.7e9 + 0.01 * log.index
+    save(log)
+    convert(ALL.replace("--obs x v", "--obs x v big"))
+    said = capsys.readouterr().out
+    returns = log.groupby("episode").reward.sum()
+    expected = f"returns: {returns.min():.6g} to {returns.max():.6g}, mean {returns.mean():.6g}\n"
+    assert "lengths: 10 to 10, mean 10\n" in said and expected in said
+    assert re.search(r"\nx +observation +0 +254.5 +509 *\n", said), said
+    assert re.search(r"\nu +action .* 2 +0.0% +5.0%\n", said), said
+    assert "note: constant, so of no use in --obs: v\n" in said
+    assert "too coarse for observations column 2" in said
+    assert "lowest action: typed as --low\n" in said
+
+
+def test_bounds_are_typed_or_those_of_the_data(log, capsys):
+    log["w"] = 5 * log.u
+    save(log)
+    two = FLAGS.replace("--actions u", "--actions u w")
+    _, meta = convert(f"{two} --low -2 -10")
+    assert meta == {"action_low": [-2, -10], "action_high": [2, 10]}
+    assert "highest action: the data's, because --high is not given\n" in capsys.readouterr().out
+    _, meta = convert(two)
+    assert meta["action_low"] == [log.u.min(), log.w.min()]
+
+
+def swap(table, *lines):
+    """The table with two lines of the file exchanged."""
+    a, b = (line - 2 for line in lines)
+    order = list(table.index)
+    order[a], order[b] = b, a
+    return table.loc[order]
+
+
+REFUSED = {
+    "log.csv has no column vv (did you mean v?)": (ALL.replace("x v", "x vv"), None),
+    "--reward is missing": (FLAGS.replace("--reward reward", ""), None),
+    "u is named twice": (ALL.replace("x v", "x u"), None),
+    "--low has 2 numbers": (f"{FLAGS} --low -2 -2", None),
+    "line 5: u is 2, not in -1.95 to 1.95": (f"{FLAGS} --low -1.95 --high 1.95", None),
+    "line 4: v is 'err', not a number": (ALL, lambda x: x.astype({"v": str}).replace(
+        {"v": {str(x.v[2]): "err"}})),
+    "line 5: episode 0 goes on after": (ALL, lambda x: swap(x, 4, 15)),
+    "line 4: t does not rise after 1.5": (ALL, lambda x: swap(x, 4, 5)),
+    "line 12: failed is 1, but episode 1 goes on": (ALL, lambda x: x.assign(failed=x.episode % 2)),
+    "line 2: failed is 3: write 1": (ALL, lambda x: x.assign(failed=3)),
+    "u has the bounds 1 and 1": (FLAGS, lambda x: x.assign(u=1)),
+    "log.csv has a header and no rows": (ALL, lambda x: x[:0]),
+    "no row has a value in every column": (ALL, lambda x: x.assign(failed=None)),
+    "no row has a next observation": (FLAGS, lambda x: x[:60:10]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("said", REFUSED)
+def test_what_cannot_be_right_is_one_line(log, said):
+    flags, change = REFUSED[said]
+    save(change(log) if change else log)
+    with pytest.raises(InputError, match=re.escape(said)) as error:
+        convert(flags)
+    assert "\n" not in str(error.value) and len(str(error.value)) < 300
+
+
+@pytest.mark.parametrize(
+    "content, said",
+    [
+        (b"", "log.csv is empty"),
+        (b"x;v;u\n1;2;3\n", "log.csv has one column, 'x;v;u': write it with commas"),
+        (b"x,v,u,reward,episode\n1,5,2,0,1,0,1,0,1,0\n", "its rows have more values than its header"),
+        (b"x,v,u,reward,episode\n1,2,3,4,5\n1,2,3,4,5,6\n", "line 3"),
+        (b"x,v,u,x,reward,episode\n1,2,3,4,5,6\n", "log.csv has two columns x"),
+        ("x,v\n1,2\n".encode("utf-16"), "'CSV UTF-8'"),
+        (None, "No such file"),
+    ],
+    ids=["empty", "semicolons", "commas", "long", "twice", "utf-16", "absent"],
+)
+def test_a_file_that_is_no_table_is_one_line(tmp_path, monkeypatch, content, said):
+    monkeypatch.chdir(tmp_path)
+    if content is not None:
+        (tmp_path / "log.csv").write_bytes(content)
+    with pytest.raises(InputError, match=re.escape(said)) as error:
+        convert(FLAGS)
+    assert "\n" not in str(error.value) and not (tmp_path / "logs.npz").exists()
