@@ -110,6 +110,8 @@ def test_without_step_a_row_that_is_cut_is_a_gap_too(log):
     ids=["mark", "windows", "spaces", "blank", "words"],
 )
 def test_forms_of_one_table_give_one_file(log, change):
+    log.loc[7, "v"] = np.nan
+    save(log)
     plain = convert(out="plain.npz")
     with open("log.csv", "r+", newline="", encoding="utf-8") as file:
         text = change(file.read())

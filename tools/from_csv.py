@@ -1,7 +1,7 @@
 """A table with one row per time step becomes a checked .npz file, which --env takes.
 
     python tools/from_csv.py log.csv --obs x v --actions u --reward r --episode id
-    python tools/from_csv.py log.csv --obs x v --actions u --reward r --episode id --step t --terminal failed
+    python tools/from_csv.py log.csv ... --step t --terminal failed --low -2 --high 2
 
 A row holds what was observed, the action that was then taken, and the reward that followed. Rows of
 an episode stand together, in the order of time. A row that lacks a number is cut, and what stood
