@@ -175,7 +175,8 @@ REFUSED = {
     "line 2: failed is 3: write 1": (ALL, lambda x: x.assign(failed=3)),
     "u has the bounds 1 and 1": (FLAGS, lambda x: x.assign(u=1)),
     "log.csv has a header and no rows": (ALL, lambda x: x[:0]),
-    "no row has a value in every column": (ALL, lambda x: x.assign(failed=None)),
+    "no row has a value in every column": (ALL, lambda x: x.assign(reward=None)),
+    "line 2: failed is nan: write 1": (ALL, lambda x: x.assign(failed=x.failed.replace(0, None))),
     "no row has a next observation": (FLAGS, lambda x: x[:60:10]),
 }  # fmt: skip
 

@@ -134,13 +134,14 @@ def some(lines) -> str:
     return f"line{'s' * (len(lines) > 1)} {', '.join(map(str, lines[:5]))}{more}"
 
 
-def complete_rows(table) -> pd.DataFrame:
-    """The rows that have a value in every column; prints which are cut."""
-    for name in table:
+def complete_rows(table, terminal) -> pd.DataFrame:
+    """The rows that have a value in every column but `terminal`; prints which are cut."""
+    needed = table.drop(columns=terminal or [])
+    for name in needed:
         lines = table.index[table[name].isna()]
         if len(lines):
             print(f"cut for want of {name}: {len(lines)} of {len(table)} rows: {some(lines)}")
-    table = table.dropna()
+    table = table[needed.notna().all(axis=1)]
     require(len(table), "no row has a value in every column: leave out the column that lacks them")
     return table
 
@@ -171,7 +172,7 @@ def marks(args, table):
     if args.terminal:
         x = table[args.terminal]
         for line in lines[~x.isin((0, 1))][:1]:
-            fix = "write 1 where the task itself ended, else 0"
+            fix = "write 1 in the row after which the task itself ended, and 0 in all others"
             raise InputError(f"{path} line {line}: {args.terminal} is {x[line]:g}: {fix}")
         terminal = x.to_numpy() > 0
         for line in lines[terminal & ~last][:1]:
@@ -244,7 +245,7 @@ def main(args):
     require(args.log, "no table: python tools/from_csv.py log.csv --obs x v --actions u ...")
     whole = read_table(args)
     print(f"{args.log}: {len(whole)} rows")
-    table = complete_rows(whole)
+    table = complete_rows(whole, args.terminal)
     episode, terminal, timeout = marks(args, table)
     print(f"kept: {len(table)} rows in {len(set(episode))} episodes")
     actions = table[list(args.actions)]
