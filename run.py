@@ -93,7 +93,7 @@ def score(task, returns) -> float:
         found = returns.mean()
     else:
         found = 100 * np.mean((returns - low) / (high - low))
-    worst = np.abs([*returns, found]).max()
+    worst = np.abs(np.append(returns, found)).max()
     if not worst < 1e30:
         raise InputError(f"{task.get('env_id', 'the data')}: a return, or the score, is {worst:g}: "
                          "repair the task, its references or the rewards")  # fmt: skip
