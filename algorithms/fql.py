@@ -22,6 +22,9 @@ has the scale of actions and the second the scale of Q. A published alpha is the
 with the rewards, the discount and the reward shift for which it was chosen. With
 --normalize-q-loss, Q in L_w is divided by the mean of |Q|, so that this scale does not matter.
 
+With --best-of N, w trains as before, but what acts is the flow: of N samples mu(s, z), the one with
+the largest Q, as in the authors' IFQL. Every run reports this for 1 and 16 samples at its end.
+
 Without w (--no-distill), the flow itself acts, and Q's gradient runs through its M steps. This is
 the paper's FBRAC.
 
@@ -39,7 +42,7 @@ What changes scores (more in DEPARTURES, at the foot of the file):
 
 import copy
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Literal
@@ -48,7 +51,8 @@ import torch
 from torch import nn
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from common import BatchSize, Count, NonNegative, Number, Positive, PositiveShare, Seed, ShareBelow1
+from common import BatchSize, Count, CountOrZero, NonNegative, Number, Positive, PositiveShare
+from common import Seed, ShareBelow1
 from common import MLP, Adam, Episodes, RunArgs, ScalarMLP, Scaling
 from common import glorot_, graphed, largest_value, minimize, normalize_obs, polyak, sample
 
@@ -76,7 +80,9 @@ class Args(RunArgs):
     distill: bool = True
     """learn a one-step policy; without it the flow acts, and Q is maximized through its M steps"""
     q_agg: Literal["mean", "min"] = "mean"
-    """how y combines the two target critics: by their mean, or by the smaller one"""
+    """how y, and the choice of --best-of, combine the two critics: mean, or the smaller one"""
+    best_of: CountOrZero = 0
+    """act by the best, by Q, of so many samples of the flow: 1 is the flow; 0 is off"""
     gamma: ShareBelow1 = 0.99
     """discount"""
     polyak: PositiveShare = 0.005
@@ -194,16 +200,31 @@ def q(nets, s, a):
     return nets.q(s, a)
 
 
+def best_of_flow(nets, s, z, args):
+    """Of the flow's clipped actions from noise z (B, N, A), the ones of largest Q (B, A)."""
+    n = z.shape[1]
+    rows = s.repeat_interleave(n, 0)  # (B N, S)
+    a = flow(nets, rows, z.flatten(0, 1), args).clamp(-1, 1)
+    q = nets.q(rows, a)  # (2, B N)
+    q = q.amin(0) if args.q_agg == "min" else q.mean(0)
+    best = q.view(-1, n, 1).argmax(1, keepdim=True)  # (B, 1, 1)
+    return a.view_as(z).gather(1, best.expand(-1, 1, z.shape[2])).squeeze(1)
+
+
 def policy_with_noise(nets, obs, noise, args):
-    """Raw observations (B, S) and standard normal noise (B, A) to actions (B, A) in the task's
-    bounds."""
-    a = act(nets, nets.scaling.obs(obs), noise, args)
-    return nets.scaling.action(a.clamp(-1, 1))
+    """Raw observations (B, S) and standard normal noise (B, A), or (B, N A) with --best-of N, to
+    actions (B, A) in the task's bounds."""
+    s = nets.scaling.obs(obs)
+    if args.best_of:
+        z = noise.unflatten(1, (args.best_of, -1))
+        return nets.scaling.action(best_of_flow(nets, s, z, args))
+    return nets.scaling.action(act(nets, s, noise, args).clamp(-1, 1))
 
 
 def policy(nets, obs, args):
     """Raw observations (B, S) to actions (B, A) in the task's bounds, with fresh noise."""
-    noise = torch.randn_like(nets.scaling.action_center.expand(len(obs), -1))
+    row = nets.scaling.action_center.repeat(max(args.best_of, 1))
+    noise = torch.randn_like(row.expand(len(obs), -1))
     return policy_with_noise(nets, obs, noise, args)
 
 
@@ -224,6 +245,9 @@ def train(run, data, args):
     step = graphed(update, nets, opt, data, args, compile=args.compile)
     for t in run.loop(args.steps):
         run.after(t, step(), lambda obs: policy(nets, obs, args))
+    one, best = replace(args, best_of=1), replace(args, best_of=16)
+    run.reference("its flow", lambda obs: policy(nets, obs, one))
+    run.reference("best of 16 of its flow", lambda obs: policy(nets, obs, best))
 
 
 DEPARTURES = """
@@ -245,6 +269,9 @@ This file, against the authors' code:
 - Each of the three networks has its own Adam, all with one learning rate; the authors have one Adam
   for all. The arithmetic is the same.
 - There is no evaluation before the first step, and no training online.
+- --best-of is how their IFQL acts (agents/ifql.py: 32 samples, clipped, the smaller of the two
+  online critics). IFQL's critics are those of IQL with an expectile of 0.9; here they are FQL's,
+  and --q-agg combines them.
 - The presets of locomotion follow the authors' advice for new data, because no alpha is published.
 """
 

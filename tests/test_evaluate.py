@@ -272,6 +272,17 @@ def test_an_exported_policy_needs_torch_alone(here):
     assert_close(sampled, expected, atol=1e-6, rtol=0)
 
 
+def test_a_policy_that_chooses_among_samples_takes_the_noise_of_all(here):
+    run = judge.load_run(trained("fql"))
+    args = dataclasses.replace(run.args, best_of=3)
+    inputs = judge.export(run.module, run.nets, args, "best.pt2")
+    assert inputs[1] == "standard normal noise (B, 3)"  # three samples of one action number
+    obs, noise = torch.randn(5, 3), torch.randn(5, 3)
+    actions = torch.export.load("best.pt2").module()(obs, noise)
+    expected = run.module.policy_with_noise(run.nets, obs, noise, args)
+    assert_close(actions, expected, atol=1e-6, rtol=0)
+
+
 class Sampler:
     """A user's file whose policy draws twice, in ways that nobody else can draw for it."""
 

@@ -275,6 +275,37 @@ def test_policy_is_reproducible_and_takes_its_noise_from_outside(data, distill):
     assert_close(actions[0], expected)
 
 
+@pytest.mark.parametrize(("agg", "best"), [("min", 0.25), ("mean", -1.0)])
+def test_the_best_of_many_samples_by_q(agg, best):
+    """The flow adds s to the noise. Q_1 = a and Q_2 = 1 - 3 a: their minimum is largest at 0.25,
+    their mean at the lower bound."""
+    s = torch.tensor([[0.5], [-0.5]])
+    z = torch.tensor([[-0.25, 9.0, -9.0, 0.0], [0.0, 0.75, 9.0, -9.0]]).unsqueeze(2)
+    nets = SimpleNamespace(
+        velocity=lambda s, x, t: s,
+        q=lambda s, a: torch.stack([a[:, 0], 1 - 3 * a[:, 0]]),
+    )
+    assert_close(fql.best_of_flow(nets, s, z, Args(q_agg=agg)), torch.full((2, 1), best))
+
+
+def test_best_of_is_a_choice_among_the_flows_own_actions(data):
+    data.obs_mean, data.obs_std = torch.tensor([1.0, 2.0, 0.0]), torch.ones(3)
+    data.action_low, data.action_high = torch.tensor([-2.0, 0.0]), torch.tensor([6.0, 1.0])
+    args = Args(hidden=8, best_of=3)
+    torch.manual_seed(0)
+    nets, obs, noise = Nets(data, args), torch.randn(500, 3), torch.randn(500, 6)
+    s = obs - data.obs_mean
+    each = torch.stack([fql.flow(nets, s, z, args).clamp(-1, 1) for z in noise.split(2, 1)])
+    q = torch.stack([nets.q(s, a).mean(0) for a in each])  # (3, 500)
+    expected = nets.scaling.action(each[q.argmax(0), torch.arange(500)])
+    assert_close(fql.policy_with_noise(nets, obs, noise, args), expected)
+    torch.manual_seed(1)
+    drawn = fql.policy(nets, obs, args)
+    torch.manual_seed(1)
+    noise = torch.randn(500, 6)
+    assert_close(drawn, fql.policy_with_noise(nets, obs, noise, args))
+
+
 # ---- behavior --------------------------------------------------------------------------------
 
 

@@ -318,8 +318,8 @@ def export(module, nets, args, path: str) -> list[str]:
     inputs, names = (obs,), ["observations (B, S)"]
     if draws.taken and hasattr(module, "policy_with_noise"):
         act = lambda obs, noise: module.policy_with_noise(nets, obs, noise, args)
-        inputs = obs, torch.zeros(2, len(nets.scaling.action_center))
-        names.append("standard normal noise (B, A)")
+        inputs = obs, torch.zeros(2, draws.taken[0].shape[1])
+        names.append(f"standard normal noise (B, {inputs[1].shape[1]})")
     elif draws.taken:
         inputs, free = (obs[:1], *draws.taken), False
         names = ["observations (1, S)", *(f"noise {tuple(x.shape)}" for x in draws.taken)]
