@@ -272,6 +272,7 @@ def test_an_exported_policy_needs_torch_alone(here):
     assert_close(sampled, expected, atol=1e-6, rtol=0)
 
 
+@pytest.mark.soak
 def test_a_policy_that_chooses_among_samples_takes_the_noise_of_all(here):
     run = judge.load_run(trained("fql"))
     args = dataclasses.replace(run.args, best_of=3)
