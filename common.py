@@ -395,8 +395,10 @@ def transitions(arrays: dict, meta: dict, name: str, device) -> Data:
     cut, recording = recorded(columns, end, terminal)
     end = end | cut
     end[-1] = True
-    next_obs = columns.get("next_observations", obs.roll(-1, 0)).float()
-    if "next_observations" not in columns:
+    if "next_observations" in columns:
+        next_obs = columns["next_observations"].float()
+    else:
+        next_obs = obs.roll(-1, 0)
         unknown = torch.full_like(obs[end], math.nan)
         final = columns.get("final_observations", unknown)
         if final.shape != unknown.shape:
@@ -404,10 +406,11 @@ def transitions(arrays: dict, meta: dict, name: str, device) -> Data:
         next_obs[end] = final.float()
     known = ~next_obs.isnan().any(1)
     next_obs[~known] = obs[~known]  # at a terminal it is weighted 0, but must be finite
-    low, high = (
-        torch.as_tensor(meta.get(key, bound), dtype=torch.float32).expand(action.shape[1])
-        for key, bound in (("action_low", -1.0), ("action_high", 1.0))
-    )
+    with in_one_line(f"{name}, its action bounds", "store one number, or one for each action"):
+        low, high = (
+            torch.as_tensor(meta.get(key, bound), dtype=torch.float32).expand(action.shape[1])
+            for key, bound in (("action_low", -1.0), ("action_high", 1.0))
+        )
     action = action.clamp(low, high)
     if (low != -1).any() or (high != 1).any():
         action = (action - low) / (high - low) * 2 - 1

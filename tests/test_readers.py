@@ -1622,6 +1622,10 @@ IN_A_COPY = {
     "text": (change("rewards", lambda x: np.array(["a"] * 19)), "could not convert string"),
     "lost": (lambda a: {k: v[8:9] for k, v in a.items()}, "no row has a next observation"),
     "masks": (add("masks", 19), "this form needs the folder harness/"),
+    "bounds": (
+        lambda a: a | {"metadata": np.array('{"action_low": [[1]]}')},
+        "its action bounds: .* store one number, or one for each action",
+    ),
 }
 
 
