@@ -406,7 +406,7 @@ def transitions(arrays: dict, meta: dict, name: str, device) -> Data:
         next_obs[end] = final.float()
     known = ~next_obs.isnan().any(1)
     next_obs[~known] = obs[~known]  # at a terminal it is weighted 0, but must be finite
-    with in_one_line(f"{name}, its action bounds", "store one number, or one for each action"):
+    with in_one_line(f"the action bounds of {name}", "store one number, or one for each action"):
         low, high = (
             torch.as_tensor(meta.get(key, bound), dtype=torch.float32).expand(action.shape[1])
             for key, bound in (("action_low", -1.0), ("action_high", 1.0))

@@ -403,6 +403,9 @@ FINE_ENOUGH = {
     "seconds": np.arange(2000) / 20,
     "metres from a start": 300 + DRAW.normal(0, 0.3, 2000).cumsum(),
     "constant": np.full(2000, 12345.678),
+    "trembling, moved a few times": (np.arange(2000) % 500 > 400) * 0.15
+    + DRAW.normal(0, 4e-9, 2000).cumsum()
+    + 0.1,
     "at rest, then moved": 0.5 + DRAW.normal(0, 1e-10, 2000) + np.linspace(-1, 1, 2000).clip(0),
 }
 
@@ -1624,7 +1627,7 @@ IN_A_COPY = {
     "masks": (add("masks", 19), "this form needs the folder harness/"),
     "bounds": (
         lambda a: a | {"metadata": np.array('{"action_low": [[1]]}')},
-        "its action bounds: .* store one number, or one for each action",
+        "the action bounds of .*; store one number, or one for each action",
     ),
 }
 
