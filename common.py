@@ -200,11 +200,11 @@ def out_of_range(field, x) -> InputError:
 
 def parse(Args, presets: dict, argv: list[str]):
     """Words of a command line -> (args, preset in force). `presets` is {pattern of --env: {field:
-    value}}. Its rows change defaults, so a typed flag wins; of two rows, the later wins. No row
-    applies to the path of a file, and rows with "singletask" apply to OGBench's tasks alone, as
-    those without it (such as antmaze-*, for D4RL) do to all others. With --short, the rows whose
-    pattern begins with "short " follow. Where --steps is typed, an earlier phase whose own flag is
-    not typed is at most as long. Raises InputError."""
+    value}}. Its rows change defaults, so a typed flag wins; where two rows set one field, the later
+    wins. No row applies to the path of a file, and rows with "singletask" apply to OGBench's tasks
+    alone, as those without it (such as antmaze-*, for D4RL) do to all others. With --short, the
+    rows whose pattern begins with "short " follow. Where --steps is typed, an earlier phase whose
+    own flag is not typed is at most as long. Raises InputError."""
     import tyro
 
     words = [part for x in argv for part in (x.split("=", 1) if x[:2] == "--" else [x])]
@@ -386,7 +386,7 @@ def recorded(columns: dict, end, terminal):
 def transitions(arrays: dict, meta: dict, name: str, device) -> Data:
     """Checked numpy arrays in the README's format -> Data. A row whose next observation is not
     known (NaN, or not stored) is dropped, unless the MDP ended there; no other row is. Raises
-    InputError for a shape that does not fit."""
+    InputError for a shape that does not fit, and for a number that cannot be right."""
     check_shapes(arrays, name)
     columns = {key: torch.as_tensor(x) for key, x in arrays.items()}
     obs, action, reward = (columns[key].float() for key in ("observations", "actions", "rewards"))
@@ -411,7 +411,13 @@ def transitions(arrays: dict, meta: dict, name: str, device) -> Data:
             torch.as_tensor(meta.get(key, bound), dtype=torch.float32).expand(action.shape[1])
             for key, bound in (("action_low", -1.0), ("action_high", 1.0))
         )
-    action = action.clamp(low, high)
+    excess = torch.maximum(low - action, action - high) / (high - low)
+    right = obs.isfinite().all() and reward.isfinite().all() and (low < high).all()
+    if not (right and (excess <= 1e-5).all()):  # NaN is no such number
+        raise InputError(
+            f"{name}: a number is NaN, infinite or beyond the action bounds; correct it"
+        )
+    action = action.clamp(low, high)  # what rounding put beyond them
     if (low != -1).any() or (high != 1).any():
         action = (action - low) / (high - low) * 2 - 1
     episode = end.long().cumsum(0) - end.long()

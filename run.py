@@ -198,8 +198,8 @@ class Run:
         self.tell("start")
 
     def loop(self, steps: int, phase: str = "train"):
-        """Yield the step numbers 1 to `steps`. A phase has its own random stream, seeded by
-        its name and --seed."""
+        """Yield the step numbers 1 to `steps`. A phase has its own random stream, seeded by its
+        name and --seed; a resumed run goes on in the stream that it had."""
         self.phase, self.phase_steps = phase, steps
         self.first, self.last = 1, {}
         torch.manual_seed(zlib.crc32(f"{phase} {self.args.seed}".encode()))
@@ -275,7 +275,8 @@ class Run:
             return self.finish()
 
     def finish(self) -> float | None:
-        """Write summary.json; print and return the mean score of the last evaluations."""
+        """Write summary.json; print and return the mean score of the last ten evaluations (of the
+        last three on OGBench)."""
         scores = [float(row["score"]) for row in self.rows["eval"]]
         count = 3 if "-singletask" in self.args.env else 10  # as OGBench's and D4RL's papers
         final = float(np.mean(scores[-count:])) if scores else None

@@ -1625,6 +1625,14 @@ IN_A_COPY = {
     "text": (change("rewards", lambda x: np.array(["a"] * 19)), "could not convert string"),
     "lost": (lambda a: {k: v[8:9] for k, v in a.items()}, "no row has a next observation"),
     "masks": (add("masks", 19), "this form needs the folder harness/"),
+    "an action of 2": (change("actions", lambda x: x * 0 + 2), "NaN, infinite or beyond"),
+    "NaN action": (change("actions", lambda x: x * np.nan), "NaN, infinite or beyond"),
+    "NaN observation": (change("observations", lambda x: x * np.nan), "NaN, infinite or beyond"),
+    "infinite reward": (change("rewards", lambda x: x + np.inf), "NaN, infinite or beyond"),
+    "crossed bounds": (
+        lambda a: a | {"metadata": np.array('{"action_low": 1, "action_high": -1}')},
+        "NaN, infinite or beyond",
+    ),
     "bounds": (
         lambda a: a | {"metadata": np.array('{"action_low": [[1]]}')},
         "the action bounds of .*; store one number, or one for each action",
