@@ -33,13 +33,11 @@ stopped starts from the beginning when the command is repeated.
 
 import dataclasses
 import importlib
-import inspect
 import re
 import runpy
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Literal
 
 import numpy as np
@@ -48,9 +46,9 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "algorithms")]
 from common import Count, Episodes, Flags, InputError, Scaling, Seed
-from harness import resume
 from peers import drive
-from run import FILES, Run, parse
+from peers.program import PeerGuest, PeerRun, checked_commit, portable, rows_of
+from run import FILES, parse
 
 COMMIT = "6afec90"
 # A field of our Args -> CORL's fields of the same meaning.
@@ -68,8 +66,6 @@ FIXED = {
     "iql": {"extraction": "awr", "max_weight": 100.0, "dropout": 0.0, "hidden": 256, "layers": 2}
     | {"gelu": False, "critic_ln": False},
 }
-ROWS = dict(observations="obs", actions="action", rewards="reward", terminals="terminal")
-ROWS |= dict(next_observations="next_obs")
 
 
 @dataclass
@@ -168,20 +164,6 @@ def scale_rewards(algorithm: str, data, ours) -> None:
         data.reward += ours.reward_shift
 
 
-def checked_commit(checkout, made_for: str) -> str:
-    """The commit of a checkout, and a line where it is not the one that a tool was made for."""
-    commit = drive.commit(checkout)
-    if commit != made_for:
-        print(f"note: the checkout is {commit}, and this tool was made for {made_for}")
-    return commit
-
-
-def portable(word: str) -> str:
-    """A word of a command line, where a path of this machine is cut to its last part."""
-    flag, equals, value = word.rpartition("=") if word.startswith("--") else ("", "", word)
-    return flag + equals + (Path(value).name if Path(value).is_absolute() else value)
-
-
 # ---- CORL's program --------------------------------------------------------------------------
 
 
@@ -196,61 +178,6 @@ class Environment(drive.Task):
 
     def get_normalized_score(self, value):
         return value / 100  # CORL prints it, which is left out
-
-
-class PeerGuest(resume.Guest):
-    """The files of a run of another program. It cannot be continued, so nothing but results is
-    kept, and a stopped run starts again. `file` is the program's file of the algorithm, and
-    run.program describes the program: its name, commit, file and args."""
-
-    def __init__(self, run, file):
-        super().__init__(run)
-        self.file = file
-
-    def code(self):
-        """The hash "algorithm" is of the program's file."""
-        tools = {__file__, inspect.getfile(type(self.run)), drive.__file__}
-        return super().code() | {"tool": resume.code_hash(*sorted(tools))}
-
-    def config(self):
-        config, run = super().config(), self.run
-        program = dict(run.program)
-        name = program.pop("name")
-        return config | {
-            "args": config["args"] | {"out": portable(run.args.out), "resume": False},
-            "versions": config["versions"] | {name: program["commit"]},
-            name.lower(): program,
-        }
-
-    def step(self, t):
-        if self.stopped:
-            print(f"\nstopped at step {t}; repeat the command to start again", flush=True)
-            raise SystemExit(130)
-
-
-class PeerRun(Run):
-    """A run whose loop is in another program. That program logs after every update, then evaluates
-    where it is due: both end here. `metrics` holds the losses of step t."""
-
-    def begin(self) -> None:
-        """Before the program starts."""
-        if self.task is None:
-            raise InputError(
-                f"{self.args.env} has no task to evaluate a policy in: use another dataset"
-            )
-        self.start(None, SimpleNamespace())
-        self.counter = self.loop(self.args.steps)
-        self.t = next(self.counter)
-
-    def advance(self, act=None) -> None:
-        """Step t is over."""
-        self.after(self.t, self.metrics, act)
-        self.t = next(self.counter, None)
-
-    def end(self, file: str, fix: str) -> None:
-        """After the program has ended. Raises InputError where it has not made all its steps."""
-        if self.t is not None or not self.rows["eval"]:
-            raise InputError(f"{file} left before its last step: {fix}")
 
 
 class CorlRun(PeerRun):
@@ -268,7 +195,7 @@ class CorlRun(PeerRun):
         """Run CORL's program until it has made all its steps."""
         scale_rewards(self.peer, data, args)
         self.environment, self.scaling = Environment(data), Scaling(data)
-        rows = {name: getattr(data, field).cpu().numpy() for name, field in ROWS.items()}
+        rows = rows_of(data)
         self.settings = corl_settings(self.peer, args, len(data.obs), self.device)
         self.program["args"] = self.settings
         drive.put_all(self.log, make=lambda name: self.environment, load=lambda env: rows)

@@ -84,6 +84,9 @@ class Space:
     def seed(self, seed):
         pass
 
+    def sample(self):
+        return np.zeros(self.shape, np.float32)
+
 
 class Task:
     """An environment whose episodes have no step."""

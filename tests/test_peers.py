@@ -1,8 +1,11 @@
 """peers/: the meter on work of a known size, what a program finds in place of its packages, the
-table; CORL's program on our rows, in our evaluation and in our format; refusals."""
+table; programs of CORL and of FQL's and IQL's authors on our rows, in our evaluation and in our
+format; refusals."""
 
 import dataclasses
+import functools
 import importlib
+import inspect
 import json
 import os
 import subprocess
@@ -18,6 +21,7 @@ import torch
 from common import InputError
 from peers import corl, drive, speed
 from peers import fql as peers_fql
+from peers import iql as peers_iql
 from run import evaluate, load, make, parse, score
 from tools import report
 
@@ -181,22 +185,6 @@ def test_a_program_that_fails_is_named(tmp_path):
     args = flags(path, "--algorithms", "td3_bc")
     with pytest.raises(InputError, match="CORL, td3_bc: RuntimeError: no such thing; run "):
         speed.measure(speed.programs(args)[0], args, str(tmp_path))
-
-
-BAD = {
-    "": "name a checkout, for example: python peers/speed.py ../CORL",
-    "nowhere": "nowhere: use the folder of a checkout; there is none of algorithms/offline/td3_bc",
-    "CORL --rounds 0": "--rounds is 0",
-    "CORL --seconds -1": "--seconds is -1",
-}
-
-
-@pytest.mark.parametrize("line", BAD)
-def test_refusals(line, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    checkout("CORL")
-    with pytest.raises(InputError, match=BAD[line]):
-        speed.main(flags(*line.split()))
 
 
 # ---- CORL on our rows ------------------------------------------------------------------------
@@ -446,9 +434,9 @@ def test_paths_of_this_machine_are_cut():
     assert cut == ["--out", "runs", "--corl=CORL", "../x", "--a=b"]
 
 
-# ---- FQL's program on our rows ---------------------------------------------------------------
+# ---- the authors' programs on our rows -------------------------------------------------------
 
-# The parts of its main program that touch what is replaced. Its policy never learns.
+# The parts of FQL's main program that touch what is replaced. Its policy never learns.
 FQL = """
 import json, sys, numpy as np, tqdm, wandb
 from envs.env_utils import make_env_and_datasets
@@ -473,73 +461,204 @@ sys.exit()
 """
 
 
-def test_fqls_program_runs_on_our_rows_in_our_evaluation(tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    for name in ("tqdm", "wandb", "envs.env_utils", "utils.evaluation", "utils.log_utils"):
-        monkeypatch.setitem(sys.modules, name, sys.modules.get(name))
-    monkeypatch.setattr(sys, "path", [*sys.path])
-    place, env = fql_checkout(tmp_path / "fql", FQL), "hopper-medium-expert-demo"
-    line = ["--checkout", place, "--env", env, "--seed", "3", "--hidden", "64", *SHORT]
-    monkeypatch.setattr(sys, "argv", ["peers/fql.py", *line])
-    peers_fql.main(*parse(peers_fql.Args, peers_fql.PRESETS, line))
-    assert "fql_authors score" in capsys.readouterr().out
+# The parts of the program of IQL's authors that touch what is replaced, with modules named as ours.
+IQL = {
+    "common": "Batch = dict",
+    "learner": """
+import functools, jax, numpy as np
+from common import Batch
 
-    given = json.loads((tmp_path / "flags.json").read_text())
+assert jax.tree_multimap is jax.tree.map
+
+@functools.partial(jax.jit, static_argnames=("actor_def", "distribution"))
+def mean(actor_def, observations):
+    return np.tanh(observations[:, :3])
+
+class Learner:
+    def sample_actions(self, observations, temperature):
+        assert temperature == 0 and observations.dtype == np.float32
+        return mean(None, observations)
+""",
+    "train_offline": """
+import d4rl, gym, json, numpy as np, runpy, sys, types, wrappers
+from unittest.mock import patch
+from evaluation import evaluate
+from learner import Learner
+from tensorboardX import SummaryWriter
+
+flags = dict(word[2:].split("=", 1) for word in sys.argv[1:])
+with patch.dict(sys.modules, ml_collections=types.SimpleNamespace(ConfigDict=dict)):
+    flags |= runpy.run_path(flags["config"])["get_config"]()
+json.dump(flags, open("flags.json", "w"))
+env: gym.Env = wrappers.SinglePrecision(wrappers.EpisodeMonitor(gym.make(flags["env_name"])))
+env.seed(0), env.action_space.seed(0), env.observation_space.seed(0)
+data = d4rl.qlearning_dataset(env)
+assert env.observation_space.sample().shape == data["observations"][0].shape
+assert env.action_space.sample().shape == data["actions"][0].shape
+np.savez("seen.npz", batch=np.random.randint(1000, size=9), **data)
+writer = SummaryWriter("tb", write_to_disk=True)
+for i in range(1, 1 + int(flags["max_steps"])):
+    writer.add_scalar("training/loss", np.float32(i), i)
+    writer.add_histogram("training/adv", np.zeros(9), i)
+    writer.add_scalar("training/v", np.float32(-i), i)
+    writer.flush()
+    if i % int(flags["eval_interval"]) == 0:
+        stats = evaluate(Learner(), env, 10)
+        writer.add_scalar("evaluation/average_returns", stats["return"], i)
+sys.exit()
+""",
+}
+DRIVERS = {"fql": peers_fql, "iql": peers_iql}
+REPLACED = {
+    "fql": ["tqdm", "wandb", "envs.env_utils", "utils.evaluation", "utils.log_utils"],
+    "iql": ["d4rl", "gym", "tensorboardX", "wrappers", "evaluation", "learner"],
+}
+
+
+def iql_checkout(folder) -> str:
+    """A folder that looks like a checkout of the program of IQL's authors."""
+    Path(folder).mkdir()
+    for name, text in IQL.items():
+        (Path(folder) / f"{name}.py").write_text(text)
+    return str(folder)
+
+
+def authors(name, *words):
+    """Start a driver of the authors' program."""
+    driver = DRIVERS[name]
+    driver.main(*parse(driver.Args, driver.PRESETS, list(words)))
+
+
+@pytest.fixture
+def judged(tmp_path, monkeypatch, capsys):
+    """Factory of a short run of the authors' program: (name, checkout, more flags) -> its flags,
+    and its rows. Its losses, and its scores by our own evaluation, are compared. The modules that
+    are replaced or imported come back at the end."""
+
+    def judge(name, place, *words):
+        monkeypatch.chdir(tmp_path)
+        for module in REPLACED[name]:
+            monkeypatch.setitem(sys.modules, module, None)
+            del sys.modules[module]
+        monkeypatch.setattr(sys, "path", [*sys.path])
+        env, driver = "hopper-medium-expert-demo", DRIVERS[name]
+        words = ["--checkout", place, "--env", env, "--seed", "3", "--log-every", "5", *words]
+        monkeypatch.setattr(sys, "argv", [f"peers/{name}.py", *words, *SHORT])
+        authors(name, *words, *SHORT)
+        assert f"{name}_authors score" in capsys.readouterr().out
+
+        (folder,) = (tmp_path / "runs").glob(f"hopper*__{name}_authors__3")
+        result = report.read_run(folder)
+        assert result["finished"] and result["curve"].steps.tolist() == [10, 20]
+        data, task = load(env)
+        driver.normalize_obs(data, eps=1e-3)
+        scaling, envs = driver.Scaling(data), [make(task) for _ in range(2)]
+        act = lambda obs: scaling.action(torch.tanh(scaling.obs(obs)[:, :3]))
+        returns = evaluate(act, envs, 3100, torch.device("cpu"))
+        assert np.allclose(result["curve"].score, score(task, returns), rtol=1e-6)
+        log = np.genfromtxt(folder / "train.csv", delimiter=",", names=True)
+        assert log["step"].tolist() == log["loss"].tolist() == [5, 10, 15, 20]
+        assert str(tmp_path) not in (folder / "config.json").read_text()
+        seen = dict(np.load(tmp_path / "seen.npz"))
+        assert np.array_equal(seen["observations"], data.obs.numpy())
+        return json.loads((tmp_path / "flags.json").read_text()), seen, data
+
+    return judge
+
+
+def test_fqls_program_runs_on_our_rows_in_our_evaluation(tmp_path, judged):
+    given, seen, data = judged("fql", fql_checkout(tmp_path / "fql", FQL), "--hidden", "64")
     assert given["agent.value_hidden_dims"] == "(64, 64, 64, 64)" and given["agent.tau"] == "0.02"
     assert (given["agent.discount"], given["agent.normalize_q_loss"]) == ("0.99", "True")
-    data, task = load(env)
-    peers_fql.normalize_obs(data, eps=1e-3)
-    with np.load(tmp_path / "seen.npz") as seen:
-        assert np.array_equal(seen["observations"], data.obs.numpy())
-        assert np.array_equal(seen["masks"], 1 - data.terminal.numpy())
-        assert abs(seen["actions"]).max() == np.float32(1 - 1e-5) < data.action.abs().max()
-
-    (folder,) = (tmp_path / "runs").glob("hopper*__fql_authors__3")
-    result = report.read_run(folder)
-    assert result["finished"] and result["curve"].steps.tolist() == [10, 20]
-    scaling, envs = peers_fql.Scaling(data), [make(task) for _ in range(2)]
-    act = lambda obs: scaling.action(torch.tanh(scaling.obs(obs)[:, :3]))
-    returns = evaluate(act, envs, 3100, torch.device("cpu"))
-    assert np.allclose(result["curve"].score, score(task, returns), rtol=1e-6)
-    assert str(tmp_path) not in (folder / "config.json").read_text()
+    assert np.array_equal(seen["masks"], 1 - data.terminal.numpy())
+    assert abs(seen["actions"]).max() == np.float32(1 - 1e-5) < data.action.abs().max()
 
 
-FQL_BAD = {
-    "": "name a checkout of seohongpark/fql: --checkout PATH",
-    "--checkout .": "there is no agents/fql.py; use the folder of a checkout",
-    "--checkout fql --no-distill": "--no-distill: the authors' program has no such method",
-    "--checkout fql --steps 25 --eval-every 10": "--steps 25 is no multiple of --eval-every 10",
+def test_the_program_of_iqls_authors_runs_on_our_rows(tmp_path, monkeypatch, judged):
+    """JAX and Flax are stand-ins that lack what has changed since the program was written."""
+
+    def jit(function, static_argnames=()):
+        assert {*static_argnames} <= inspect.signature(function).parameters.keys()
+        return function
+
+    changed = {}
+    config = SimpleNamespace(update=lambda *pair: changed.update([pair]))
+    monkeypatch.setitem(sys.modules, "flax", SimpleNamespace(config=config))
+    jax = SimpleNamespace(jit=jit, tree=SimpleNamespace(map=lambda *_: None))
+    monkeypatch.setitem(sys.modules, "jax", jax)
+    ours = sys.modules["common"]
+    words = ["--layers", "3", "--hidden", "64", "--dropout", "0.1"]
+    given, seen, data = judged("iql", iql_checkout(tmp_path / "iql"), *words)
+    assert sys.modules["common"] is ours and jax.jit is jit
+    assert changed == {"flax_return_frozendict": True}
+    assert given["hidden_dims"] == [64, 64, 64] and given["dropout_rate"] == 0.1
+    assert [given[x] for x in ("expectile", "temperature", "discount")] == [0.7, 10, 0.99]
+    assert given["tau"] == 0.01 and given["actor_lr"] == given["critic_lr"] == 3e-4
+    assert (given["max_steps"], given["seed"], given["batch_size"]) == ("20", "3", "256")
+    assert np.array_equal(seen["batch"], np.random.RandomState(3).randint(1000, size=9))
+    args, _ = parse(peers_iql.Args, peers_iql.PRESETS, ["--env", data.name])
+    peers_iql.iql.scale_rewards(data, args)
+    for name, field in dict(rewards="reward", actions="action", terminals="terminal").items():
+        assert np.array_equal(seen[name], getattr(data, field).numpy()), name
+
+
+@pytest.mark.parametrize("name", DRIVERS)
+def test_every_setting_of_our_file_reaches_the_authors_or_is_refused(name):
+    """`flow_steps` and the like go under the authors' names; rows hold what changes them."""
+    driver = DRIVERS[name]
+    known = {*driver.NAMES, *driver.FIXED, "normalize_obs", "reward_shift"}
+    known |= {"env", "seed", "steps", "batch_size", "eval_every", "eval_episodes", "hidden"}
+    if name == "iql":  # alpha_bc is of an extraction that is refused
+        known |= {"normalize_reward", "layers", "dropout", "alpha_bc"}
+    module = importlib.import_module(name)
+    shared = {field.name for field in dataclasses.fields(module.RunArgs)}
+    own = {field.name for field in dataclasses.fields(module.Args)} - shared
+    assert own | {"eval_episodes"} == known
+
+
+# ---- refusals --------------------------------------------------------------------------------
+
+MAIN = {
+    "speed": lambda *words: speed.main(flags(*words)),
+    "corl": lambda *words: corl.main(corl_flags(*words)),
+    "fql": functools.partial(authors, "fql"),
+    "iql": functools.partial(authors, "iql"),
+}
+# A command line, in a folder with checkouts, and its error.
+BAD = {
+    "speed": "name a checkout, for example: python peers/speed.py ../CORL",
+    "speed nowhere": "nowhere: use the folder of a checkout; there is none of algorithms/offline",
+    "speed CORL --rounds 0": "--rounds is 0",
+    "speed CORL --seconds -1": "--seconds is -1",
+    "corl": "name a checkout of tinkoff-ai/CORL: --corl PATH",
+    "corl --corl nowhere": "--corl nowhere: there is no algorithms/offline/td3_bc.py; use the fo",
+    "corl --corl . --algorithm iql": "there is no algorithms/offline/iql.py",
+    "corl --corl CORL --env hoper-replay-demo": "unknown dataset 'hoper-replay-demo' (did you mean",
+    "corl --corl CORL --env log.npz": "--env log.npz: use the name of a dataset",
+    "corl --corl CORL --steps 25 --eval-every 10": "--steps 25 is no multiple of --eval-every 10",
+    "corl --corl CORL --algorithm iql --env pen-human-v0": "iql.py has dropout 0.1 for pen",
+    "corl --corl CORL --steps 0": "--steps is 0",
+    "corl --corl CORL --name a/b": "--name is 'a/b'",
+    "fql": "name a checkout of seohongpark/fql: --checkout PATH",
+    "fql --checkout .": "there is no agents/fql.py; use the folder of a checkout",
+    "fql --checkout fql --no-distill": "distill is False for hopper-medium-expert-demo, but the",
+    "fql --checkout fql --best-of 16": "best_of is 16 for hopper-medium-expert-demo, but the auth",
+    "fql --checkout fql --steps 25 --eval-every 10": "--steps 25 is no multiple of --eval-every",
+    "iql": "name a checkout of ikostrikov/implicit_q_learning: --checkout PATH",
+    "iql --checkout .": "there is no learner.py; use the folder of a checkout",
+    "iql --checkout iql --extraction ddpg_bc": "the authors' code fixes it to awr",
+    "iql --checkout iql --env cube-single-play-singletask-v0": "gelu is True for cube-single-play",
 }
 
 
-@pytest.mark.parametrize("line", FQL_BAD)
-def test_fqls_refusals(line, tmp_path, monkeypatch):
+@pytest.mark.parametrize("line", BAD)
+def test_refusals(line, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    fql_checkout("fql")
-    with pytest.raises(InputError, match=FQL_BAD[line]):
-        peers_fql.main(*parse(peers_fql.Args, peers_fql.PRESETS, line.split()))
-
-
-CORL_BAD = {
-    "": "name a checkout of tinkoff-ai/CORL: --corl PATH",
-    "--corl nowhere": "--corl nowhere: there is no algorithms/offline/td3_bc.py; use the folder",
-    "--corl . --algorithm iql": "there is no algorithms/offline/iql.py",
-    "--corl CORL --env hoper-replay-demo": "unknown dataset 'hoper-replay-demo' (did you mean",
-    "--corl CORL --env log.npz": "--env log.npz: use the name of a dataset",
-    "--corl CORL --steps 25 --eval-every 10": "--steps 25 is no multiple of --eval-every 10",
-    "--corl CORL --algorithm iql --env pen-human-v0": "iql.py has dropout 0.1 for pen",
-    "--corl CORL --steps 0": "--steps is 0",
-    "--corl CORL --name a/b": "--name is 'a/b'",
-}
-
-
-@pytest.mark.parametrize("line", CORL_BAD)
-def test_corls_refusals(line, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    corl_checkout("CORL")
+    corl_checkout("CORL"), fql_checkout("fql"), iql_checkout("iql")
+    program, *words = line.split()
     with pytest.raises(InputError) as error:
-        corl.main(corl_flags(*line.split()))
-    assert CORL_BAD[line] in str(error.value) and "\n" not in str(error.value)
+        MAIN[program](*words)
+    assert BAD[line] in str(error.value) and "\n" not in str(error.value)
     assert not Path("runs").exists()
 
 

@@ -64,7 +64,7 @@ ENOUGH = 3  # seeds; with fewer, nothing is said about chance
 FIX = "finish that run with --resume, repeat it with --overwrite, or move its folder away"
 
 # Color and line of each method, the same in every figure. The runs of other people's code are
-# dotted in the color of ours.
+# dotted, or dashed and dotted, in the color of ours.
 STYLES = {
     "bc": "C7 -",
     "bc-top10": "C7 --",
@@ -78,6 +78,7 @@ STYLES = {
     "awac": "C1 --",
     "iql": "C2 -",
     "corl_iql": "C2 :",
+    "iql_authors": "C2 -.",
     "cql": "C3 -",
     "brac": "C4 -",
     "brac_plus": "C6 --",
