@@ -7,7 +7,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from short_runs import tracked
@@ -391,104 +390,158 @@ def test_maze_paths_draws_the_data_and_a_run(tmp_path):
 # ---- the results -----------------------------------------------------------------------------
 
 
-def write_runs(root, method, env="hopper-replay-demo", scores=((10.0, 30.0), (20.0, 50.0))):
-    """Finished runs of one method, one for each row of `scores`."""
+SETS = ("hopper-medium-expert-demo", "hopper-replay-demo", "pointmaze-stitch-demo")
+
+
+def write_runs(root, method, env="hopper-replay-demo", scores=((10.0, 30.0), (20.0, 50.0)), **more):
+    """Finished runs of one method, one for each row of `scores`; their folders."""
     from test_report import write_run
 
-    for seed, row in enumerate(scores):
-        write_run(root, env, method, seed, row, every=500, references={"data": 21.0})
+    more = {"every": 500, "references": {"data": 21.0}} | more
+    return [write_run(root, env, method, seed, row, **more) for seed, row in enumerate(scores)]
 
 
-def test_results_draws_all_methods_and_corl_over_ours(tmp_path):
-    """Two pictures where there are runs of CORL, one where there are none."""
-    args = results.Args(str(tmp_path), str(tmp_path / "a" / "1.png"), str(tmp_path / "b" / "2.png"))
-    write_runs(tmp_path, "td3_bc")
-    write_runs(tmp_path, "bc-top10", "pointmaze-medium-demo")
+def row(text, start):
+    """The cells of the row of a table that begins so."""
+    (line,) = (x for x in text.splitlines() if x.startswith(f"| {start}"))
+    return line.strip("| ").split(" | ")
+
+
+def test_results_draws_all_methods_and_other_programs_beside_ours(tmp_path):
+    """Three pictures, and a fourth where other people's code was run."""
+    args, clone = results.Args(str(tmp_path), str(tmp_path / "a")), {"data": 21.0, "its flow": 9.0}
+    write_runs(tmp_path, "fql", references=clone)
+    write_runs(tmp_path, "bc-top10", "pointmaze-stitch-demo")
     results.main(args)
-    assert not (tmp_path / "b").exists()
-    write_runs(tmp_path, "corl_td3_bc")
+    names = {"curves.png", "scores.png", "clone_to_policy.png"}
+    assert {path.name for path in (tmp_path / "a").iterdir()} == names
+    write_runs(tmp_path, "fql_authors")
     results.main(args)
-    for path, height in ((args.out, 1280), (args.corl, 592)):
-        png = Path(path).read_bytes()
-        assert png[:8] == b"\x89PNG\r\n\x1a\n" and struct.unpack(">II", png[16:24]) == (
-            1280,
-            height,
-        )
+    for name in names | {"peers.png"}:
+        png = (tmp_path / "a" / name).read_bytes()
+        assert png[:8] == b"\x89PNG\r\n\x1a\n" and struct.unpack(">I", png[16:20]) == (1280,)
 
 
 def test_a_curve_of_results_is_the_mean_with_its_standard_error(tmp_path):
     write_runs(tmp_path, "iql")
     runs = results.report.read_runs([tmp_path])
-    x, mean, error = results.curve(runs, last=1)
-    assert x.tolist() == [0.5, 1.0] and mean.tolist() == [15.0, 40.0]
-    assert [*error] == pytest.approx([5.0, 10.0])
-    assert results.curve(runs, last=2)[1].tolist() == [15.0, 27.5]
-    assert results.curve(runs, last=10)[1].iloc[-1] == runs.score.mean()
-    assert results.curve(runs[:1], last=1)[2].tolist() == [0.0, 0.0]
+    x, mean, error = results.curve(runs)
+    assert x.tolist() == [0.5, 1.0] and mean.tolist() == [15.0, 27.5]
+    assert [*error] == pytest.approx([5.0, 7.5]) and mean.iloc[-1] == runs.score.mean()
+    assert results.curve(runs[:1])[2].tolist() == [0.0, 0.0]
     runs.curve[1]["steps"] *= 2
     with pytest.raises(InputError, match="have other steps"):
-        results.curve(runs, last=1)
+        results.curve(runs)
 
 
 def test_the_table_of_results_by_hand(tmp_path):
     write_runs(tmp_path, "td3_bc")  # two runs, of means 20 and 35
-    write_runs(tmp_path, "corl_td3_bc", "pointmaze-medium-demo", [(8.0, 4.0)])
-    for env, score in zip(results.DATASETS, (10.0, 20.0, 60.0)):
+    write_runs(tmp_path, "corl_td3_bc", "pointmaze-stitch-demo", [(8.0, 4.0)])
+    for env, score in zip(SETS, (10.0, 20.0, 60.0)):
         write_runs(tmp_path, "iql", env, [(score, score)] * 3)
+        write_runs(tmp_path, "bc", env, [(score - 9, score - 9), (score, score), (score, score)])
     head, _, *rows = results.table(results.read_cells(str(tmp_path))).splitlines()
-    names = " | ".join(f"`{env}`" for env in results.DATASETS)
-    assert head == f"| method | {names} | IQM of all three [95% interval] |"
+    names = " | ".join(f"`{env}`, 3 seeds" for env in SETS)
+    assert head == f"| method | {names} | mean over the datasets |"
     assert rows[0] == "| the data, mean of its episodes | 21.0 | 21.0 | 21.0 |  |"
     assert rows[1:] == [
+        "| BC | 7.0 ± 3.0 | 17.0 ± 3.0 | 57.0 ± 3.0 | 27.0 ± 1.7 |",
         "| TD3+BC | - | 27.5 ± 7.5 (2) | - | - |",
-        "| IQL | 10.0 ± 0.0 | 20.0 ± 0.0 | 60.0 ± 0.0 | 26.0 [26.0, 26.0] |",
+        "| IQL | 10.0 ± 0.0 | 20.0 ± 0.0 | 60.0 ± 0.0 | 30.0 ± 0.0 |",
         "| TD3+BC, CORL's code | - | - | 6.0 (1) | - |",
     ]
 
 
-@pytest.mark.parametrize("seeds", [2, 3])
-def test_the_interval_of_the_table_is_that_of_the_report(tmp_path, seeds):
-    """Of the seeds of all datasets; with two seeds on one of them there is none."""
-    scores = [[40.0, 41.0, 45.0], [1.0, 9.0, 30.0], [90.0, 70.0, 99.0][:seeds]]
-    for env, own in zip(results.DATASETS, scores):
-        write_runs(tmp_path, "iql", env, [(x, x) for x in own])
-    middle = results.report.iqm(np.concatenate(scores))
-    low, high = results.report.bootstrap(scores)
-    text = f"{middle:.1f} [{low:.1f}, {high:.1f}]" if seeds == 3 else "-"
-    assert results.table(results.read_cells(tmp_path)).endswith(f" | {text} |")
+def test_an_ablation_stands_beside_its_counterpart(tmp_path):
+    """A control of another run is compared with that one, and other people's code with ours."""
+    flags = lambda setting, control: {"args": {"setting": setting, "control": control}}
+    write_runs(tmp_path, "itrpo", **flags("code", False))
+    write_runs(tmp_path, "itrpo-trust", scores=((40.0,), (50.0,)), **flags("trust", False))
+    write_runs(tmp_path, "itrpo-trust-control", scores=((30.0,),), **flags("trust", True))
+    write_runs(tmp_path, "iql", scores=((10.0,), (10.0,)))
+    write_runs(tmp_path, "corl_iql", scores=((9.0,), (9.0,)))
+    tables = results.tables(results.read_cells(str(tmp_path)), tmp_path)
+    env, itrpo = "`hopper-replay-demo` | ", tables["Ablations of iTRPO"]
+    base, trust, control = (x[2:].rstrip(" |").split(" | ") for x in itrpo.splitlines()[2:])
+    assert base[1:] == ["iTRPO", "20.0, 35.0", "27.5 ± 7.5"]
+    assert trust[1:3] == ["iTRPO with `setting` trust, not code", "40.0, 50.0"]
+    assert trust[3:] == ["45.0 ± 5.0", "+17.5 ± 9.0"]
+    assert control[1:3] == ["iTRPO, `trust`, with `control` True, not False", "30.0"]
+    assert control[3:] == ["30.0", "-15.0"]
+    other = tables["Beside other people's code"]
+    assert row(other, f"{env}IQL,")[2:] == ["9.0, 9.0", "9.0 ± 0.0", "-1.0 ± 0.0"]
+    assert "iTRPO" not in other and "IQL" not in itrpo
+
+
+def test_the_way_from_the_clone_by_hand(tmp_path):
+    arq = {"data": 21.0, "implicit policy": 60.0, "clone s_psi": 10.0}
+    write_runs(tmp_path, "arq", references=arq)
+    write_runs(tmp_path, "brac", SETS[0], references={"data": 21.0, "its clone (BC)": 5.0})
+    write_runs(tmp_path, "td3_bc")
+    cells = results.read_cells(str(tmp_path))
+    text = results.clones(cells)
+    assert row(text, "ARQ") == ["ARQ", "-", "10.0 → 60.0 → 27.5"]
+    assert row(text, "BRAC") == ["BRAC", "5.0 → 27.5", "-"] and "TD3" not in text
+    figure = results.arrows(cells)
+    assert [x.get_text() for x in figure.axes[0].get_yticklabels()] == ["BRAC", "ARQ"]
+    ends = {x.xy[0] for x in figure.axes[1].texts}
+    starts = {x.xyann[0] for x in figure.axes[1].texts}
+    assert ends == {20.0, 35.0} and starts == {60.0}, "one arrow a seed, from the implicit policy"
+
+
+def test_the_gap_of_fisher_brc_by_hand(tmp_path):
+    """Over the second half: 1.5 - 0.25 in every step of 1 / (1 - 0.9)."""
+    for name, offset in (("", True), ("-no-offset", False)):
+        flags = {"lam": 0.1, "gamma": 0.9, "offset": offset}
+        for folder in write_runs(tmp_path, f"fisher_brc{name}", args=flags):
+            lines = ["step,seconds,q_data,log_mu_data,log_mu_pi", "10,1,0,9,9", "20,1,-7,1.5,0.25"]
+            (folder / "train.csv").write_text("\n".join(lines) + "\n")
+    cells = results.read_cells(str(tmp_path))
+    assert results.gaps(cells, tmp_path) == "", "no metrics are stored"
+    results.store.main(results.store.Args(str(tmp_path), str(tmp_path / "out")))
+    text = results.gaps(cells, tmp_path / "out")
+    assert row(text, "`")[1:] == ["0.1", "27.5", "-7.0", "1.50", "0.25", "1.25", "12.5"]
 
 
 def test_results_fit_into_800_pixels(tmp_path):
     """Every method on every dataset: no letter is too small, and nothing is cut at an edge."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
-    for env in results.DATASETS:
-        for method in (*results.TITLES, "corl_td3_bc", "corl_iql"):
+    clone = {"data": 21.0, "its clone (BC)": 9.0}
+    for env in SETS:
+        for method in results.TITLES:
+            write_runs(tmp_path, method, env, references=clone)
+        for method in results.PEERS:
             write_runs(tmp_path, method, env)
     cells = results.read_cells(str(tmp_path))
-    for picture in (results.ALL, results.CORL):
-        figure = results.draw(cells, picture)
+    dots = results.dots(cells, [*results.TITLES, *results.PEERS])
+    for figure in (results.curves(cells), dots, results.arrows(cells)):
         canvas = FigureCanvasAgg(figure)
         canvas.draw()
-        for part, (_, titles) in zip(figure.subfigs, picture.rows, strict=True):
+        for part in figure.subfigs or [figure]:
             (legend,) = part.legends
             box = legend.get_window_extent(canvas.get_renderer())
             assert box.x0 >= 0 and box.x1 <= figure.bbox.width and box.y0 >= 0
             for panel in part.axes:
                 inside = panel.get_tightbbox(canvas.get_renderer())
                 assert not inside.overlaps(box)
-                styles = {(x.get_color(), str(x._dash_pattern)) for x in panel.lines}
-                assert len(styles) == len(panel.lines) > len(titles), "two lines look alike"
-            named = {text.get_text() for text in legend.get_texts()}
-            assert named >= set(titles.values()) and "data, mean of its episodes" in named
+                assert inside.x0 >= 0 and inside.x1 <= figure.bbox.width
         texts = [x for x in figure.findobj(lambda x: hasattr(x, "get_fontsize")) if x.get_text()]
         assert min(text.get_fontsize() for text in texts) / 72 * 800 / figure.get_figwidth() > 13
+    for part, titles in zip(results.curves(cells).subfigs, results.FAMILIES.values(), strict=True):
+        assert {text.get_text() for text in part.legends[0].get_texts()} >= set(titles.values())
+        for panel in part.axes:
+            styles = {(x.get_color(), str(x._dash_pattern)) for x in panel.lines}
+            assert len(styles) == len(panel.lines) > len(titles), "two lines look alike"
+    seeds = [x for panel in dots.axes for x in panel.lines if x.get_marker() == "o"]
+    assert sorted({*seeds[0].get_xdata()}) == [20.0, 35.0]
+    assert len(seeds) == len(cells) == 3 * len(dots.axes[0].get_yticklabels())
 
 
 def test_every_algorithm_is_in_the_picture_of_results():
     scripts = {path.stem for path in tracked("algorithms")}
     assert scripts <= results.TITLES.keys()
-    assert (ROOT / "results").is_dir() and results.Args().out == "results/curves.png"
+    assert (ROOT / "results").is_dir() and results.Args().out == "results"
 
 
 def test_results_refuses_a_folder_without_runs(tmp_path):
