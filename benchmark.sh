@@ -9,15 +9,15 @@
 #                                  modern, ogbench and the tables that are named after a paper
 #
 # TABLE            what it runs                                                    seeds
-# local            every algorithm on the four bundled datasets: 192 runs              3
-# local_ablations  three methods of local, each without the part that its paper adds   3
-# corl             CORL's own TD3+BC and IQL on the four bundled datasets              3
+# local            every algorithm on three bundled datasets: 176 runs               3, 5
+# local_ablations  what the papers of four methods of local add, taken out or changed  3
+# corl             CORL's own TD3+BC and IQL on the datasets of local                3, 5
 # modern           TD3+BC, IQL, ReBRAC and FQL on D4RL, as their papers do             5
 # ogbench          BC, IQL, ReBRAC and FQL on OGBench's default tasks, as FQL's paper  8
 # ablations        the ablations of the papers of Fisher-BRC, iTRPO, BRAC+ and ARQ     3
 # fisher_brc_table1 brac_plus_table1 arq_table2 itrpo_table2 itrpo_table3    the paper's
-# The runs of local take 1 to 20 minutes each, about 11 hours of one core in all (AMD EPYC, Zen 4).
-# Those of the papers' tables train for a million steps.
+# The runs of local take 1 to 20 minutes each, together about 14 hours of one core (AMD EPYC, Zen 4;
+# estimated from the runs of version 0.2). Those of the papers' tables train for a million steps.
 #
 # Variables:
 #   SEEDS="0 1 2"             these seeds instead
@@ -54,10 +54,13 @@ name() { # VERSION "TASKS" "LEVELS": every task-level-version
     for level in $3; do for task in $2; do echo "$task-$level-$1"; done; done
 }
 
+demos() { # FILE FLAGS...: three bundled datasets, the replay buffer with five seeds
+    seeds=${SEEDS:-0 1 2 3 4} each hopper-replay-demo "$@"
+    each "pointmaze-stitch-demo hopper-medium-expert-demo" "$@"
+}
+
 commands() {
     local gym="halfcheetah hopper walker2d" hand="pen hammer door relocate" file lam tau data
-    local bundled="hopper-medium-expert-demo hopper-replay-demo pointmaze-medium-demo"
-    bundled+=" pointmaze-stitch-demo"
     local maze="umaze umaze-diverse medium-play medium-diverse large-play large-diverse"
     seeds=${SEEDS:-0 1 2} # where a table names no others
     case $1 in
@@ -124,18 +127,22 @@ commands() {
         each "$data" arq.py --name no-value --value none ;;
     corl)
         for file in td3_bc iql; do
-            each "$bundled" corl.py --algorithm $file --corl "$(quoted "${CORL:-../CORL}")"
+            demos corl.py --algorithm $file --corl "$(quoted "${CORL:-../CORL}")"
         done ;;
     local)
-        each "$bundled" bc.py
-        each "$bundled" bc.py --name top10 --top 0.1
-        for file in td3_bc sac_bc awr awac iql cql brac; do each "$bundled" $file.py; done
-        for file in brac_plus brac_plus_acml fisher_brc; do each "$bundled" $file.py; done
-        for file in itrpo arq rebrac fql; do each "$bundled" $file.py; done ;;
-    local_ablations) # beside local, where BRAC+'s bound stands beside BRAC's sampled divergence
+        demos bc.py
+        demos bc.py --name top10 --top 0.1
+        for file in td3_bc sac_bc awr awac iql cql brac; do demos $file.py; done
+        for file in brac_plus brac_plus_acml fisher_brc; do demos $file.py; done
+        for file in itrpo arq rebrac fql; do demos $file.py; done ;;
+    local_ablations) # beside the runs of local; their tables are in docs/results.md
+        each hopper-medium-expert-demo fisher_brc.py --name lam0 --lam 0
+        each hopper-medium-expert-demo fisher_brc.py --name lam0.1 --lam 0.1 # its preset has 1
+        each hopper-medium-expert-demo fisher_brc.py --name lam10 --lam 10
         each hopper-medium-expert-demo fisher_brc.py --name no-offset --no-offset
         each hopper-medium-expert-demo brac.py --name alpha0 --alpha 0 # SAC's unrestricted backup
-        each hopper-replay-demo itrpo.py --name tau0 --shape-coef 0 ;;
+        each hopper-replay-demo itrpo.py --name trust --setting trust
+        each hopper-replay-demo itrpo.py --name trust-control --setting trust --control ;;
     *) return 1 ;;
     esac
 }

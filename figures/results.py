@@ -163,7 +163,7 @@ def name_of(cells, env, method) -> str:
     base = counterpart(cells, env, method)
     own, other = (cells[env, name].identity.iloc[0] for name in (method, base))
     names = [name for name in own if name != "name" and own[name] != other.get(name)]
-    what = ", ".join(f"`{name}` {own[name]}, not {other.get(name)}" for name in names)
+    what = ", ".join(f"`{name}` {own[name]:.6}, not {other.get(name)}" for name in names)
     file, _, variant = base.partition("-")
     return f"{TITLES[file]}{variant and f', `{variant}`,'} with {what}"
 

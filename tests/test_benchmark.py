@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 
 import h5py
@@ -34,6 +35,8 @@ SIGNALS = (
     "os.execvp(sys.argv[1], sys.argv[1:])"
 )
 LOCAL = 16  # runs per dataset and seed
+SEEDS = 5, 3, 3  # of the datasets of local
+DEMOS = ["hopper-replay-demo", "pointmaze-stitch-demo", "hopper-medium-expert-demo"]
 VARIABLES = ("SEEDS", "DATA", "JOBS", "OUT", "FLAGS", "SBATCH_FLAGS", "OMP_NUM_THREADS")
 
 
@@ -95,16 +98,15 @@ def test_corl_runs_beside_our_two_files():
     runs = [parse(corl.Args, {}, command[2:])[0] for command in listed]
     assert {(x.corl, x.out, x.precision) for x in runs} == {("the checkout", "runs", "high")}
     wanted = {(args.env, a) for _, args in map(parsed, commands("local")) for a in corl.NAMES}
-    assert len(runs) == 8 and {(run.env, run.algorithm) for run in runs} == wanted
+    assert len(runs) == 6 and {(run.env, run.algorithm) for run in runs} == wanted
 
 
 def test_local_runs_every_file_on_every_bundled_dataset():
     listed = [parsed(command) for command in commands("local")]
-    bundled = {path.stem for path in (ROOT / "data").glob("*.npz")}
-    assert {args.env for _, args in listed} == bundled
+    assert {args.env for _, args in listed} == {*DEMOS}
     assert {module.__name__ for module, _ in listed} == {path.stem for path in SCRIPTS}
-    assert len(listed) == LOCAL * len(bundled)
-    assert sum(args.name == "top10" and args.top == 0.1 for _, args in listed) == len(bundled)
+    assert len(listed) == LOCAL * len(DEMOS)
+    assert sum(args.name == "top10" and args.top == 0.1 for _, args in listed) == len(DEMOS)
 
 
 def changed(args, base) -> dict:
@@ -112,14 +114,20 @@ def changed(args, base) -> dict:
     return {k: v for k, v in vars(args).items() if v != vars(base)[k] and k != "name"}
 
 
-def test_local_ablations_change_one_flag_of_a_run_of_local():
+def test_local_ablations_change_what_their_names_say():
     local = {(args.env, module): args for module, args in map(parsed, commands("local"))}
-    found = [
-        (module.__name__, changed(args, local[args.env, module]))
+    found = {
+        (module.__name__, args.name): changed(args, local[args.env, module])
         for module, args in map(parsed, commands("local_ablations"))
-    ]
-    wanted = [("fisher_brc", "offset", False), ("brac", "alpha", 0), ("itrpo", "shape_coef", 0)]
-    assert found == [(name, {flag: value}) for name, flag, value in wanted]
+    }
+    lam = {("fisher_brc", f"lam{lam:g}"): {"lam": lam} for lam in (0, 0.1, 10)}
+    assert found == lam | {
+        ("fisher_brc", "no-offset"): {"offset": False},
+        ("brac", "alpha0"): {"alpha": 0},
+        ("itrpo", "trust"): {"setting": "trust", "shape_coef": 0.9},
+        ("itrpo", "trust-control"): {"setting": "trust", "control": True}
+        | {"shape_coef": 0, "kl_coef": pytest.approx(0.1)},
+    }
 
 
 def test_ablations_are_those_of_the_papers():
@@ -149,9 +157,12 @@ def test_no_preset_of_d4rl_reaches_ogbench():
 
 
 def test_default_seeds():
-    for table, seeds in (("local", 3), ("modern", 5), ("ogbench", 8)):
+    for table, seeds in (("local_ablations", 3), ("modern", 5), ("ogbench", 8)):
         listed = bash(table, "--print").stdout.splitlines()
         assert len(listed) == seeds * len(commands(table))
+    listed = bash("local", "--print").stdout.splitlines()
+    assert Counter(line.split()[3] for line in listed) == {x: LOCAL * n for x, n in zip(DEMOS, SEEDS)}
+    assert f": {len(listed)} runs " in (ROOT / "benchmark.sh").read_text()
 
 
 def test_usage():
@@ -281,7 +292,7 @@ def test_bad_variables(place, env):
         assert found.returncode == 2 and found.stderr.startswith(f"{next(iter(env))}")
         assert found.stdout == "" and not place.out.exists()
     if "DATA" in env:
-        assert "hopper-medium-expert-demo hopper-replay-demo pointmaze-medium" in found.stderr
+        assert "hopper-replay-demo pointmaze-stitch-demo hopper-medium-expert-demo" in found.stderr
 
 
 def test_progress_logs_and_threads(place):
