@@ -22,6 +22,7 @@ in algorithms/ have them. A mean is that over seeds, ± its standard error.
 """
 
 import io
+import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -155,6 +156,11 @@ def counterpart(cells, env, method) -> str:
     return base
 
 
+def short(value) -> str:
+    """A setting as one would type it: 0.1 for "0.09999999999999998"."""
+    return re.sub(r"^-?\d+\.\d+$", lambda found: f"{float(found[0]):g}", str(value))
+
+
 def name_of(cells, env, method) -> str:
     """A method's title; for a run under another name the settings in which it differs from its
     counterpart."""
@@ -163,7 +169,8 @@ def name_of(cells, env, method) -> str:
     base = counterpart(cells, env, method)
     own, other = (cells[env, name].identity.iloc[0] for name in (method, base))
     names = [name for name in own if name != "name" and own[name] != other.get(name)]
-    what = ", ".join(f"`{name}` {own[name]:.6}, not {other.get(name)}" for name in names)
+    pairs = [(name, *map(short, (own[name], other.get(name)))) for name in names]
+    what = ", ".join(f"`{name}` {here}, not {there}" for name, here, there in pairs)
     file, _, variant = base.partition("-")
     return f"{TITLES[file]}{variant and f', `{variant}`,'} with {what}"
 

@@ -2,7 +2,7 @@
 each dataset.
 
 Every point is a run that `python tools/evaluate.py` has judged with a simulator; bars are FQE's 95%
-intervals. The line shows what FQE gives to the data's own policy. The command prints, for each
+intervals. The gray line shows what FQE gives to the data's own policy. The command prints, for each
 dataset, Spearman's rank correlation of FQE with the score, and regret@1: how many points of score
 the run that FQE puts first lies below the best run. Differs from the other figures: it needs runs,
 and no paper has it.
@@ -16,13 +16,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import matplotlib.figure
-import numpy as np
 import pandas as pd
 import tyro
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from common import InputError
 from harness.resume import read_json
+from results import TITLES
+from tools import report
 
 
 @dataclass
@@ -52,16 +53,23 @@ def choice(runs) -> tuple[float, float]:
     return correlation, runs["score"].max() - chosen
 
 
-def draw(ax, runs) -> None:
-    """The panel of one dataset."""
-    low, high = np.array(runs["fqe_interval"].tolist()).T
-    bars = [runs["fqe"] - low, high - runs["fqe"]]
-    ax.errorbar(runs["score"], runs["fqe"], bars, fmt="o", capsize=3)
-    for run, x, y in zip(runs["run"], runs["score"], runs["fqe"]):
-        label = Path(run).name.split("__")[1]
-        ax.annotate(label, (x, y), (4, 4), textcoords="offset points", fontsize=8)
-    ax.axhline(runs["data_fqe"].mean(), color="gray", linestyle="--")
+def method_of(run: str) -> str:
+    """The method in the name of a run's folder."""
+    return Path(run).name.split("__")[1]
+
+
+def draw(ax, runs, looks) -> dict:
+    """The panel of one dataset: {name: what is drawn}; `looks` are report.styles_of the methods. A
+    method with dashes in other figures has white points here."""
+    points = {}
+    for run, x, y, (low, high) in zip(*(runs[k] for k in ("run", "score", "fqe", "fqe_interval"))):
+        color, dashes = looks[method_of(run)]
+        face = color if dashes == "-" else "white"
+        look = dict(fmt="o", color=color, mfc=face, capsize=3, alpha=0.9)
+        points[method_of(run)] = ax.errorbar(x, y, [[y - low], [high - y]], **look)
+    line = ax.axhline(runs["data_fqe"].mean(), color="gray", linestyle="--")
     ax.set_xlabel("score in the simulator")
+    return points | {"the data's own policy": line}
 
 
 def row(name, runs) -> str:
@@ -74,17 +82,22 @@ def row(name, runs) -> str:
 
 
 def main(args):
-    groups = list(read(args.folder).groupby("data"))
-    figure = matplotlib.figure.Figure(figsize=(4 * len(groups), 3.8), layout="constrained")
+    every = read(args.folder)
+    groups, points = list(every.groupby("data")), {}
+    looks = report.styles_of(every["run"].map(method_of))
+    figure = matplotlib.figure.Figure(figsize=(3 * len(groups), 3.6), layout="constrained")
     panels = figure.subplots(1, len(groups), squeeze=False)[0]
     print(
         "| data | runs | rank correlation | regret@1 | chosen | best |\n|---|---|---|---|---|---|"
     )
     for ax, (name, runs) in zip(panels, groups):
         print(row(name, runs))
-        draw(ax, runs)
-        ax.set_title(name)
+        points |= draw(ax, runs, looks)
+        ax.set_title(name, fontsize=11)
     panels[0].set_ylabel("FQE: estimated discounted return")
+    named = {TITLES.get(method, method): points[method] for method in sorted(points)}
+    place = dict(loc="outside lower center", ncols=2 * len(groups), frameon=False)
+    figure.legend(named.values(), named, **place)
     Path(args.out).parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(args.out, dpi=110)
     print(f"written to {args.out}")

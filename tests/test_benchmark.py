@@ -161,7 +161,8 @@ def test_default_seeds():
         listed = bash(table, "--print").stdout.splitlines()
         assert len(listed) == seeds * len(commands(table))
     listed = bash("local", "--print").stdout.splitlines()
-    assert Counter(line.split()[3] for line in listed) == {x: LOCAL * n for x, n in zip(DEMOS, SEEDS)}
+    wanted = {env: LOCAL * seeds for env, seeds in zip(DEMOS, SEEDS)}
+    assert Counter(line.split()[3] for line in listed) == wanted
     assert f": {len(listed)} runs " in (ROOT / "benchmark.sh").read_text()
 
 

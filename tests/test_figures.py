@@ -454,10 +454,10 @@ def test_the_table_of_results_by_hand(tmp_path):
 
 def test_an_ablation_stands_beside_its_counterpart(tmp_path):
     """A control of another run is compared with that one, and other people's code with ours."""
-    flags = lambda setting, control: {"args": {"setting": setting, "control": control}}
-    write_runs(tmp_path, "itrpo", **flags("code", False))
-    write_runs(tmp_path, "itrpo-trust", scores=((40.0,), (50.0,)), **flags("trust", False))
-    write_runs(tmp_path, "itrpo-trust-control", scores=((30.0,),), **flags("trust", True))
+    flags = lambda setting, alpha: {"args": {"setting": setting, "kl_coef": alpha}}
+    write_runs(tmp_path, "itrpo", **flags("code", 1.0))
+    write_runs(tmp_path, "itrpo-trust", scores=((40.0,), (50.0,)), **flags("trust", 1.0))
+    write_runs(tmp_path, "itrpo-trust-control", scores=((30.0,),), **flags("trust", 1 - 0.9))
     write_runs(tmp_path, "iql", scores=((10.0,), (10.0,)))
     write_runs(tmp_path, "corl_iql", scores=((9.0,), (9.0,)))
     tables = results.tables(results.read_cells(str(tmp_path)), tmp_path)
@@ -466,7 +466,7 @@ def test_an_ablation_stands_beside_its_counterpart(tmp_path):
     assert base[1:] == ["iTRPO", "20.0, 35.0", "27.5 ± 7.5"]
     assert trust[1:3] == ["iTRPO with `setting` trust, not code", "40.0, 50.0"]
     assert trust[3:] == ["45.0 ± 5.0", "+17.5 ± 9.0"]
-    assert control[1:3] == ["iTRPO, `trust`, with `control` True, not False", "30.0"]
+    assert control[1:3] == ["iTRPO, `trust`, with `kl_coef` 0.1, not 1", "30.0"]
     assert control[3:] == ["30.0", "-15.0"]
     other = tables["Beside other people's code"]
     assert row(other, f"{env}IQL,")[2:] == ["9.0, 9.0", "9.0 ± 0.0", "-1.0 ± 0.0"]
