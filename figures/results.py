@@ -111,34 +111,41 @@ def rows_of(cells, titles) -> list[str]:
 def path_of(run) -> list[float]:
     """Scores of a run's clone, of the implicit policy where there is one, and of its policy; the
     last one alone where the method has no clone."""
-    stages = [name for name in (*CLONES, IMPLICIT) if name in run.references]
-    return [*(run.references[name] for name in stages), run.score]
+    known = run.references
+    stages = [known[name] for name in (*CLONES, IMPLICIT) if name in known]
+    return [*stages, run.score]
 
 
 # ---- tables ----------------------------------------------------------------------------------
 
 
+def head_of(env, scores) -> tuple[str, str]:
+    """(a column's head, what its cells need not say): a dataset and its usual number of seeds."""
+    seeds = scores.seeds.xs(env, level="dataset")
+    usual = seeds.mode()[0]
+    return f"`{env}`, {usual} seeds", f" ({usual})"
+
+
 def table(cells) -> str:
     """What the data score, then each method's mean ± standard error, and the mean over all
-    datasets. A column's head says of how many seeds its cells are; a cell with other ones says
-    it."""
-    scores = report.score_table(pd.concat(cells.values())).set_index(["method", "dataset"])
-    columns, rows = {}, {}
-    for env in datasets(cells):
-        usual = scores.seeds.xs(env, level="dataset").mode()[0]
-        columns[env] = f"`{env}`, {usual} seeds", f" ({usual})"
-    for method in DATA | TITLES | PEERS:
+    datasets. A column's head says of how many seeds its cells are; a cell of others says it."""
+    scores = report.score_table(pd.concat(cells.values()))
+    scores = scores.set_index(["method", "dataset"])
+    heads = {env: head_of(env, scores) for env in datasets(cells)}
+    rows = []
+    for method, title in (DATA | TITLES | PEERS).items():
         if method not in scores.index:
             continue
         own = scores.loc[method][report.SCORE]
-        texts = [own.get(env, "-").removesuffix(usual) for env, (_, usual) in columns.items()]
+        row = {"method": title}
+        for env, (head, usual) in heads.items():
+            row[head] = own.get(env, "-").removesuffix(usual)
         every = "" if method in DATA else "-"
-        if report.ALL in own and "-" not in texts:
+        if report.ALL in own and "-" not in row.values():
             every = own[report.ALL].partition(" (")[0]
-        rows[(DATA | TITLES | PEERS)[method]] = [*texts, every]
-    heads = [*(head for head, _ in columns.values()), "mean over the datasets"]
-    frame = pd.DataFrame.from_dict(rows, "index", columns=heads)
-    return report.markdown(frame.rename_axis("method").reset_index())
+        row["mean over the datasets"] = every
+        rows.append(row)
+    return report.markdown(pd.DataFrame(rows))
 
 
 def mean_of(scores) -> str:
@@ -168,28 +175,33 @@ def name_of(cells, env, method) -> str:
         return (TITLES | PEERS)[method]
     base = counterpart(cells, env, method)
     own, other = (cells[env, name].identity.iloc[0] for name in (method, base))
-    names = [name for name in own if name != "name" and own[name] != other.get(name)]
-    pairs = [(name, *map(short, (own[name], other.get(name)))) for name in names]
-    what = ", ".join(f"`{name}` {here}, not {there}" for name, here, there in pairs)
+    whats = []
+    for name in own:
+        if name != "name" and own[name] != other.get(name):
+            whats.append(f"`{name}` {short(own[name])}, not {short(other.get(name))}")
     file, _, variant = base.partition("-")
-    return f"{TITLES[file]}{variant and f', `{variant}`,'} with {what}"
+    title = TITLES[file]
+    if variant:
+        title += f", `{variant}`,"
+    return f"{title} with {', '.join(whats)}"
 
 
 def beside(cells, chosen) -> str:
     """All seeds of (dataset, method) cells, and how far each mean lies from its counterpart's."""
     rows = []
     for env, method in chosen:
-        own, base = (cells.get((env, x)) for x in (method, counterpart(cells, env, method)))
-        difference = ""
+        own = cells[env, method].score
+        row = {"dataset": f"`{env}`", "run": name_of(cells, env, method)}
+        row["scores of its seeds"] = ", ".join(f"{score:.1f}" for score in own)
+        row[MEAN] = mean_of(own)
+        base = cells.get((env, counterpart(cells, env, method)))
+        row["minus its counterpart"] = ""
         if base is not None:
-            gap = own.score.mean() - base.score.mean()
-            difference = f"{gap:+.1f} ± {np.hypot(own.score.sem(), base.score.sem()):.1f}"
-        every = ", ".join(f"{score:.1f}" for score in own.score)
-        title = name_of(cells, env, method)
-        row = f"`{env}`", title, every, mean_of(own.score), difference.removesuffix(" ± nan")
+            gap = own.mean() - base.score.mean()
+            error = np.hypot(own.sem(), base.score.sem())
+            row["minus its counterpart"] = f"{gap:+.1f} ± {error:.1f}".removesuffix(" ± nan")
         rows.append(row)
-    columns = ["dataset", "run", "scores of its seeds", MEAN, "minus its counterpart"]
-    return report.markdown(pd.DataFrame(rows, columns=columns))
+    return report.markdown(pd.DataFrame(rows))
 
 
 def ablations(cells) -> dict:
@@ -197,33 +209,38 @@ def ablations(cells) -> dict:
     found = {}
     for env, method in cells:
         file = method.partition("-")[0]
-        if method not in TITLES and (env, file) in cells and method not in PEERS:
-            found.setdefault(TITLES[file], {}).update({(env, file): None, (env, method): None})
+        if method in TITLES | PEERS or (env, file) not in cells:
+            continue
+        chosen = found.setdefault(TITLES[file], {})
+        chosen |= {(env, file): None, (env, method): None}
     return {title: beside(cells, chosen) for title, chosen in found.items()}
 
 
 def peers(cells) -> str:
     """Other people's code beside ours."""
-    pairs = [(env, peer) for peer in PEERS for env in datasets(cells) if (env, peer) in cells]
-    both = [(env, x) for env, peer in pairs for x in (counterpart(cells, env, peer), peer)]
-    return beside(cells, both)
+    chosen = []
+    for peer in PEERS:
+        for env in datasets(cells):
+            if (env, peer) in cells:
+                ours = counterpart(cells, env, peer)
+                chosen += [(env, ours), (env, peer)]
+    return beside(cells, chosen)
 
 
 def clones(cells) -> str:
     """Means of the clone, of ARQ's implicit policy and of the policy, with arrows between them."""
-    rows = {}
+    rows = []
     for method in rows_of(cells, TITLES):
-        texts = []
+        row = {"method": TITLES[method]}
         for env in datasets(cells):
-            runs = cells[env, method].itertuples() if (env, method) in cells else ()
-            paths = np.array([path_of(run) for run in runs])  # (seeds, stages)
-            means = paths.mean(0) if len(paths) else ()
-            texts.append(" → ".join(f"{mean:.1f}" for mean in means) or "-")
-        if any("→" in text for text in texts):
-            rows[TITLES[method]] = texts
-    heads = [f"`{env}`" for env in datasets(cells)]
-    frame = pd.DataFrame.from_dict(rows, "index", columns=heads)
-    return report.markdown(frame.rename_axis("method").reset_index())
+            row[f"`{env}`"] = "-"
+            if (env, method) in cells:
+                runs = cells[env, method].itertuples()
+                means = np.mean([path_of(run) for run in runs], 0)  # (stages,)
+                row[f"`{env}`"] = " → ".join(f"{mean:.1f}" for mean in means)
+        if "→" in str(row):
+            rows.append(row)
+    return report.markdown(pd.DataFrame(rows)) if rows else ""
 
 
 def gaps(cells, folder) -> str:
@@ -231,31 +248,43 @@ def gaps(cells, folder) -> str:
     and of log mu(a) - log mu(a'), for a of the data and a' of the policy in the same states, which
     stand for the next ones. Read from metrics.csv.gz; empty where the folder has none."""
     _, _, metrics = store.stored(Path(folder))
-    metrics = metrics[(metrics.method == "fisher_brc") & (metrics.phase == "train")]
+    metrics = metrics[metrics.method.eq("fisher_brc") & metrics.phase.eq("train")]
+    metrics = metrics.astype({"step": int, "value": float})
     rows = []
     for (env, variant), own in metrics.groupby(["dataset", "variant"]):
-        cell = cells.get((env, "-".join(filter(None, ("fisher_brc", variant)))))
-        if cell is None or cell.identity.iloc[0]["offset"] == "False":
+        method = f"fisher_brc-{variant}".removesuffix("-")
+        if (env, method) not in cells:
             continue
-        names = ["q_data", "log_mu_data", "log_mu_pi"]
-        own = own.assign(step=own.step.astype(int), value=own.value.astype(float))
+        cell = cells[env, method]
+        flags = cell.identity.iloc[0]
+        if flags["offset"] == "False":
+            continue
         late = own[own.step > own.step.max() / 2]
-        means = late.groupby(["metric", "seed"]).value.mean().groupby("metric").mean()
-        q, data, pi = means[names]
-        horizon = 1 / (1 - float(cell.identity.iloc[0]["gamma"]))
-        cost = [f"{x:.2f}" for x in (data, pi, data - pi)] + [(data - pi) * horizon]
-        rows.append((f"`{env}`", cell.identity.iloc[0]["lam"], cell.score.mean(), q, *cost))
-    columns = ["dataset", "lambda", "score", "Q on the data", "log mu(a)", "log mu(a')"]
-    columns += ["gap", "gap / (1 - gamma)"]
-    return report.markdown(pd.DataFrame(rows, columns=columns)) if rows else ""
+        mean = late.groupby("metric").value.mean()
+        gap = mean.log_mu_data - mean.log_mu_pi
+        horizon = 1 / (1 - float(flags["gamma"]))
+        row = {
+            "dataset": f"`{env}`",
+            "lambda": short(flags["lam"]),
+            "score": cell.score.mean(),
+            "log mu(a)": f"{mean.log_mu_data:.2f}",
+            "log mu(a')": f"{mean.log_mu_pi:.2f}",
+            "gap": f"{gap:.2f}",
+            "Q on the data": mean.q_data,
+            "Q + gap / (1 - gamma)": mean.q_data + gap * horizon,
+        }
+        rows.append(row)
+    return report.markdown(pd.DataFrame(rows)) if rows else ""
 
 
 def tables(cells, folder) -> dict:
     """{heading: table}, as docs/results.md has them."""
-    found = {"Scores": table(cells), "From the clone to the policy": clones(cells)}
-    found |= {f"Ablations of {title}": text for title, text in ablations(cells).items()}
+    found = {"Scores": table(cells)}
+    found["From the clone to the policy"] = clones(cells)
+    for title, text in ablations(cells).items():
+        found[f"Ablations of {title}"] = text
     found["What Fisher-BRC's backups pay"] = gaps(cells, folder)
-    if any(method in PEERS for _, method in cells):
+    if rows_of(cells, PEERS):
         found["Beside other people's code"] = peers(cells)
     return {heading: text for heading, text in found.items() if text}
 
@@ -334,9 +363,11 @@ def curves(cells):
     return figure
 
 
-def rows_of_panels(cells, named):
-    """A figure with a row for each method and a panel for each dataset, and {dataset: panel}."""
-    figure = matplotlib.figure.Figure((8, 1.4 + 0.27 * len(named)), layout="constrained")
+def rows_of_panels(cells, named, height):
+    """A figure with a row of `height` inches for each method and a panel for each dataset, and
+    {dataset: panel}."""
+    size = (8, 1.4 + height * len(named))
+    figure = matplotlib.figure.Figure(size, layout="constrained")
     envs = datasets(cells)
     panels = figure.subplots(1, len(envs), sharey=True, squeeze=False)[0]
     for panel, env in zip(panels, envs):
@@ -345,27 +376,38 @@ def rows_of_panels(cells, named):
         panel.set_xticks([0, 50, 100])
         panel.tick_params(labelsize=10)
         panel.tick_params(axis="y", length=0)
-        for row in range(len(named) - 1):
-            panel.axhline(row + 0.5, color="0.9", lw=0.8, zorder=0)
-    panels[0].set_yticks(range(len(named)), [(TITLES | PEERS)[method] for method in named])
-    panels[len(panels) // 2].set_xlabel("normalized score", fontsize=11)
+        for row in range(1, len(named)):
+            panel.axhline(row - 0.5, color="0.9", lw=0.8, zorder=0)
+    titles = [(TITLES | PEERS)[method] for method in named]
+    panels[0].set_yticks(range(len(named)), titles)
+    middle = panels[len(panels) // 2]
+    middle.set_xlabel("normalized score", fontsize=11)
     return figure, dict(zip(envs, panels))
 
 
 def explain(figure, signs) -> None:
-    """A legend below the panels of {words: line}."""
-    place = dict(loc="outside lower center", ncols=4, fontsize=10, frameon=False)
-    figure.legend(signs.values(), signs, columnspacing=1.2, handlelength=1.5, **place)
+    """A legend below the panels of {words: sign}."""
+    place = dict(loc="outside lower center", ncols=4, fontsize=10)
+    look = dict(frameon=False, columnspacing=1.2, handlelength=1.5)
+    figure.legend(signs.values(), signs, **place, **look)
 
 
-def spread(count: int):
+def sign(marker, **look):
+    """A marker for a legend."""
+    look = dict(ls="", ms=5, color="0.3") | look
+    return Line2D([], [], marker=marker, **look)
+
+
+def heights(row, count, half):
     """Heights (count,) of a row's seeds, around its middle."""
-    return np.linspace(-0.3, 0.3, count) if count > 1 else np.zeros(1)
+    if count == 1:
+        return np.array([row])
+    return np.linspace(row - half, row + half, count)
 
 
 def dots(cells, named):
     """Every seed's score, and their mean."""
-    figure, panels = rows_of_panels(cells, named)
+    figure, panels = rows_of_panels(cells, named, 0.27)
     styles = report.styles_of(named)
     data = report.data_scores(pd.concat(cells.values()))
     for env, panel in panels.items():
@@ -373,40 +415,56 @@ def dots(cells, named):
         for row, method in enumerate(named):
             if (env, method) not in cells:
                 continue
-            scores, color = cells[env, method].score, styles[method][0]
-            heights = row + spread(len(scores)) / 2
+            scores = cells[env, method].score
+            color, _ = styles[method]
             face = "white" if method in PEERS else color
-            panel.plot(scores, heights, "o", ms=5, mec=color, mfc=face, clip_on=False)
-            panel.plot([scores.mean()] * 2, [row - 0.35, row + 0.35], color=color, lw=2)
-    signs = {"a seed": Line2D([], [], ls="", marker="o", ms=5, color="0.3")}
-    signs["mean"] = Line2D([], [], ls="", marker="|", ms=11, mew=2, color="0.3")
+            look = dict(ms=5, mec=color, mfc=face, clip_on=False)
+            panel.plot(scores, heights(row, len(scores), 0.15), "o", **look)
+            mean = [scores.mean()] * 2
+            panel.plot(mean, [row - 0.35, row + 0.35], color=color, lw=2)
+    signs = {"a seed": sign("o"), "mean": sign("|", ms=11, mew=2)}
     explain(figure, signs | known)
     return figure
 
 
+def draw_path(panel, path, y, down, color) -> None:
+    """One seed's way at height y. Where it has three points, its last part leads `down` a little,
+    because it may lead back."""
+    *before, policy = path
+    panel.plot(before, [y] * len(before), color=color, lw=1.2)
+    look = dict(arrowstyle="-|>", color=color, lw=1.2, shrinkA=0, shrinkB=0)
+    end = policy, y + down * (len(before) - 1)
+    panel.annotate("", end, (before[-1], y), arrowprops=look)
+    for x, marker in zip(before, "oD"):
+        look = dict(ms=4.5, mec=color, mfc="white", clip_on=False)
+        panel.plot(x, y, marker, **look)
+
+
 def arrows(cells):
-    """Every seed's way from its clone to its policy."""
-    paths = {cell: [path_of(run) for run in runs.itertuples()] for cell, runs in cells.items()}
-    long = {method for (_, method), found in paths.items() if len(found[0]) > 1}
-    named = [method for method in rows_of(cells, TITLES) if method in long]
-    figure, panels = rows_of_panels(cells, named)
-    figure.set_figheight(1.4 + 0.5 * len(named))
+    """Every seed's way from its clone to its policy, or None where no method has a clone."""
+    paths = {}
+    for cell, runs in cells.items():
+        found = [path_of(run) for run in runs.itertuples()]
+        if len(found[0]) > 1:
+            paths[cell] = found
+    cloners = {method for _, method in paths}
+    named = [method for method in TITLES if method in cloners]
+    if not named:
+        return None
+    figure, panels = rows_of_panels(cells, named, 0.5)
     styles = report.styles_of(named)
     for env, panel in panels.items():
         for row, method in enumerate(named):
-            found, color = paths.get((env, method), []), styles[method][0]
-            look = dict(arrowstyle="-|>", color=color, lw=1.2, shrinkA=0, shrinkB=0)
-            heights = row + spread(len(found))
-            down = 0.25 / max(1, len(found))  # of the last arrow, which may lead back
-            for y, (*before, policy) in zip(heights, found):
-                end = policy, y + down * (len(before) - 1)
-                panel.plot(before, [y] * len(before), color=color, lw=1.2)
-                panel.annotate("", end, (before[-1], y), arrowprops=look)
-                for x, marker in zip(before, "oD"):
-                    panel.plot(x, y, marker, ms=4.5, mec=color, mfc="white", clip_on=False)
-    sign = lambda marker: Line2D([], [], ls="", marker=marker, color="0.3", mfc="white", ms=5)
-    signs = {"the clone of a seed": sign("o"), "ARQ's implicit policy": sign("D")}
-    signs["the policy"] = Line2D([], [], ls="", marker=">", ms=6, color="0.3")
+            found = paths.get((env, method), [])
+            ys = heights(row, len(found), 0.3)
+            for path, y in zip(found, ys):
+                color, _ = styles[method]
+                draw_path(panel, path, y, 0.25 / len(found), color)
+    signs = {
+        "the clone of a seed": sign("o", mfc="white"),
+        "ARQ's implicit policy": sign("D", mfc="white"),
+        "the policy": sign(">", ms=6),
+    }
     explain(figure, signs)
     return figure
 
@@ -430,10 +488,13 @@ def main(args):
     out.mkdir(parents=True, exist_ok=True)
     save(curves(cells), out / "curves.png")
     save(dots(cells, rows_of(cells, TITLES)), out / "scores.png")
-    save(arrows(cells), out / "clone_to_policy.png")
-    others = rows_of(cells, PEERS)
-    if others:
-        pairs = [x for peer in others for x in (counterpart(cells, MIXTURE, peer), peer)]
+    ways = arrows(cells)
+    if ways:
+        save(ways, out / "clone_to_policy.png")
+    pairs = []
+    for peer in rows_of(cells, PEERS):
+        pairs += [counterpart(cells, MIXTURE, peer), peer]
+    if pairs:
         save(dots(cells, pairs), out / "peers.png")
 
 

@@ -62,11 +62,14 @@ def draw(ax, runs, looks) -> dict:
     """The panel of one dataset: {name: what is drawn}; `looks` are report.styles_of the methods. A
     method with dashes in other figures has white points here."""
     points = {}
-    for run, x, y, (low, high) in zip(*(runs[k] for k in ("run", "score", "fqe", "fqe_interval"))):
-        color, dashes = looks[method_of(run)]
+    for run in runs.itertuples():
+        method = method_of(run.run)
+        color, dashes = looks[method]
         face = color if dashes == "-" else "white"
-        look = dict(fmt="o", color=color, mfc=face, capsize=3, alpha=0.9)
-        points[method_of(run)] = ax.errorbar(x, y, [[y - low], [high - y]], **look)
+        low, high = run.fqe_interval
+        bar = [[run.fqe - low], [high - run.fqe]]
+        look = dict(fmt="o", color=color, mfc=face, capsize=3)
+        points[method] = ax.errorbar(run.score, run.fqe, bar, **look)
     line = ax.axhline(runs["data_fqe"].mean(), color="gray", linestyle="--")
     ax.set_xlabel("score in the simulator")
     return points | {"the data's own policy": line}

@@ -500,7 +500,7 @@ def test_the_gap_of_fisher_brc_by_hand(tmp_path):
     assert results.gaps(cells, tmp_path) == "", "no metrics are stored"
     results.store.main(results.store.Args(str(tmp_path), str(tmp_path / "out")))
     text = results.gaps(cells, tmp_path / "out")
-    assert row(text, "`")[1:] == ["0.1", "27.5", "-7.0", "1.50", "0.25", "1.25", "12.5"]
+    assert row(text, "`")[1:] == ["0.1", "27.5", "1.50", "0.25", "1.25", "-7.0", "5.5"]
 
 
 def test_results_fit_into_800_pixels(tmp_path):
