@@ -244,9 +244,9 @@ def clones(cells) -> str:
 
 
 def gaps(cells, folder) -> str:
-    """What Fisher-BRC's backups pay, over the second half of training: the mean of Q on the data,
-    and of log mu(a) - log mu(a'), for a of the data and a' of the policy in the same states, which
-    stand for the next ones. Read from metrics.csv.gz; empty where the folder has none."""
+    """What Fisher-BRC's backups pay, over the second half of training: means of log mu(a), of
+    log mu(a'), and of Q, for a of the data and a' of the policy in the same states, which stand for
+    the next ones. Read from metrics.csv.gz; empty where the folder has none."""
     _, _, metrics = store.stored(Path(folder))
     metrics = metrics[metrics.method.eq("fisher_brc") & metrics.phase.eq("train")]
     metrics = metrics.astype({"step": int, "value": float})
@@ -260,7 +260,10 @@ def gaps(cells, folder) -> str:
         if flags["offset"] == "False":
             continue
         late = own[own.step > own.step.max() / 2]
-        mean = late.groupby("metric").value.mean()
+        wide = late.pivot(index=["seed", "step"], columns="metric", values="value")
+        q_pi = -wide.pi_loss - wide.temperature * wide.entropy  # of L_pi = T log pi - min Q
+        gained = (wide.q_data - q_pi).mean()
+        mean = wide.mean()
         gap = mean.log_mu_data - mean.log_mu_pi
         horizon = 1 / (1 - float(flags["gamma"]))
         row = {
@@ -270,6 +273,7 @@ def gaps(cells, folder) -> str:
             "log mu(a)": f"{mean.log_mu_data:.2f}",
             "log mu(a')": f"{mean.log_mu_pi:.2f}",
             "gap": f"{gap:.2f}",
+            "Q(a) - min Q(a')": f"{gained:.2f}",
             "Q on the data": mean.q_data,
             "Q + gap / (1 - gamma)": mean.q_data + gap * horizon,
         }

@@ -490,17 +490,18 @@ def test_the_way_from_the_clone_by_hand(tmp_path):
 
 
 def test_the_gap_of_fisher_brc_by_hand(tmp_path):
-    """Over the second half: 1.5 - 0.25 in every step of 1 / (1 - 0.9)."""
+    """Over the second half: 1.5 - 0.25 in every step of 1 / (1 - 0.9); Q(a') is -9 + 0.5 * 2."""
     for name, offset in (("", True), ("-no-offset", False)):
         flags = {"lam": 0.1, "gamma": 0.9, "offset": offset}
         for folder in write_runs(tmp_path, f"fisher_brc{name}", args=flags):
-            lines = ["step,seconds,q_data,log_mu_data,log_mu_pi", "10,1,0,9,9", "20,1,-7,1.5,0.25"]
-            (folder / "train.csv").write_text("\n".join(lines) + "\n")
+            lines = ["step,seconds,q_data,log_mu_data,log_mu_pi,pi_loss,temperature,entropy"]
+            lines += ["10,1,0,9,9,9,9,9", "20,1,-7,1.5,0.25,9,0.5,-2", ""]
+            (folder / "train.csv").write_text("\n".join(lines))
     cells = results.read_cells(str(tmp_path))
     assert results.gaps(cells, tmp_path) == "", "no metrics are stored"
     results.store.main(results.store.Args(str(tmp_path), str(tmp_path / "out")))
     text = results.gaps(cells, tmp_path / "out")
-    assert row(text, "`")[1:] == ["0.1", "27.5", "1.50", "0.25", "1.25", "-7.0", "5.5"]
+    assert row(text, "`")[1:] == ["0.1", "27.5", "1.50", "0.25", "1.25", "1.00", "-7.0", "5.5"]
 
 
 def test_results_fit_into_800_pixels(tmp_path):
