@@ -221,9 +221,8 @@ def peers(cells) -> str:
     chosen = []
     for peer in PEERS:
         for env in datasets(cells):
-            if (env, peer) in cells:
-                ours = counterpart(cells, env, peer)
-                chosen += [(env, ours), (env, peer)]
+            both = [(env, counterpart(cells, env, peer)), (env, peer)]
+            chosen += both if cells.keys() >= {*both} else []
     return beside(cells, chosen)
 
 
@@ -427,6 +426,8 @@ def dots(cells, named):
             mean = [scores.mean()] * 2
             panel.plot(mean, [row - 0.35, row + 0.35], color=color, lw=2)
     signs = {"a seed": sign("o"), "mean": sign("|", ms=11, mew=2)}
+    if PEERS.keys() & {*named}:
+        signs["a seed of other people's code"] = sign("o", mfc="white")
     explain(figure, signs | known)
     return figure
 
