@@ -68,6 +68,7 @@ TITLES = ACTORS | CRITICS
 PEERS = {  # other people's code
     "corl_td3_bc": "TD3+BC, CORL's code",
     "corl_iql": "IQL, CORL's code",
+    "iql_authors": "IQL, its authors' code",
     "fql_authors": "FQL, its authors' code",
 }
 DATA = {what: what for what in ("the data, mean of its episodes", "the data, best episode")}
@@ -218,12 +219,13 @@ def ablations(cells) -> dict:
 
 def peers(cells) -> str:
     """Other people's code beside ours."""
-    chosen = []
+    groups = {}
     for peer in PEERS:
         for env in datasets(cells):
-            both = [(env, counterpart(cells, env, peer)), (env, peer)]
-            chosen += both if cells.keys() >= {*both} else []
-    return beside(cells, chosen)
+            ours = counterpart(cells, env, peer)
+            if cells.keys() >= {(env, ours), (env, peer)}:
+                groups.setdefault((ours, env), [ours]).append(peer)
+    return beside(cells, [(env, x) for (_, env), group in groups.items() for x in group])
 
 
 def clones(cells) -> str:
@@ -500,7 +502,7 @@ def main(args):
     for peer in rows_of(cells, PEERS):
         pairs += [counterpart(cells, MIXTURE, peer), peer]
     if pairs:
-        save(dots(cells, pairs), out / "peers.png")
+        save(dots(cells, list(dict.fromkeys(pairs))), out / "peers.png")
 
 
 if __name__ == "__main__":

@@ -460,6 +460,8 @@ def test_an_ablation_stands_beside_its_counterpart(tmp_path):
     write_runs(tmp_path, "itrpo-trust-control", scores=((30.0,),), **flags("trust", 1 - 0.9))
     write_runs(tmp_path, "iql", scores=((10.0,), (10.0,)))
     write_runs(tmp_path, "corl_iql", scores=((9.0,), (9.0,)))
+    write_runs(tmp_path, "iql_authors", scores=((11.0,), (11.0,)))
+    write_runs(tmp_path, "fql_authors")  # ours was not run
     tables = results.tables(results.read_cells(str(tmp_path)), tmp_path)
     env, itrpo = "`hopper-replay-demo` | ", tables["Ablations of iTRPO"]
     base, trust, control = (x[2:].rstrip(" |").split(" | ") for x in itrpo.splitlines()[2:])
@@ -469,7 +471,9 @@ def test_an_ablation_stands_beside_its_counterpart(tmp_path):
     assert control[1:3] == ["iTRPO, `trust`, with `kl_coef` 0.1, not 1", "30.0"]
     assert control[3:] == ["30.0", "-15.0"]
     other = tables["Beside other people's code"]
-    assert row(other, f"{env}IQL,")[2:] == ["9.0, 9.0", "9.0 ± 0.0", "-1.0 ± 0.0"]
+    assert row(other, f"{env}IQL, CORL")[2:] == ["9.0, 9.0", "9.0 ± 0.0", "-1.0 ± 0.0"]
+    assert row(other, f"{env}IQL, its")[2:] == ["11.0, 11.0", "11.0 ± 0.0", "+1.0 ± 0.0"]
+    assert other.count("| IQL |") == 1 and "FQL" not in other
     assert "iTRPO" not in other and "IQL" not in itrpo
 
 
