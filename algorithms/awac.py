@@ -206,10 +206,9 @@ PRESETS = {
     "hopper-medium-expert-demo": dict(temperature=3.0, steps=20_000, eval_every=1_000),
     "antmaze-*": dict(reward_shift=-1.0, eval_every=100_000, eval_episodes=100),
     "D4RL/antmaze/*": dict(reward_shift=-1.0, eval_every=100_000, eval_episodes=100),
-    "pointmaze-*-demo": dict(  # shortened; faster targets; AntMaze's reward shift
-        reward_shift=-1.0, polyak=0.02, steps=12_000, eval_every=600, eval_episodes=20
+    "pointmaze-stitch-demo": dict(  # shortened; faster targets; AntMaze's reward shift
+        reward_shift=-1.0, polyak=0.02, steps=20_000, eval_every=1_000, eval_episodes=20
     ),
-    "pointmaze-stitch-demo": dict(steps=20_000, eval_every=1_000),  # longer
 }
 
 if __name__ == "__main__":

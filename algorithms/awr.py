@@ -231,7 +231,7 @@ PRESETS = {
     "hopper-medium-expert-demo": dict(steps=25_000, eval_every=1_250),  # shortened
     "antmaze-*": dict(reward_shift=-1.0, eval_every=100_000, eval_episodes=100),
     "D4RL/antmaze/*": dict(reward_shift=-1.0, eval_every=100_000, eval_episodes=100),
-    "pointmaze-*-demo": dict(  # shortened, with AntMaze's reward shift
+    "pointmaze-stitch-demo": dict(  # shortened, with AntMaze's reward shift
         reward_shift=-1.0, steps=12_000, eval_every=600, returns_every=1_000, eval_episodes=20
     ),
 }

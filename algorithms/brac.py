@@ -389,7 +389,7 @@ SHORT |= dict(normalize_obs=True, eval_every=500, eval_episodes=10)
 PRESETS = {
     "hopper-medium-expert-demo": SHORT | dict(alpha=10.0),
     "hopper-replay-demo": SHORT | dict(steps=40_000, eval_every=2_000),
-    "pointmaze-*-demo": SHORT | dict(alpha=0.1, eval_episodes=20),  # rewards are 0 or 1
+    "pointmaze-stitch-demo": SHORT | dict(alpha=0.1, eval_episodes=20),  # rewards are 0 or 1
     "antmaze-*": dict(eval_every=100_000, eval_episodes=100),
     "D4RL/antmaze/*": dict(eval_every=100_000, eval_episodes=100),
 }

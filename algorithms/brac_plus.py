@@ -572,7 +572,7 @@ ADROIT = dict(divergence="mmd", mmd_margin=0.001, mmd_width=60.0, actor_lr=5e-8,
 PRESETS = {
     "hopper-medium-expert-demo": SHORT | dict(margin=0.2),
     "hopper-replay-demo": SHORT | dict(steps=16_000, eval_every=800),
-    "pointmaze-*-demo": SHORT  # rewards are rare: critics at 1e-3; the paper has 3e-4
+    "pointmaze-stitch-demo": SHORT  # rewards are rare: critics at 1e-3; the paper has 3e-4
     | dict(margin=0.2, lr=1e-3, steps=24_000, eval_every=1_200, eval_episodes=20),
     # The margins of brac_plus_acml.py. The rows of mujoco/ are Minari's names.
     "hopper-random-v?": dict(mmd_margin=0.1),

@@ -584,7 +584,7 @@ ADROIT = dict(
 PRESETS = {
     "hopper-medium-expert-demo": SHORT | dict(margin=0.2),
     "hopper-replay-demo": SHORT | dict(steps=16_000, eval_every=800),
-    "pointmaze-*-demo": SHORT  # rewards are rare: critics at 1e-3; the paper has 3e-4
+    "pointmaze-stitch-demo": SHORT  # rewards are rare: critics at 1e-3; the paper has 3e-4
     | dict(margin=0.2, lr=1e-3, steps=24_000, eval_every=1_200, eval_episodes=20),
     "halfcheetah-*": dict(gp_target=0.1),
     "mujoco/halfcheetah/*": dict(gp_target=0.1),

@@ -346,7 +346,7 @@ SHORT = dict(steps=10_000, batch_size=128, n_actions=3, actor_lr=3e-4, polyak=0.
 PRESETS = {
     "hopper-medium-expert-demo": SHORT,
     "hopper-replay-demo": SHORT | dict(steps=15_000, eval_every=750),
-    "pointmaze-*-demo": (  # AntMaze's settings, shortened
+    "pointmaze-stitch-demo": (  # AntMaze's settings, shortened
         dict(weight=5.0, lagrange=True, gap=0.8, diff_floor=-200.0, max_backup=True)
         | dict(normalize_obs=False, reward_scale=10.0, reward_shift=-5.0)
         | SHORT

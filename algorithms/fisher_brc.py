@@ -342,7 +342,7 @@ SHORT = dict(bc_steps=10_000, steps=10_000, eval_every=500, polyak=0.02, lam=1.0
 PRESETS = {
     "hopper-medium-expert-demo": SHORT | dict(normalize_obs=True),
     "hopper-replay-demo": SHORT | dict(normalize_obs=True, steps=16_000, eval_every=800),
-    "pointmaze-*-demo": SHORT
+    "pointmaze-stitch-demo": SHORT
     | dict(normalize_obs=True, bonus=-1.0, steps=30_000, eval_every=1_500, eval_episodes=20),
     "antmaze-*": dict(bonus=0.0, eval_every=100_000, eval_episodes=100),
     "D4RL/antmaze/*": dict(bonus=0.0, eval_every=100_000, eval_episodes=100),

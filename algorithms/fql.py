@@ -288,7 +288,7 @@ PRESETS = {
     "mujoco/*": dict(normalize_q_loss=True, alpha=1.0),
     "hopper-medium-expert-demo": SHORT,
     "hopper-replay-demo": SHORT,
-    "pointmaze-*-demo": dict(
+    "pointmaze-stitch-demo": dict(
         steps=20_000,
         eval_every=2_000,
         eval_episodes=10,

@@ -299,7 +299,7 @@ PRESETS = {
         [f"D4RL/pointmaze/{size}-v*" for size in ("open", "umaze", "medium", "large")],
         dict(tau=0.9, beta=10.0, alpha_bc=0.003, reward_shift=-1.0),
     ),
-    "pointmaze-*-demo": dict(  # AntMaze's settings, shortened; faster targets
+    "pointmaze-stitch-demo": dict(  # AntMaze's settings, shortened; faster targets
         tau=0.9, beta=10.0, alpha_bc=0.003, reward_shift=-1.0, polyak=0.02
     )
     | dict(steps=10_000, eval_every=500, eval_episodes=20),

@@ -388,7 +388,7 @@ SHORT |= dict(normalize_obs=True)
 PRESETS = {
     "hopper-medium-expert-demo": SHORT | dict(kl_coef=3.0, steps=5_000, eval_every=250),
     "hopper-replay-demo": SHORT | dict(samples=1, kl_coef=1.0, steps=30_000, eval_every=1_500),
-    "pointmaze-*-demo": SHORT  # with AntMaze's reward and bonus
+    "pointmaze-stitch-demo": SHORT  # with AntMaze's reward and bonus
     | dict(reward_shift=-1.0, bonus=0.0, eval_episodes=20),
     "antmaze-*": dict(reward_shift=-1.0, bonus=0.0, eval_every=50_000, eval_episodes=100),
     "D4RL/antmaze/*": dict(reward_shift=-1.0, bonus=0.0, eval_every=50_000, eval_episodes=100),

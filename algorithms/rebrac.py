@@ -333,7 +333,7 @@ PRESETS = {
     "hopper-replay-demo": SHORT  # with faster targets and normalized observations
     | dict(actor_bc=0.05, critic_bc=0.5, polyak=0.02, normalize_obs=True)
     | dict(steps=40_000, eval_every=2_000),
-    "pointmaze-*-demo": SHORT  # with faster targets
+    "pointmaze-stitch-demo": SHORT  # with faster targets
     | dict(actor_bc=0.003, critic_bc=0.001, polyak=0.02)
     | dict(steps=12_000, eval_every=600, eval_episodes=20),
     # The names of FQL's table 3, all five tasks of each, and what --short adds.

@@ -244,7 +244,7 @@ PRESETS = {
     "hopper-replay-demo": dict(  # shortened; faster targets, less cloning
         alpha_bc=0.01, steps=30_000, eval_every=1_500, polyak=0.01
     ),
-    "pointmaze-*-demo": dict(  # with AntMaze's reward shift
+    "pointmaze-stitch-demo": dict(  # with AntMaze's reward shift
         reward_shift=-1.0, polyak=0.02, steps=12_000, eval_every=600, eval_episodes=20
     ),
     "antmaze-*": dict(reward_shift=-1.0, eval_every=100_000, eval_episodes=100),

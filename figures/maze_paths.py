@@ -6,9 +6,9 @@ goal, which in every episode lies a little beside the star. Differs from the pap
 are replaced by a point in a smaller maze.
 
     for file in bc iql awac itrpo; do
-        python algorithms/$file.py --env pointmaze-medium-demo --compile --precision medium
+        python algorithms/$file.py --env pointmaze-stitch-demo --compile --precision medium
     done
-    python figures/maze_paths.py runs/pointmaze-medium-demo__{bc,iql,awac,itrpo}__0
+    python figures/maze_paths.py runs/pointmaze-stitch-demo__{bc,iql,awac,itrpo}__0
 """
 
 import sys
@@ -30,7 +30,7 @@ from tools.evaluate import load_run
 @dataclass
 class Args:
     runs: tyro.conf.Positional[tuple[str, ...]]
-    """folders of finished runs on pointmaze-medium-demo"""
+    """folders of finished runs on pointmaze-stitch-demo"""
     episodes: int = 20
     """episodes per panel"""
     out: str = "figures/maze_paths.png"
@@ -85,8 +85,8 @@ def draw(panel, maze, paths, title):
 
 def main(args):
     if not args.runs:
-        raise InputError("name the folders of finished runs, runs/pointmaze-medium-demo__bc__0 say")
-    data, task = load("pointmaze-medium-demo")
+        raise InputError("name the folders of finished runs, runs/pointmaze-stitch-demo__bc__0 say")
+    data, task = load("pointmaze-stitch-demo")
     maze = task["env_kwargs"]["maze_map"]
     panels = [("data", *data_paths(data, args.episodes))]
     for folder in args.runs:

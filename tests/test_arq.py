@@ -813,7 +813,7 @@ def test_presets_are_the_papers():
         a = preset(env)
         assert (a.k, a.q_lr, a.alpha, a.score_steps, a.ensemble) == (9, 1e-4, 1, 300_000, 1)
         assert a.filter and not a.normalize_reward
-    for env in ("hopper-replay-demo", "hopper-medium-expert-demo", "pointmaze-medium-demo"):
+    for env in ("hopper-replay-demo", "hopper-medium-expert-demo", "pointmaze-stitch-demo"):
         a = preset(env)
         assert (a.n, a.k, a.width, a.batch_size, a.filter) == (10, 3, 128, 256, False)
         maze = env.startswith("pointmaze")

@@ -390,14 +390,13 @@ def test_a_full_disk_on_the_way(capsys):
 
 # ---- the maze --------------------------------------------------------------------------------
 
-MAZE = "--env PointMaze_Medium-v3 --steps 500 --level"
+MAZE = "--env PointMaze_Medium-v3 --steps 500 --level homing"
 
 
-@pytest.mark.parametrize("level", collect.MAZES)
-def test_the_mazes_pieces(level):
+def test_the_mazes_pieces():
     """Each episode is a walk of at most four cells from anywhere; the task is from one cell to
     another, eight cells away, which no episode shows."""
-    run(f"{MAZE} {level} --flat maze.npz")
+    run(f"{MAZE} --flat maze.npz")
     assert not list(Path().glob("*.agent.pt"))
     file = arrays("maze.npz")
     assert len(file["rewards"]) == 500 and np.abs(file["actions"]).max() < 1
@@ -418,20 +417,20 @@ def test_the_mazes_pieces(level):
     obs, _ = env.reset(seed=0)
     start = tuple(env.unwrapped.maze.cell_xy_to_rowcol(obs[:2]))
     goal = tuple(env.unwrapped.maze.cell_xy_to_rowcol(env.unwrapped.goal))
-    assert (start, goal) == collect.MAZES[level][:2]
+    assert (start, goal) == (collect.START, collect.GOAL)
     assert len(collect.paths_from(maze.maze_map, start)[goal]) == 8
-    assert env.spec.max_episode_steps == (300 if level == "homing" else 600)
-    run(f"{MAZE} {level} --flat again.npz")
+    assert env.spec.max_episode_steps == collect.LIMIT
+    run(f"{MAZE} --flat again.npz")
     assert_same_rows("maze.npz", "again.npz")
 
 
 def test_homing_walks_end_nearer_home():
-    env, home = collect.make_env("PointMaze_Medium-v3", continuing_task=False), (6, 5)
+    env = collect.make_env("PointMaze_Medium-v3", continuing_task=False)
     maze = env.unwrapped.maze
-    paths = collect.paths_from(maze.maze_map, home)
+    paths = collect.paths_from(maze.maze_map, collect.START)
     nearer = []
     for homing in (0.0, 1.0):
-        walks = collect.drive_maze(env, 3000, 0, home, homing, (1, 6), lambda: None)
+        walks = collect.drive_maze(env, 3000, 0, lambda: None, homing)
         ends = [walks.obs[[e.start, e.stop - 1], :2].numpy() for e in walks.episodes()]
         cells = [[tuple(maze.cell_xy_to_rowcol(xy)) for xy in pair] for pair in ends]
         nearer.append(np.mean([len(paths[b]) < len(paths[a]) for a, b in cells]))
@@ -474,8 +473,8 @@ BAD = {
     "--env Walk-v0 --level random --flat x.hdf5": "a name ending in .npz",
     "--env Walk-v0 --level random --dataset-id walk": "use one like hopper/medium-replay-v0",
     "--env Walk-v0 --level expert --flat x.npz --agent no/agent.pt": "--agent no/agent.pt: use",
-    "--env Walk-v0 --level controller --flat x.npz": "drives PointMaze_Medium-v3, not Walk",
-    "--env PointMaze_UMaze-v3 --level homing --flat x.npz": "drives PointMaze_Medium-v3, not",
+    "--env Walk-v0 --level homing --flat x.npz": "drives PointMaze_Medium-v3, not Walk",
+    "--env PointMaze_UMaze-v3 --level homing --flat y.npz": "drives PointMaze_Medium-v3, not",
 }
 
 

@@ -370,17 +370,17 @@ def test_maze_paths_draws_the_data_and_a_run(tmp_path):
 
     from run import load
 
-    flags = "--env pointmaze-medium-demo --steps 2 --eval-env none --seed 0".split()
+    flags = "--env pointmaze-stitch-demo --steps 2 --eval-env none --seed 0".split()
     call = [sys.executable, str(ROOT / "algorithms" / "bc.py"), *flags, "--out", str(tmp_path)]
     subprocess.run(call, check=True, capture_output=True)
-    config = json.loads((tmp_path / "pointmaze-medium-demo__bc__0" / "config.json").read_text())
+    config = json.loads((tmp_path / "pointmaze-stitch-demo__bc__0" / "config.json").read_text())
     config["args"]["eval_env"] = None
-    (tmp_path / "pointmaze-medium-demo__bc__0" / "config.json").write_text(json.dumps(config))
+    (tmp_path / "pointmaze-stitch-demo__bc__0" / "config.json").write_text(json.dumps(config))
     out = tmp_path / "maze.png"
-    runs = (str(tmp_path / "pointmaze-medium-demo__bc__0"),)
+    runs = (str(tmp_path / "pointmaze-stitch-demo__bc__0"),)
     maze_paths.main(maze_paths.Args(runs=runs, episodes=2, out=str(out)))
     assert out.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
-    data, _ = load("pointmaze-medium-demo")
+    data, _ = load("pointmaze-stitch-demo")
     at_start = (data.obs[:, :2] - torch.tensor([-2.5, 2.5])).norm(dim=1) < 0.5
     starts = set(data.episode[at_start].tolist())
     goals = set(data.episode[data.terminal > 0].tolist())

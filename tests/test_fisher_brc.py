@@ -408,5 +408,5 @@ def test_antmaze_has_no_bonus(env):
     """A bonus per step would pay for never reaching the goal, where episodes end."""
     args, _ = parse(Args, fisher_brc.PRESETS, ["--env", env])
     assert (args.bonus, args.eval_every, args.eval_episodes) == (0.0, 100_000, 100)
-    args, _ = parse(Args, fisher_brc.PRESETS, ["--env", "pointmaze-medium-demo"])
+    args, _ = parse(Args, fisher_brc.PRESETS, ["--env", "pointmaze-stitch-demo"])
     assert args.bonus < 0, "a step costs where the goal ends the episode"

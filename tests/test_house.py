@@ -261,7 +261,7 @@ def test_readers_and_tasks_count_where_they_decide_rows_or_scores(here):
     for env, task, used in (
         ("log.npz", "none", True),
         ("hopper-replay-demo", "none", False),
-        ("pointmaze-medium-demo", "PointMaze_Medium-v3", True),
+        ("pointmaze-stitch-demo", "PointMaze_Medium-v3", True),
     ):
         _, run = start("bc", env=env, eval_env=task, steps=1, name=f"{used}")
         config = json.loads((run.folder / "config.json").read_text())

@@ -472,7 +472,7 @@ def test_normalized_observations(data, normalize):
          dict(tau=0.9, beta=10.0, reward_shift=-1.0, eval_every=100_000, eval_episodes=100)),
         ("D4RL/pointmaze/umaze-v2",
          dict(tau=0.9, beta=10.0, reward_shift=-1.0, alpha_bc=0.003)),
-        ("pointmaze-medium-demo",
+        ("pointmaze-stitch-demo",
          dict(tau=0.9, beta=10.0, reward_shift=-1.0, alpha_bc=0.003, polyak=0.02,
               eval_episodes=20)),
         ("pen-human-v0 D4RL/relocate/human-v2 kitchen-mixed-v0 D4RL/kitchen/mixed-v2",

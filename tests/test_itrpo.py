@@ -86,7 +86,7 @@ def test_clips_can_be_typed_as_infinite():
 
 
 @pytest.mark.parametrize(
-    "env", ["antmaze-umaze-v2", "D4RL/antmaze/umaze-v1", "pointmaze-medium-demo"]
+    "env", ["antmaze-umaze-v2", "D4RL/antmaze/umaze-v1", "pointmaze-stitch-demo"]
 )
 def test_mazes_have_no_bonus_unless_typed(env):
     args = parsed("--env", env, "--setting", "trust")

@@ -386,7 +386,7 @@ def test_every_setting_of_our_file_reaches_corl_or_is_refused(algorithm):
     shared = {field.name for field in dataclasses.fields(module.RunArgs)}
     own = {field.name for field in dataclasses.fields(module.Args)} - shared
     assert own == known
-    ours, _ = corl.our_args(corl_flags("--algorithm", algorithm, "--env", "pointmaze-medium-demo"))
+    ours, _ = corl.our_args(corl_flags("--algorithm", algorithm, "--env", "pointmaze-stitch-demo"))
     settings = corl.corl_settings(algorithm, ours, 100, "cpu")
     assert settings["tau"] == ours.polyak == 0.02 and settings["n_episodes"] == 20
     assert settings["max_timesteps"] == ours.steps and settings["buffer_size"] == 100

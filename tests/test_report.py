@@ -389,7 +389,7 @@ def fake(steps, seeds):
         columns = {"steps": steps, "seconds": steps / 90, "score": draw.normal(size=len(steps))}
         return pd.DataFrame(columns)
 
-    datasets = ("hopper-medium-expert-demo", "hopper-replay-demo", "pointmaze-medium-demo")
+    datasets = ("hopper-medium-expert-demo", "hopper-replay-demo", "pointmaze-stitch-demo")
     rows = [(d, m, curve()) for d in datasets for m in methods for _ in range(seeds)]
     return pd.DataFrame(rows, columns=["dataset", "method", "curve"])
 

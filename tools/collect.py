@@ -12,8 +12,7 @@ as the level asks:
     medium         --steps transitions of the medium agent, actions sampled
     expert         --steps transitions of the expert agent, actions sampled
     medium-expert  --steps transitions of each of the two
-    controller     --steps transitions of a noisy controller in a point maze; no agent
-    homing         the same, but half of the walks lead towards the start of the task; no agent
+    homing         --steps transitions of a noisy controller in a point maze; no agent
 
 "Medium" is the first policy whose deterministic return (mean of 10 episodes, every 5,000 steps)
 reaches a third of the way between D4RL's reference scores, or --medium-return; or the policy of
@@ -22,8 +21,8 @@ reaches a third of the way between D4RL's reference scores, or --medium-return; 
 The controller wanders in the medium maze. Every episode starts in another cell, and the controller
 walks to a cell at most four cells away, with noise; in half of the episodes it stops midway. The
 task of the dataset is to get from one cell to another one eight cells away, which no episode shows:
-good paths must be stitched together from pieces. With `homing`, half of the walks lead towards the
-cell in which the task starts, so a clone comes home again. The way leads right, up, left, up and
+good paths must be stitched together from pieces. Half of the walks lead towards the cell in which
+the task starts, so a clone comes home again. The way leads right, up, left, up and
 right, so a clone of the walks that reach the goal, which begin beyond its turns, meets a wall.
 
 Ctrl-C saves the agent; the same command continues. With --agent FILE the agent is kept, and other
@@ -71,11 +70,9 @@ from harness.resume import load_tensors, to_bytes, write_atomic
 from harness.tasks import reference_scores, register
 from run import evaluate, parse
 
-MAZES = {  # level: start and goal of the task, share of homing walks, steps of a rest, limits
-    "controller": ((1, 1), (4, 6), 0.0, (5, 20), {}),
-    "homing": ((6, 5), (2, 5), 0.5, (1, 6), {"max_episode_steps": 300}),
-}
-WITHOUT_AGENT = ("random", *MAZES)
+START, GOAL, LIMIT = (6, 5), (2, 5), 300  # of the maze's task: two cells (row, column), and steps
+HOMING, RESTS = 0.5, (1, 6)  # the share of homing walks; steps of a rest, the second excluded
+WITHOUT_AGENT = ("random", "homing")
 COLUMNS = ("obs", "action", "reward", "next_obs", "terminal", "cut")
 GAMMA, POLYAK, LR, BATCH = 0.99, 0.005, 3e-4, 256  # SAC's own settings
 EVAL_EVERY, EVAL_EPISODES, SAVE_EVERY = 5_000, 10, 20_000
@@ -92,7 +89,6 @@ class Args(Flags):
         "medium",
         "expert",
         "medium-expert",
-        "controller",
         "homing",
     ] = "medium-replay"
     """which policy acts (see above)"""
@@ -378,12 +374,12 @@ def paths_from(maze, start):
     return paths
 
 
-def drive_maze(env, steps: int, seed: int, home, homing: float, rests, after_step) -> Recorder:
+def drive_maze(env, steps: int, seed: int, after_step, homing: float = HOMING) -> Recorder:
     """`steps` transitions of the noisy controller in a gymnasium-robotics point maze, where the
-    share `homing` of the walks ends nearer to the cell `home`, and the controller rests at the end
-    for `rests[0]` steps or more, but less than `rests[1]`. `after_step()` is called after each."""
+    share `homing` of the walks ends nearer to the cell START. `after_step()` is called after
+    each."""
     point, rng = env.unwrapped, np.random.default_rng(seed)
-    to_home = {cell: len(path) for cell, path in paths_from(point.maze.maze_map, home).items()}
+    to_home = {cell: len(path) for cell, path in paths_from(point.maze.maze_map, START).items()}
     recorder = Recorder(*env.observation_space.shape, 2, steps)
     bar = progress(steps)
     while recorder.size < steps:
@@ -392,7 +388,7 @@ def drive_maze(env, steps: int, seed: int, home, homing: float, rests, after_ste
         paths = paths_from(point.maze.maze_map, start)
         near_cells = [cell for cell in paths if 2 <= len(paths[cell]) <= 4]
         nearer = [cell for cell in near_cells if to_home[cell] < to_home[start]]
-        if homing and rng.random() < homing:
+        if rng.random() < homing:
             near_cells = nearer or near_cells
         path = paths[near_cells[rng.integers(len(near_cells))]]
         if rng.random() < 0.5:  # stops midway
@@ -401,7 +397,7 @@ def drive_maze(env, steps: int, seed: int, home, homing: float, rests, after_ste
             point.maze.cell_rowcol_to_xy(np.array(cell)) + rng.uniform(-0.25, 0.25, 2)
             for cell in path
         ]
-        reached, rest = 0, rng.integers(*rests)  # steps that it spends where it stops
+        reached, rest = 0, rng.integers(*RESTS)  # steps that it spends where it stops
         while recorder.size < steps:
             error = targets[reached] - maze_position(point)
             if np.linalg.norm(error) < 0.4:
@@ -510,18 +506,17 @@ def record_maze(job, args):
     """The controller's transitions: it starts in every cell, the task only in one."""
     if not args.env.startswith("PointMaze_Medium-"):
         raise InputError(f"--level {args.level} drives PointMaze_Medium-v3, not {args.env}")
-    start, goal, homing, rests, limits = MAZES[args.level]
     maze = job.env.unwrapped.maze.maze_map
-    anywhere = maze_with(maze, paths_from(maze, start).keys() - {goal}, goal)
+    anywhere = maze_with(maze, paths_from(maze, START).keys() - {GOAL}, GOAL)
     env = make_env(args.env, maze_map=anywhere, continuing_task=False)
-    one_start = maze_with(maze, [start], goal)
-    job.kwargs = {"maze_map": one_start, "continuing_task": False} | limits
-    return drive_maze(env, args.steps, args.seed, start, homing, rests, job.leave_if_stopped)
+    job.kwargs = {"maze_map": maze_with(maze, [START], GOAL), "continuing_task": False}
+    job.kwargs["max_episode_steps"] = LIMIT
+    return drive_maze(env, args.steps, args.seed, job.leave_if_stopped)
 
 
 def record(job, args, goal):
     """The transitions that the level asks for."""
-    if args.level in MAZES:
+    if args.level == "homing":
         return record_maze(job, args)
     if args.level == "full-replay":
         job.train(args.train_steps)
@@ -597,7 +592,7 @@ def collect(args):
         "action_low": job.low.tolist(),
         "action_high": job.high.tolist(),
         "level": args.level,
-        "algorithm": "controller" if args.level in MAZES else "SAC",
+        "algorithm": "controller" if args.level == "homing" else "SAC",
         "seed": args.seed,
         "ref_min_score": ref_min,
         "ref_max_score": ref_max,
