@@ -447,7 +447,7 @@ def test_paths_are_the_shortest():
 
 
 def test_an_interrupted_controller_stops():
-    args = flags(f"{MAZE} homing --flat maze.npz")
+    args = flags(f"{MAZE} --flat maze.npz")
     job = collect.Collector(args)
     job.stopped = True
     with pytest.raises(SystemExit) as left:
