@@ -287,7 +287,7 @@ PRESETS = {
     "walker2d-*": dict(normalize_q_loss=True, alpha=1.0),
     "mujoco/*": dict(normalize_q_loss=True, alpha=1.0),
     "hopper-medium-expert-demo": SHORT,
-    "hopper-replay-demo": SHORT,
+    "hopper-replay-demo": SHORT | dict(alpha=0.1, q_agg="min"),
     "pointmaze-stitch-demo": dict(
         steps=20_000,
         eval_every=2_000,
