@@ -41,9 +41,9 @@ def guest(name):
 
 
 def load(name: str, device="cpu", eval_env: str | None = None):
-    """A dataset's name -> (Data, metadata of its task or None). This file reads the bundled ones;
-    other names and other files go through harness/readers and its checks, where that folder exists.
-    Raises InputError."""
+    """A dataset's name -> (Data, metadata of its task or None). This file itself (`own`) reads the
+    bundled ones and, in a copy without harness/, every file; other names and other files go through
+    harness/readers and its checks. Raises InputError."""
     readers, path = guest("readers"), HERE / "data" / f"{name}.npz"
     if not readers:
         path = next((x for x in (path, HERE / path.name) if x.is_file()), Path(name))
@@ -63,6 +63,7 @@ def read_npz(path):
         limited = "timeouts" not in file and "max_episode_steps" in task
         if limited or {"masks", "valids"} & {*file}:
             raise InputError(f"{path}: reading this form needs the folder harness/ beside run.py")
+    # json's own colons are written as "=": what is left is in a name or value
     if ":" in json.dumps([task.get("env_id"), task.get("env_kwargs")], separators=",="):
         raise InputError(f"{path} records a task with a colon: remove it from the metadata")
     return arrays, task
@@ -126,7 +127,7 @@ def evaluate(act, envs: list, seed: int, device, episodes: int | None = None) ->
             starts = {i: flat(env.reset(seed=seed + i)[0]) for i, env in running.items()}
             obs = np.stack([starts.get(i, starts[first]) for i in range(n)])
             torch.manual_seed(seed)
-            for _ in range(limit):
+            for _ in range(limit):  # all n rows act, ended or not, so noise depends on no length
                 actions = act(torch.as_tensor(obs, device=device)).cpu().numpy()
                 if not np.isfinite(actions).all():
                     raise InputError(f"{envs[0]}: the policy's actions are not finite: the task's "
@@ -184,13 +185,14 @@ class Run:
 
     def start(self, nets, opt, **largest: float):
         """Take what is trained, make the environments and the folder. `largest`: {name of a metric:
-        the largest |Q| that the rewards allow}."""
+        the largest |Q| that the rewards allow}. Tasks of harness/tasks may bring the data's score
+        and the most environments that fit into memory."""
         self.nets, self.opt, self.largest = nets, opt, largest
         self.clock = time.monotonic()
         returns = self.data.episode_return.cpu().numpy()
         task = self.task or {}
         self.references["data"] = task.get("data_score", score(task, returns))
-        self.unit = "return" if score(task, [1e9]) == 1e9 else "score"
+        self.unit = "return" if score(task, [1e9]) == 1e9 else "score"  # no references: a return
         most = task.get("most_envs", 10**9) if task else 0
         self.envs = [make(task) for _ in range(min(self.args.eval_episodes, most))]
         with in_one_line(self.folder, "use another --out or --name"):

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import struct
 import subprocess
 import sys
@@ -29,6 +30,7 @@ import fisher_brc_lambda  # noqa: E402
 import itrpo_paths  # noqa: E402
 import itrpo_trust  # noqa: E402
 import selection  # noqa: E402
+import td3_lockstep  # noqa: E402
 
 import results  # noqa: E402
 
@@ -66,7 +68,8 @@ def test_every_figure_is_tested():
         "maze_paths",
         "results",
         "selection",
-    ):  # they need finished runs; have tests of their own
+        "td3_lockstep",
+    ):  # they need finished runs, or another program; have tests of their own
         scripts.pop(name)
     assert scripts.keys() == TINY.keys()
     for name, path in scripts.items():
@@ -341,6 +344,80 @@ def test_settings_of_the_trust_region_share_a_clone():
     trust, same = itrpo_trust.curves(False, 0, clone, args)
     assert all(torch.equal(clone[name], same[name]) for name in clone)
     assert len(trust["kl_step"]) == 2 and control["shaping"] == [0.0, 0.0] != trust["shaping"]
+
+
+# TD3+BC in the form of CORL's file: the names and shapes that figures/td3_lockstep.py reads.
+TD3_BC = """
+import copy, torch
+from torch.nn.functional import mse_loss
+
+def net(n_in, n_out):
+    sizes = (n_in, 256, 256, n_out)
+    layers = [f for a, b in zip(sizes, sizes[1:]) for f in (torch.nn.Linear(a, b), torch.nn.ReLU())]
+    return torch.nn.Sequential(*layers[:-1])
+
+class Actor(torch.nn.Module):
+    def __init__(self, s, a, largest):
+        super().__init__()
+        self.net = net(s, a)
+    def forward(self, s):
+        return self.net(s).tanh()
+
+class Critic(torch.nn.Module):
+    def __init__(self, s, a):
+        super().__init__()
+        self.net = net(s + a, 1)
+    def forward(self, s, a):
+        return self.net(torch.cat([s, a], 1))
+
+class TD3_BC:
+    def __init__(self, largest, pi, pi_opt, q1, opt1, q2, opt2, discount, tau, policy_noise,
+                 noise_clip, policy_freq, alpha):
+        self.opts, self.nets = (opt1, opt2, pi_opt), (pi, q1, q2)
+        self.targets, self.t = copy.deepcopy(self.nets), 0
+        self.how = (discount, tau, policy_noise, noise_clip, policy_freq, alpha)
+    def train(self, batch):
+        s, a, r, s2, done = batch
+        discount, tau, noise, clip, freq, alpha = self.how
+        pi, q1, q2 = self.nets
+        self.t += 1
+        with torch.no_grad():
+            a2 = self.targets[0](s2) + (torch.randn_like(a) * noise).clamp(-clip, clip)
+            low = torch.min(*(q(s2, a2.clamp(-1, 1)) for q in self.targets[1:]))
+            y = r + (1 - done) * discount * low
+        self.step(mse_loss(q1(s, a), y) + mse_loss(q2(s, a), y), self.opts[:2])
+        if self.t % freq == 0:
+            q = q1(s, pi(s))
+            weight = alpha / q.abs().mean().detach()
+            self.step(mse_loss(pi(s), a) - weight * q.mean(), self.opts[2:])
+            for net, target in zip(self.nets, self.targets):
+                for p, old in zip(net.parameters(), target.parameters()):
+                    old.data.lerp_(p.data, tau)
+    def step(self, loss, opts):
+        for opt in self.opts:
+            opt.zero_grad()
+        loss.backward()
+        for opt in opts:
+            opt.step()
+"""
+
+
+def test_td3_bc_in_lockstep_is_one_function(tmp_path, monkeypatch, capsys):
+    """A program of 60 lines in plain PyTorch stands for CORL's; with another discount it leaves."""
+    for name in ("gym", "d4rl", "wandb", "pyrallis"):  # stand-ins, which go again
+        monkeypatch.setitem(sys.modules, name, None)
+    path = tmp_path / "algorithms" / "offline" / "td3_bc.py"
+    path.parent.mkdir(parents=True)
+    found = []
+    for text in (TD3_BC, TD3_BC.replace("* discount *", "* 0.9 *")):
+        path.write_text(text)
+        args = td3_lockstep.Args(corl=str(tmp_path), steps=12, out=str(tmp_path / "x.png"))
+        td3_lockstep.main(args)
+        found.append([float(x) for x in re.findall(r": (\S+) after 12", capsys.readouterr().out)])
+    (exact, single, moved), (far, *_) = found
+    assert exact < 1e-15 < 1e-9 < single < 1e-6 and 0 < moved < 1e-6 and far > 1e-5
+    with pytest.raises(InputError, match="--corl no: name a checkout"):
+        td3_lockstep.main(td3_lockstep.Args(corl="no"))
 
 
 def test_limit_is_a_fixed_point_and_tau_0_is_brac():
