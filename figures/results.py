@@ -89,12 +89,13 @@ class Args:
 # ---- runs ------------------------------------------------------------------------------------
 
 
-def read_cells(folder):
-    """{(dataset, method): finished runs} on the bundled datasets, sorted. Raises InputError."""
+def read_cells(folder, kind="-demo"):
+    """{(dataset, method): finished runs} on the datasets with `kind` in their names, sorted: the
+    bundled ones, or OGBench's "-singletask". Raises InputError."""
     runs = report.read_runs([folder])
-    runs = runs[runs.score.notna() & runs.dataset.str.endswith("-demo")]
+    runs = runs[runs.score.notna() & runs.dataset.str.contains(kind)]
     report.check(runs)
-    if not runs.method.isin(TITLES).any():
+    if kind == "-demo" and not runs.method.isin(TITLES).any():
         raise InputError(f"no finished run below {folder} is on a bundled dataset")
     return dict(list(runs.groupby(["dataset", "method"])))
 
@@ -279,6 +280,18 @@ def gaps(cells, folder) -> str:
             "Q + gap / (1 - gamma)": mean.q_data + gap * horizon,
         }
         rows.append(row)
+    return report.markdown(pd.DataFrame(rows)) if rows else ""
+
+
+def ogbench(folder) -> str:
+    """Our shortened runs on OGBench's tasks, for docs/ogbench.md; empty where there are none."""
+    cells = read_cells(folder, "-singletask")
+    rows = []
+    for env, method in sorted(cells, key=lambda key: (key[0], [*TITLES, *PEERS].index(key[1]))):
+        own = cells[env, method].score
+        row = {"task": f"`{env}`", "run": (TITLES | PEERS)[method]}
+        row["scores of its seeds"] = ", ".join(f"{score:.1f}" for score in own)
+        rows.append(row | {MEAN: mean_of(own)})
     return report.markdown(pd.DataFrame(rows)) if rows else ""
 
 
@@ -487,7 +500,8 @@ def save(figure, path):
 
 def main(args):
     cells, out = read_cells(args.folder), Path(args.out)
-    for heading, text in tables(cells, args.folder).items():
+    shown = tables(cells, args.folder) | {"OGBench (docs/ogbench.md)": ogbench(args.folder)}
+    for heading, text in shown.items():
         print(f"# {heading}\n\n{text}\n")
     for algorithm in TITLES:
         if (MIXTURE, algorithm) in cells and "-" not in algorithm:

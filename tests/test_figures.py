@@ -529,6 +529,19 @@ def test_the_table_of_results_by_hand(tmp_path):
     ]
 
 
+def test_runs_on_ogbench_have_a_table_of_their_own(tmp_path):
+    write_runs(tmp_path, "iql")
+    before = results.table(results.read_cells(str(tmp_path)))
+    assert results.ogbench(str(tmp_path)) == ""
+    env = "cube-single-play-singletask-v0"
+    for method in ("fql_authors", "fql", "bc"):
+        write_runs(tmp_path, method, env, [(60.0,), (70.0,)], references={"data": 38.0})
+    rows = results.ogbench(str(tmp_path)).splitlines()[2:]
+    titles = ("BC", "FQL", "FQL, its authors' code")
+    assert rows == [f"| `{env}` | {x} | 60.0, 70.0 | 65.0 ± 5.0 |" for x in titles]
+    assert results.table(results.read_cells(str(tmp_path))) == before
+
+
 def test_an_ablation_stands_beside_its_counterpart(tmp_path):
     """A control of another run is compared with that one, and other people's code with ours."""
     flags = lambda setting, alpha: {"args": {"setting": setting, "kl_coef": alpha}}
