@@ -29,6 +29,7 @@ import fisher_brc_bandit  # noqa: E402
 import fisher_brc_lambda  # noqa: E402
 import itrpo_paths  # noqa: E402
 import itrpo_trust  # noqa: E402
+import mixture  # noqa: E402
 import selection  # noqa: E402
 import td3_lockstep  # noqa: E402
 
@@ -59,6 +60,7 @@ TINY = {  # figure: (module, settings, size in pixels)
         dict(bc_steps=2, steps=4, log_every=2, seeds=1),
         (880, 462),
     ),
+    "mixture": (mixture, dict(seeds=(0,), looks=(1, 2), episodes=2, ahead=3), (880, 429)),
 }
 
 
@@ -134,6 +136,27 @@ def test_optimum_of_weighted_cloning():
 def test_a_known_optimum_is_reached(name, steps):
     panel = family.train_and_look(name, family.Args(steps=steps))
     assert 0 <= panel.kl < family.TOLERANCE
+
+
+# ---- the mixture -----------------------------------------------------------------------------
+
+
+def test_put_into_a_state_of_the_data_the_hopper_goes_on_as_the_data_does():
+    """From a row's state, its action leads to its next observation."""
+    data, task = mixture.load("hopper-medium-expert-demo")
+    rows, _ = mixture.halves(data)
+    for whose, first in ((mixture.EXPERT, 50_000), (mixture.MEDIUM, 0)):
+        states = mixture.inside(data, rows[whose], 3)
+        for obs in states:
+            i = (data.obs == torch.from_numpy(obs).float()).all(1).nonzero().item()
+            assert first <= i < first + 50_000
+            assert data.episode[i - 60] == data.episode[i] == data.episode[i + 60]
+            env = mixture.PutInto(mixture.make(task), obs, ahead=2)
+            env.reset(seed=0)
+            found, reward, terminal, ended, _ = env.step(data.action[i].numpy())
+            assert_close(torch.tensor(found).float(), data.next_obs[i], rtol=0, atol=1e-3)
+            assert (reward, terminal, ended) == (1.0, False, False)
+            assert env.step(data.action[i].numpy())[3]
 
 
 # ---- Fisher-BRC ------------------------------------------------------------------------------
