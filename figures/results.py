@@ -283,6 +283,24 @@ def gaps(cells, folder) -> str:
     return report.markdown(pd.DataFrame(rows)) if rows else ""
 
 
+def stopping(cells) -> str:
+    """First and last evaluations of every seed on the mixture, and the means of the last ones."""
+    rows = []
+    for method, title in (TITLES | PEERS).items():
+        if (MIXTURE, method) not in cells:
+            continue
+        own = cells[MIXTURE, method]
+        row = {"method": title}
+        for name, i in ("first", 0), ("last", -1):
+            at = sorted({int(curve.steps.iloc[i]) for curve in own.curve})
+            row[f"{name} evaluation, at step"] = ", ".join(f"{step:,}" for step in at)
+            shown = (f"{curve.score.iloc[i]:.0f}" for curve in own.curve)
+            row[f"{name} scores"] = ", ".join(shown)
+        row["means of the last ten"] = ", ".join(f"{score:.1f}" for score in own.score)
+        rows.append(row)
+    return report.markdown(pd.DataFrame(rows)) if rows else ""
+
+
 def ogbench(folder) -> str:
     """Our shortened runs on OGBench's tasks, for docs/ogbench.md; empty where there are none."""
     cells = read_cells(folder, "-singletask")
@@ -302,6 +320,7 @@ def tables(cells, folder) -> dict:
     for title, text in ablations(cells).items():
         found[f"Ablations of {title}"] = text
     found["What Fisher-BRC's backups pay"] = gaps(cells, folder)
+    found["The mixture ranks stopping times"] = stopping(cells)
     if rows_of(cells, PEERS):
         found["Beside other people's code"] = peers(cells)
     return {heading: text for heading, text in found.items() if text}
