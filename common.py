@@ -334,6 +334,7 @@ class Data:
     obs_std: Tensor = None  # (S,) ones
     name: str = "data"
     digest: str = ""  # sha256 of the arrays up to action_high, 16 hex digits
+    recording: Tensor = None  # (N,) int64 as episode, but a hole starts no new one; None: no holes
 
     def __post_init__(self):
         if self.episode is None:
@@ -429,14 +430,15 @@ def transitions(arrays: dict, meta: dict, name: str, device) -> Data:
     if not keep.any():
         raise InputError(f"{name}: no row has a next observation; store next_observations")
     if not keep.all():
-        rows = [x[keep] for x in rows]
+        rows, recording = [x[keep] for x in rows], recording[keep]
     left, episode = rows.pop().unique_consecutive(return_inverse=True)
+    recording = recording.unique_consecutive(return_inverse=True)[1].to(device)
     rows += [episode, returns[left].float(), low, high]
     digest = hashlib.sha256()
     for x in rows:
         digest.update(x.contiguous().numpy())
     tensors = [x.contiguous().to(device) for x in rows]
-    return Data(*tensors, name=name, digest=digest.hexdigest()[:16])
+    return Data(*tensors, name=name, digest=digest.hexdigest()[:16], recording=recording)
 
 
 def sample(data, batch_size: int, fields=("obs", "action", "reward", "next_obs", "terminal")):

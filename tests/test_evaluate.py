@@ -19,7 +19,7 @@ from PIL import Image
 from short_runs import SCRIPTS, start, write_log
 from torch.testing import assert_close
 
-from common import Data, InputError
+from common import Data, InputError, transitions
 from run import make, parse
 from tools import evaluate as judge
 from tools import fqe
@@ -154,6 +154,21 @@ def test_the_data_have_the_actions_of_their_next_rows(tiny_data):
     assert after[1].isnan()
 
 
+def test_fqe_starts_where_episodes_start_and_not_after_holes():
+    """Two episodes, the first with a hole after its second row. Alone, it is its two parts."""
+    arrays = {key: np.arange(7.0)[:, None] for key in ("observations", "actions")}
+    arrays |= {"next_observations": np.arange(1.0, 8)[:, None], "rewards": np.ones(7)}
+    arrays |= {"terminals": np.zeros(7), "timeouts": np.array([0, 1, 0, 1, 0, 0, 1])}
+    arrays["episode"] = np.array([3, 3, 3, 3, 4, 4, 4])
+    data = transitions(arrays, {}, "log", "cpu")
+    assert fqe.first_rows(data).tolist() == [0, 4]
+    assert data.episode.tolist() == [0, 0, 1, 1, 2, 2, 2]  # parts
+    del arrays["timeouts"], arrays["episode"]
+    one = {key: x[:4] for key, x in arrays.items()} | {"step": np.array([0, 1, 5, 6])}
+    one = transitions(one, {}, "log", "cpu")
+    assert fqe.first_rows(one).tolist() == [0, 2]
+
+
 def test_fqe_uses_the_bounds_of_the_actions():
     """The same chain with actions in [0, 10] has the same values and the same distance."""
     data = chain(50)
@@ -176,6 +191,20 @@ def test_what_fqe_does_not_know_is_said():
         x["td_error"] = error
     words = [line for line in fqe.notes(ranked, data) if "as large as a reward" in line]
     assert len(words) == 1 and words[0].startswith("note: x: the TD error")
+
+
+def test_without_terminals_the_notes_do_not_depend_on_the_level_of_rewards():
+    """A profit's zero is arbitrary. A TD error as large as the returns' spread is noted."""
+    data, found = walk(), []
+    for shift in (0.0, 1e3):
+        data.reward = data.reward + shift  # walk's rewards share their memory with the states
+        own, x = fqe.compare(data, {"x": always(0.5)}, 0.9, 50, seed=1)
+        ranked = [{"run": "x"} | x, {"run": "the data"} | own]
+        plain = fqe.notes(ranked, data)
+        ranked[0]["td_error"] = 1.01 * x["fqe_unit"]
+        found.append([[line[:40] for line in lines] for lines in (plain, fqe.notes(ranked, data))])
+    assert found[0] == found[1]
+    assert found[0][1] == ["note: x: the TD error on held-out transi", *found[0][0]]
 
 
 def test_fqe_needs_episodes(tiny_data):

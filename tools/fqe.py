@@ -5,9 +5,10 @@ The policy's Q is trained on the data's transitions with
 
     L_Q = E[ (r + gamma (1 - terminal) Q'(s', pi(s')) - Q(s,a))^2 ]
 
-and read at the first states of the data's episodes. The policy that recorded the data is judged in
-the same way: its pi(s') is the action that the data have next, so that both numbers have the same
-horizon, which goes on beyond time limits.
+and read at the first states of the data's episodes; where a recording has holes, the states after
+them are no first states. The policy that recorded the data is judged in the same way: its pi(s') is
+the action that the data have next, so that both numbers have the same horizon, which goes on beyond
+time limits.
 
 Five networks are trained. Each one learns from its own draw of the episodes, with replacement, and
 is read at the start states of that draw. The estimate is their mean, and the 95% interval is their
@@ -41,13 +42,21 @@ def in_chunks(act, obs, rows: int = 10_000):
     return torch.cat([act(part) for part in obs.split(rows)])
 
 
+def recorded_episodes(data):
+    """The number (N,) of each row's episode as it was recorded, holes and all. A recording that is
+    one episode has the parts between its holes instead."""
+    whole = data.recording
+    return data.episode if whole is None or whole[-1] == 0 else whole
+
+
 def first_rows(data):
-    """The index (E,) of the first row of every episode."""
-    return torch.searchsorted(data.episode, torch.arange(int(data.episode[-1]) + 1))
+    """The index (E,) of the first row of every recorded episode."""
+    episode = recorded_episodes(data)
+    return torch.searchsorted(episode, torch.arange(int(episode[-1]) + 1))
 
 
 def last_rows(data):
-    """Whether a row (N,) is the last one of its episode."""
+    """Whether a row (N,) is the last one of its episode, or the last one before a hole."""
     return torch.cat([data.episode[1:] != data.episode[:-1], torch.ones(1, dtype=torch.bool)])
 
 
@@ -156,15 +165,16 @@ def problem(data, actions, gamma: float) -> Problem:
 def estimate(data, actions, gamma: float, steps: int, seed: int, name: str) -> dict:
     """FQE of a policy whose `actions` are those of `actions_of`. Returns its value, the values of
     the five networks, their interval, the root-mean-square TD error on the rows of the episodes
-    that a network did not see, and the share of the horizon that the steps leave uncovered. Raises
-    InputError."""
-    episodes = int(data.episode[-1]) + 1
+    that a network did not see, the spread of the returns, and the share of the horizon that the
+    steps leave uncovered. Raises InputError."""
+    episode = recorded_episodes(data)
+    episodes = int(episode[-1]) + 1
     if episodes < 2:
         raise InputError(f"{data.name} is one episode, none can be held out: --fqe-steps 0")
     torch.manual_seed(seed)
     draws = draw_episodes(episodes)
     counts = torch.stack([draw.bincount(minlength=episodes) for draw in draws])
-    counts = counts[:, data.episode]  # (5, N)
+    counts = counts[:, episode]  # (5, N)
     one = problem(data, actions, gamma)
     speed = target_speed(gamma, steps)
     q_target = train(one, counts, speed, tqdm(range(steps), desc=f"FQE of {name}", disable=None))
@@ -181,14 +191,16 @@ def estimate(data, actions, gamma: float, steps: int, seed: int, name: str) -> d
         "fqe_interval": interval(members),
         "fqe_members": members.tolist(),
         "td_error": one.unit * float(torch.cat(errors).square().mean().sqrt()),
+        "fqe_unit": one.unit,
         "uncovered": math.exp(-speed * (1 - gamma) * steps),
     }
 
 
-def train(one: Problem, counts, speed: float, steps, batch_size: int = 128, lr: float = 1e-3):
+def train(one: Problem, counts, speed: float, steps, batch_size: int = 128, lr: float = 3e-3):
     """Train five networks, each on rows drawn as often as its `counts` (5, N) say; returns their
-    targets. The learning rate falls to 0."""
-    q = ScalarMLP(one.x.shape[1], 64, 64, members=MEMBERS)
+    targets. The learning rate falls to 0. With ReLU instead of SiLU, they follow the noise of small
+    logs (docs/selection.md)."""
+    q = ScalarMLP(one.x.shape[1], 64, 64, members=MEMBERS, activation="silu")
     q_target = copy.deepcopy(q).requires_grad_(False)
     opt = Adam(q.parameters(), lr)
     drawn = [torch.arange(len(one.x)).repeat_interleave(count) for count in counts]
@@ -231,12 +243,15 @@ def difference(x: dict, y: dict):
 
 def notes(ranked: list[dict], data) -> list[str]:
     """Where FQE is not to be trusted, one line each, for policies in FQE's order, best first."""
-    lines, size = [], float(data.reward.square().mean().sqrt())
+    lines, ends = [], bool(data.terminal.any())
+    reward = float(data.reward.square().mean().sqrt())
     for x in ranked:
+        # With no terminals, a constant added to all rewards changes no comparison and no size.
+        what, size = ("a reward", reward) if ends else ("the returns' spread", x["fqe_unit"])
         if x["td_error"] > size:
             lines.append(
                 f"{x['run']}: the TD error on held-out transitions, {x['td_error']:.3g}, is as "
-                f"large as a reward, {size:.3g}, so FQE may be far off: use more data"
+                f"large as {what}, {size:.3g}, so FQE may be far off: test the policy first"
             )
     if (share := ranked[0]["uncovered"]) > 0.02:
         lines.append(
