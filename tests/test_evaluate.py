@@ -223,6 +223,7 @@ def test_runs_are_compared_in_one_table(here, capsys):
     capsys.readouterr()
     judge.main(judge.Args(runs, episodes=2, fqe_steps=5))
     lines = capsys.readouterr().out.splitlines()
+    assert sum("no reference score" in line for line in lines) == 1, "of two runs on one data"
     head, *rows = lines = [line for line in lines if "Pendulum" not in line]
     rows = rows[:3]
     assert head.split() == ["FQE", "minus", "the", "data", "distance", "return", "score"]

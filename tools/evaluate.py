@@ -345,7 +345,9 @@ def load_runs(args) -> list[LoadedRun]:
         except InputError as error:
             print(f"note: the policy is exported and not judged: {error}")
         return [run]
-    first, *others = runs = [load_run(run, args.eval_env, args.env) for run in args.runs]
+    first = load_run(args.runs[0], args.eval_env, args.env)
+    with contextlib.redirect_stdout(io.StringIO()):  # the data's notes are said once
+        others = [load_run(run, args.eval_env, args.env) for run in args.runs[1:]]
     for folder, run in zip(args.runs[1:], others):
         if run.data.digest != first.data.digest:
             line = f"{folder} has other data than {args.runs[0]}"
@@ -355,7 +357,7 @@ def load_runs(args) -> list[LoadedRun]:
             line = f"{folder} has the task {tasks[0]}, {args.runs[0]} has {tasks[1]}"
             raise InputError(f"{line}: add --eval-env with one of them")
         run.data = first.data
-    return runs
+    return [first, *others]
 
 
 def simulated(run, args) -> dict:
