@@ -47,8 +47,9 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "algorithms")]
 from common import Count, Episodes, Flags, InputError, Scaling, Seed
 from peers import drive
-from peers.program import PeerGuest, PeerRun, checked_commit, portable, rows_of
+from peers.program import PeerGuest, PeerRun, checked_commit, rows_of
 from run import FILES, parse
+from tools.store import portable
 
 COMMIT = "6afec90"
 # A field of our Args -> CORL's fields of the same meaning.

@@ -13,6 +13,7 @@ from common import InputError
 from harness import resume
 from peers import drive
 from run import Run
+from tools.store import portable
 
 ROWS = dict(observations="obs", actions="action", rewards="reward", terminals="terminal")
 ROWS |= dict(next_observations="next_obs")
@@ -51,12 +52,6 @@ def checked_commit(checkout, made_for: str) -> str:
     if commit != made_for:
         print(f"note: the checkout is {commit}, and this tool was made for {made_for}")
     return commit
-
-
-def portable(word: str) -> str:
-    """A word of a command line, where a path of this machine is cut to its last part."""
-    flag, equals, value = word.rpartition("=") if word.startswith("--") else ("", "", word)
-    return flag + equals + (Path(value).name if Path(value).is_absolute() else value)
 
 
 class PeerGuest(resume.Guest):

@@ -30,8 +30,11 @@ def test_every_value_comes_back(runs, here):
     assert len(lines) == len(files) == 2
     for path in (folder("fisher_brc", seed=1), folder("fisher_brc-wide", seed=2)):
         texts = files[path.name]
-        for name in ("config.json", "summary.json"):
-            assert json.loads(texts[name]) == json.loads((path / name).read_text())
+        config, whole = (
+            json.loads(x) for x in (texts["config.json"], (path / "config.json").read_text())
+        )
+        assert config == whole | {"command": config["command"]}
+        assert json.loads(texts["summary.json"]) == json.loads((path / "summary.json").read_text())
         assert texts["eval.csv"] == (path / "eval.csv").read_text().replace("\r\n", "\n")
         variant = "wide" if "wide" in path.name else ""
         for phase in ("behavior", "train"):
@@ -40,6 +43,20 @@ def test_every_value_comes_back(runs, here):
             written = {(row["step"], name): x for row in rows(path / f"{phase}.csv")
                        for name, x in row.items() if name != "step"}  # fmt: skip
             assert found == written
+
+
+def test_no_path_of_the_machine_is_stored(runs, here):
+    """The last part stays, as in the names of runs on own files."""
+    path = folder("fisher_brc", seed=1) / "config.json"
+    config = json.loads(path.read_text())
+    config["command"] = f"{here}/algorithms/x.py --env {here}/log.npz --clone={here}/c.pt --seed 1"
+    config["args"] |= {"out": str(here / "elsewhere"), "env": str(here / "log.npz")}
+    config["settings"]["env"] = str(here / "log.npz")
+    path.write_text(json.dumps(config))
+    pack()
+    text = (here / "results" / "runs.jsonl").read_text()
+    assert str(here) not in text and '"x.py --env log.npz --clone=c.pt --seed 1"' in text
+    assert '"out": "elsewhere"' in text and '"env": "log.npz"' in text
 
 
 def test_the_report_of_both_forms_is_the_same(runs, here, capsys):

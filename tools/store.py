@@ -8,8 +8,8 @@
     runs.jsonl       a line for each run: its config.json and its summary.json
 
 A run is known by method, variant (its --name), dataset and seed. Numbers stand there as they were
-written, to the digit. Runs that are stored already and come again are replaced. tools/report.py
-reads both forms.
+written, to the digit; of absolute paths in commands and flags, only the last part. Runs that come again
+replace those that are stored. tools/report.py reads both forms.
 """
 
 import gzip
@@ -62,9 +62,20 @@ def read_csv(source) -> pd.DataFrame:
     return pd.read_csv(source, dtype=str, keep_default_na=False)
 
 
+def portable(word):
+    """A word of a command line, or a flag's value, where a path of this machine is cut to its last
+    part."""
+    flag, equals, value = str(word).rpartition("=") if str(word)[:2] == "--" else ("", "", word)
+    whole = isinstance(value, str) and Path(value).is_absolute()
+    return flag + equals + Path(value).name if whole else word
+
+
 def of_folder(folder: Path):
     """(line of runs.jsonl, rows of scores.csv, rows of metrics.csv.gz) of one run."""
     config = read_json(folder / "config.json")
+    config["command"] = " ".join(map(portable, config["command"].split(" ")))
+    for flags in (config["args"], config["settings"]):
+        flags.update({name: portable(value) for name, value in flags.items()})
     line = {"config": config, "summary": read_json(folder / "summary.json")}
     scores, metrics = [], []
     for path in sorted(folder.glob("*.csv")):
