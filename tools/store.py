@@ -8,8 +8,8 @@
     runs.jsonl       a line for each run: its config.json and its summary.json
 
 A run is known by method, variant (its --name), dataset and seed. Numbers stand there as they were
-written, to the digit; of absolute paths in commands and flags, only the last part. Runs that come again
-replace those that are stored. tools/report.py reads both forms.
+written, to the digit; of absolute paths in commands and flags, only the last part. Runs that come
+again replace those that are stored. tools/report.py reads both forms.
 """
 
 import gzip
