@@ -136,6 +136,9 @@ def test_the_scores_are_those_of_the_runs():
         assert f"\n\n{table}\n\n" in page, f"python figures/results.py has another: {heading}"
     shortened = pictures.ogbench(str(ROOT / "results"))
     assert f"\n\n{shortened}\n\n" in (ROOT / "docs" / "ogbench.md").read_text()
+    (said,) = re.findall(r"cube-single-play, shortened .*?docs/ogbench", README, re.DOTALL)
+    means = re.findall(r"\| (\d+\.\d)(?: ± \d+\.\d)? \|$", shortened, re.MULTILINE)
+    assert re.findall(r"\d+\.\d", said) == means
     rows = tables["Scores"].splitlines()[2:]
     known = {row.split(" | ")[0]: row.split(" | ")[1:4] for row in rows}
     shown = {row.split(" | ")[0]: row[:-2].split(" | ")[3:]
