@@ -156,7 +156,7 @@ def test_the_data_have_the_actions_of_their_next_rows(tiny_data):
 
 def test_fqe_starts_where_episodes_start_and_not_after_holes():
     """Two episodes, the first with a hole after its second row. Alone, it is its two parts."""
-    arrays = {key: np.arange(7.0)[:, None] for key in ("observations", "actions")}
+    arrays = {"observations": np.arange(7.0)[:, None], "actions": np.zeros((7, 1))}
     arrays |= {"next_observations": np.arange(1.0, 8)[:, None], "rewards": np.ones(7)}
     arrays |= {"terminals": np.zeros(7), "timeouts": np.array([0, 1, 0, 1, 0, 0, 1])}
     arrays["episode"] = np.array([3, 3, 3, 3, 4, 4, 4])

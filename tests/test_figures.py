@@ -31,9 +31,9 @@ import itrpo_paths  # noqa: E402
 import itrpo_trust  # noqa: E402
 import mixture  # noqa: E402
 import selection  # noqa: E402
-import td3_lockstep  # noqa: E402
 
 import results  # noqa: E402
+from peers import td3_lockstep  # noqa: E402
 
 TINY = {  # figure: (module, settings, size in pixels)
     "arq_densities": (arq_densities, dict(steps=3, grid=6), (1430, 462)),
@@ -70,8 +70,7 @@ def test_every_figure_is_tested():
         "maze_paths",
         "results",
         "selection",
-        "td3_lockstep",
-    ):  # they need finished runs, or another program; have tests of their own
+    ):  # they need finished runs; have tests of their own
         scripts.pop(name)
     assert scripts.keys() == TINY.keys()
     for name, path in scripts.items():
@@ -369,7 +368,7 @@ def test_settings_of_the_trust_region_share_a_clone():
     assert len(trust["kl_step"]) == 2 and control["shaping"] == [0.0, 0.0] != trust["shaping"]
 
 
-# TD3+BC in the form of CORL's file: the names and shapes that figures/td3_lockstep.py reads.
+# TD3+BC in the form of CORL's file: the names and shapes that peers/td3_lockstep.py reads.
 TD3_BC = """
 import copy, torch
 from torch.nn.functional import mse_loss

@@ -73,9 +73,10 @@ def portable(word):
 def of_folder(folder: Path):
     """(line of runs.jsonl, rows of scores.csv, rows of metrics.csv.gz) of one run."""
     config = read_json(folder / "config.json")
-    config["command"] = " ".join(map(portable, config["command"].split(" ")))
-    for flags in (config["args"], config["settings"]):
-        flags.update({name: portable(value) for name, value in flags.items()})
+    for name in {"args", "settings"} & config.keys():
+        config[name] = {flag: portable(value) for flag, value in config[name].items()}
+    if "command" in config:
+        config["command"] = " ".join(map(portable, config["command"].split(" ")))
     line = {"config": config, "summary": read_json(folder / "summary.json")}
     scores, metrics = [], []
     for path in sorted(folder.glob("*.csv")):

@@ -8,7 +8,7 @@ the last place. So two runs with one seed, on two processors say, need not have 
 
     git clone https://github.com/tinkoff-ai/CORL ../CORL
     git -C ../CORL checkout 6afec90
-    python figures/td3_lockstep.py --corl ../CORL
+    python peers/td3_lockstep.py --corl ../CORL
 """
 
 import runpy
@@ -29,6 +29,13 @@ from common import Adam, InputError, normalize_obs
 from peers import drive
 from run import load
 
+ROWS = ("obs", "action", "reward", "next_obs", "terminal")
+NAMES = (
+    "ours and CORL's, float64",
+    "ours and CORL's, float32",
+    "two copies of CORL's, one weight moved, float32",
+)
+
 
 @dataclass
 class Args:
@@ -46,13 +53,19 @@ class Ours:
     """td3_bc.py on `data`; `layers` has (weight (in, out), bias (out,)) of actor and critics."""
 
     def __init__(self, data, args):
-        self.data, self.args = data, args
+        self.data = data
+        self.args = args
         self.nets = td3_bc.Nets(data, args).to(data.obs.dtype)
-        actor, q = self.nets.actor, self.nets.q
+        actor = self.nets.actor
+        q = self.nets.q
         self.layers = list(zip(actor.weights, actor.biases))
-        self.layers += [(w[j], b[j]) for j in (0, 1) for w, b in zip(q.weights, q.biases)]
-        both = (Adam(net.parameters(), args.lr) for net in (q, actor))
-        self.opt = SimpleNamespace(**dict(zip(("q", "actor"), both)))
+        for j in (0, 1):
+            for w, b in zip(q.weights, q.biases):
+                self.layers.append((w[j], b[j]))
+        self.opt = SimpleNamespace(
+            q=Adam(q.parameters(), args.lr),
+            actor=Adam(actor.parameters(), args.lr),
+        )
 
     def update(self, t, rows):
         """Draws rows and then noise, as CORL's update is given them."""
@@ -63,32 +76,54 @@ class Corl:
     """CORL's program, started from `layers`, those of Ours; `moved`: one weight is moved first."""
 
     def __init__(self, program, data, args, layers, moved=False):
-        width, self.data = (data.obs.shape[1], data.action.shape[1]), data
-        nets = [program["Actor"](*width, 1.0), *(program["Critic"](*width) for _ in range(2))]
-        linear = [x for net in nets for x in net.modules() if isinstance(x, torch.nn.Linear)]
+        self.data = data
+        s = data.obs.shape[1]
+        a = data.action.shape[1]
+        nets = [
+            program["Actor"](s, a, 1.0),
+            program["Critic"](s, a),
+            program["Critic"](s, a),
+        ]
+        linear = []
+        pairs = []
+        for net in nets:
+            linear += [x for x in net.modules() if isinstance(x, torch.nn.Linear)]
+            pairs += [net, torch.optim.Adam(net.parameters(), args.lr)]
         for own, (weight, bias) in zip(linear, layers, strict=True):
             own.weight.data = weight.detach().T.clone()
             own.bias.data = bias.detach().reshape(-1).clone()
         if moved:
             first = linear[0].weight.data[0]
-            first[0] = torch.nextafter(first[0], torch.tensor(2.0, dtype=first.dtype))
+            above = torch.full_like(first[0], 2.0)
+            first[0] = torch.nextafter(first[0], above)
         self.layers = [(x.weight.T, x.bias) for x in linear]
-        pairs = [x for net in nets for x in (net, torch.optim.Adam(net.parameters(), args.lr))]
-        names = ("policy_noise", "noise_clip", "policy_freq", "alpha")
-        same = {name: getattr(args, name) for name in names}
-        self.program = program["TD3_BC"](1.0, *pairs, discount=args.gamma, tau=args.polyak, **same)
+        self.program = program["TD3_BC"](
+            1.0,
+            *pairs,
+            discount=args.gamma,
+            tau=args.polyak,
+            policy_noise=args.policy_noise,
+            noise_clip=args.noise_clip,
+            policy_freq=args.policy_freq,
+            alpha=args.alpha,
+        )
 
     def update(self, t, rows):
-        keys = ("obs", "action", "reward", "next_obs", "terminal")
-        batch = [getattr(self.data, key)[rows] for key in keys]
-        self.program.train([x[:, None] if x.dim() == 1 else x for x in batch])
+        batch = []
+        for key in ROWS:
+            x = getattr(self.data, key)[rows]
+            batch.append(x[:, None] if x.dim() == 1 else x)
+        self.program.train(batch)
 
 
 def distance(a, b) -> float:
     """|a's parameters - b's| / |a's parameters|."""
-    with torch.no_grad():
-        x, y = (torch.cat([p.reshape(-1) for pair in z.layers for p in pair]) for z in (a, b))
-        return ((x - y).norm() / x.norm()).item()
+    flat = []
+    for one in (a, b):
+        parts = [p.detach().reshape(-1) for pair in one.layers for p in pair]
+        flat.append(torch.cat(parts))
+    x, y = flat
+    return ((x - y).norm() / x.norm()).item()
 
 
 def lockstep(a, b, args, steps, shown):
@@ -109,21 +144,23 @@ def lockstep(a, b, args, steps, shown):
 
 def curves(program, how):
     """(numbers of updates, {name: distances})."""
-    shown = sorted({int(10 ** (k / 8)) for k in range(60)} & {*range(1, how.steps)} | {how.steps})
-    names = ("two copies of CORL's, one weight moved, float32",)
-    names = ("ours and CORL's, float64", "ours and CORL's, float32", *names)
+    points = {int(10 ** (k / 8)) for k in range(60)}
+    shown = sorted(x for x in points | {how.steps} if x <= how.steps)
     found = {}
-    for name in names:
-        torch.set_default_dtype(torch.float64 if "64" in name else torch.float32)
+    for name in NAMES:
+        dtype = torch.float64 if "64" in name else torch.float32
+        torch.set_default_dtype(dtype)
         data, _ = load(how.env, "cpu", "none")
         normalize_obs(data, eps=1e-3)
-        for key in ("obs", "action", "reward", "next_obs", "terminal"):
-            setattr(data, key, getattr(data, key).to(torch.get_default_dtype()))
+        for key in ROWS:
+            setattr(data, key, getattr(data, key).to(dtype))
         args = td3_bc.Args(polyak=0.01)  # the preset's
         torch.manual_seed(0)
         ours = Ours(data, args)
         first = Corl(program, data, args, ours.layers)
-        second = Corl(program, data, args, ours.layers, moved=True) if "copies" in name else ours
+        second = ours
+        if "copies" in name:
+            second = Corl(program, data, args, ours.layers, moved=True)
         found[name] = lockstep(second, first, args, how.steps, shown)
     torch.set_default_dtype(torch.float32)
     return shown, found
