@@ -171,16 +171,16 @@ def short(value) -> str:
 
 
 def name_of(cells, env, method) -> str:
-    """A method's title; for a run under another name the settings in which it differs from its
-    counterpart."""
+    """A method's title; for a run under another name the flags in which it differs from its
+    counterpart, where both versions of the code have them."""
     if method in TITLES | PEERS:
         return (TITLES | PEERS)[method]
     base = counterpart(cells, env, method)
     own, other = (cells[env, name].identity.iloc[0] for name in (method, base))
     whats = []
-    for name in own:
-        if name != "name" and own[name] != other.get(name):
-            whats.append(f"`{name}` {short(own[name])}, not {short(other.get(name))}")
+    for name in sorted(own.keys() & other.keys() - {"name"}):
+        if own[name] != other[name] and not re.match("(code|version) of ", name):
+            whats.append(f"`{name}` {short(own[name])}, not {short(other[name])}")
     file, _, variant = base.partition("-")
     title = TITLES[file]
     if variant:

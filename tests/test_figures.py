@@ -67,10 +67,11 @@ TINY = {  # figure: (module, settings, size in pixels)
 def test_every_figure_is_tested():
     scripts = {p.stem: p for p in (ROOT / "figures").glob("*.py")}
     for name in (
+        "fql_best_of",
         "maze_paths",
         "results",
         "selection",
-    ):  # they need finished runs; have tests of their own
+    ):  # need finished runs: see below
         scripts.pop(name)
     assert scripts.keys() == TINY.keys()
     for name, path in scripts.items():
@@ -484,6 +485,36 @@ def test_maze_paths_draws_the_data_and_a_run(tmp_path):
     starts = set(data.episode[at_start].tolist())
     goals = set(data.episode[data.terminal > 0].tolist())
     assert len(starts) > 20 and len(goals) > 20 and not starts & goals
+
+
+# ---- FQL's ways to act -----------------------------------------------------------------------
+
+
+def test_fql_best_of_watches_a_run(tmp_path, capsys):
+    """Three actors and four handovers are judged; on its own rows the data has a distance of 0, and
+    a policy that hands over to itself is that policy."""
+    import fql_best_of as figure
+
+    flags = "--steps 2 --hidden 8 --eval-episodes 1 --seed 0 --out".split()
+    call = [sys.executable, str(ROOT / "algorithms" / "fql.py"), *flags, str(tmp_path)]
+    subprocess.run(call, check=True, capture_output=True)
+    folder = str(tmp_path / "hopper-medium-expert-demo__fql__0")
+    out = tmp_path / "x.png"
+    figure.main(figure.Args(runs=(folder,), episodes=2, steps=3, out=str(out)))
+    assert out.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+    printed = capsys.readouterr().out
+    assert printed.count("steps, then") == 4 and printed.count("\n| ") == 8
+    run = figure.load_run(folder)
+    rows = run.nets.scaling.obs(run.data.obs[:50])
+    assert figure.nearest(run.nets, run.data.obs[:50], rows).max() < 0.01
+    assert figure.nearest(run.nets, run.data.obs[50:51], rows[:1]) == pytest.approx(
+        (run.nets.scaling.obs(run.data.obs[50:51]) - rows[:1]).norm().item()
+    )
+    plans = (figure.BEST, figure.BEST, 3), (figure.BEST, figure.ONE_STEP, 0)
+    returns = [figure.judged(run, figure.by(run, *plan), 2)[0] for plan in plans]
+    alone = [figure.judged(run, figure.by(run, x, x, 0), 2)[0] for x in (plans[0][0], plans[1][1])]
+    assert [x.tolist() for x in returns] == [x.tolist() for x in alone]
+    assert returns[0].tolist() != returns[1].tolist()
 
 
 # ---- the results -----------------------------------------------------------------------------
