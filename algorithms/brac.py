@@ -26,7 +26,7 @@ What changes scores (more in DEPARTURES, at the foot of the file):
 - Terminal rows are kept, and no row joins two episodes. D4RL's script drops terminal rows and has
   rows that join episodes.
 
-    python algorithms/brac.py  # 10k steps: 101.2 ± 0.2, hopper-medium-expert-demo, 3 seeds
+    python algorithms/brac.py  # 10k steps: 101.3 ± 0.3, hopper-medium-expert-demo, 3 seeds
 """
 
 import copy

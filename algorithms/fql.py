@@ -37,7 +37,7 @@ What changes scores (more in DEPARTURES, at the foot of the file):
 - No alpha is published for locomotion. The presets there and on the bundled hopper data follow the
   authors' advice for new data, which is --normalize-q-loss with an alpha between 0.03 and 10.
 
-    python algorithms/fql.py  # 20k steps: 55.5 ± 3.5, hopper-medium-expert-demo, 3 seeds
+    python algorithms/fql.py  # 20k steps: 54.2 ± 3.1, hopper-medium-expert-demo, 3 seeds
 """
 
 import copy

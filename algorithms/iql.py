@@ -28,7 +28,7 @@ What changes scores (more in DEPARTURES, at the foot of the file):
   are those of AntMaze.
 - DDPG+BC is not in the paper. Its loss and its alpha_bc are those of OGBench, a benchmark.
 
-    python algorithms/iql.py  # 25k steps: 77.7 ± 11.4, hopper-medium-expert-demo, 3 seeds
+    python algorithms/iql.py  # 25k steps: 72.0 ± 3.6, hopper-medium-expert-demo, 3 seeds
 """
 
 import copy
