@@ -96,9 +96,11 @@ def along(run, paths, rows, steps):
     act = by(run, ONE_STEP, ONE_STEP, 0)
     found = []
     for t in range(min(steps, max(map(len, paths)))):
-        obs = torch.as_tensor(np.array([path[t] for path in paths if len(path) > t]))
+        running = [path[t] for path in paths if len(path) > t]
+        obs = torch.as_tensor(np.array(running))
         q = run.q(obs, act(obs)).mean()
-        found.append([nearest(run.nets, obs, rows).mean().item(), q.item()])
+        distance = nearest(run.nets, obs, rows).mean()
+        found.append([distance.item(), q.item()])
     return np.array(found).T
 
 
@@ -111,17 +113,22 @@ def watch(folder, args):
     for change in HANDOVERS:
         for first, then in ((BEST, ONE_STEP), (ONE_STEP, BEST)):
             plans[f"{first} for {change} steps, then {then}"] = first, then, change
-    rows = run.nets.scaling.obs(run.data.obs[:: max(len(run.data.obs) // 20_000, 1)])
+    every = max(len(run.data.obs) // 20_000, 1)
+    rows = run.nets.scaling.obs(run.data.obs[::every])
     print(f"{folder}\n| who acts | score | mean length |\n|---|---|---|")
     curves = {}
     for name, plan in plans.items():
-        returns, paths = judged(run, by(run, *plan), args.episodes)
+        act = by(run, *plan)
+        returns, paths = judged(run, act, args.episodes)
+        scored = score(run.task, returns)
         length = np.mean([len(path) - 1 for path in paths])
-        print(f"| {name} | {score(run.task, returns):.1f} | {length:.0f} |", flush=True)
+        print(f"| {name} | {scored:.1f} | {length:.0f} |", flush=True)
         if name in ACTORS:
             curves[name] = along(run, paths, rows, args.steps)
-    others = run.data.obs[1 :: max(len(run.data.obs) // 500, 1)]
-    return run.args.env, curves, nearest(run.nets, others, rows).mean().item()
+    every = max(len(run.data.obs) // 500, 1)
+    others = run.data.obs[1::every]
+    own = nearest(run.nets, others, rows).mean()
+    return run.args.env, curves, own.item()
 
 
 def draw(panel, runs, which):
@@ -131,8 +138,11 @@ def draw(panel, runs, which):
         for line in own:
             panel.plot(line, color=color, lw=0.6, alpha=0.6)
         length = max(map(len, own))
-        padded = [np.pad(x, (0, length - len(x)), constant_values=np.nan) for x in own]
-        panel.plot(np.nanmean(padded, 0), color=color, lw=2, label=name)
+        padded = np.full((len(own), length), np.nan)
+        for row, line in zip(padded, own):
+            row[: len(line)] = line
+        mean = np.nanmean(padded, 0)
+        panel.plot(mean, color=color, lw=2, label=name)
     panel.tick_params(labelsize=10)
 
 
@@ -145,8 +155,8 @@ def main(args):
         found.setdefault(env, []).append((curves, own))
     figure = matplotlib.figure.Figure((8, 5.6), layout="constrained")
     panels = figure.subplots(2, len(found), sharex=True, squeeze=False)
-    for column, (env, runs) in zip(panels.T, found.items()):
-        curves, owns = zip(*runs)
+    for column, env in zip(panels.T, found):
+        curves, owns = zip(*found[env])
         for which, panel in enumerate(column):
             draw(panel, curves, which)
         column[0].axhline(np.mean(owns), color="0.3", ls=":", label="the data's own rows")
