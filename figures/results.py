@@ -473,7 +473,10 @@ def draw_path(panel, path, y, down, color) -> None:
     panel.plot(before, [y] * len(before), color=color, lw=1.2)
     look = dict(arrowstyle="-|>", color=color, lw=1.2, shrinkA=0, shrinkB=0)
     end = policy, y + down * (len(before) - 1)
-    panel.annotate("", end, (before[-1], y), arrowprops=look)
+    if abs(policy - before[-1]) < 3:  # too short for an arrow, which would point backwards
+        panel.plot(*end, "<" if policy < before[-1] else ">", color=color, ms=5)
+    else:
+        panel.annotate("", end, (before[-1], y), arrowprops=look)
     for x, marker in zip(before, "oD"):
         look = dict(ms=4.5, mec=color, mfc="white", clip_on=False)
         panel.plot(x, y, marker, **look)

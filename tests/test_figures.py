@@ -596,10 +596,13 @@ def test_runs_on_ogbench_have_a_table_of_their_own(tmp_path):
 
 
 def test_an_ablation_stands_beside_its_counterpart(tmp_path):
-    """A control of another run is compared with that one, and other people's code with ours."""
+    """A control of another run is compared with that one, and other people's code with ours. Hashes
+    of code, and a flag that the other version does not know, are not told."""
     flags = lambda setting, alpha: {"args": {"setting": setting, "kl_coef": alpha}}
     write_runs(tmp_path, "itrpo", **flags("code", 1.0))
-    write_runs(tmp_path, "itrpo-trust", scores=((40.0,), (50.0,)), **flags("trust", 1.0))
+    new = {"settings": {"lam": "0.1", "code of algorithm": "new", "version of torch": "new"}}
+    trust = dict(scores=((40.0,), (50.0,)), **flags("trust", 1.0))
+    write_runs(tmp_path, "itrpo-trust", **trust, **new)
     write_runs(tmp_path, "itrpo-trust-control", scores=((30.0,),), **flags("trust", 1 - 0.9))
     write_runs(tmp_path, "iql", scores=((10.0,), (10.0,)))
     write_runs(tmp_path, "corl_iql", scores=((9.0,), (9.0,)))
