@@ -16,8 +16,8 @@
 # ogbench          BC, IQL, ReBRAC and FQL on OGBench's default tasks, as FQL's paper  8
 # ablations        the ablations of the papers of Fisher-BRC, iTRPO, BRAC+ and ARQ     3
 # fisher_brc_table1 brac_plus_table1 arq_table2 itrpo_table2 itrpo_table3    the paper's
-# The runs of local take half a minute to 10 minutes each, together about 8 hours of one core (AMD EPYC,
-# Zen 5; the replay buffer's estimated). Those of the papers' tables train for a million steps.
+# The runs of local take half a minute to 10 minutes each, together 8 and a half hours of one core (AMD
+# EPYC, Zen 5). Those of the papers' tables train for a million steps.
 #
 # Variables:
 #   SEEDS="0 1 2"             these seeds instead
