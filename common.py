@@ -244,8 +244,9 @@ def parse(Args, presets: dict, argv: list[str]):
 
 
 def preset_of(presets: dict, env: str) -> dict:
-    """The fields that the rows of `presets` set for a name of --env."""
-    preset = {}
+    """The fields that the rows of `presets` set for a name of --env. Data that were made in the
+    manner of a D4RL name, NAME-made, have its settings."""
+    preset, env = {}, env.removesuffix("-made")
     for pattern, fields in presets.items():
         alike = ("singletask" in env) == ("singletask" in pattern)
         if alike and fnmatchcase(env, pattern) and not re.search(FILES, env, re.I):

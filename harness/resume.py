@@ -203,6 +203,8 @@ class Guest:
         self.settings |= {"algorithm": run.algorithm, "data": run.data.digest}
         self.settings |= {f"code of {k}": v for k, v in self.hashes.items()}
         self.settings |= {f"version of {k}": v for k, v in versions().items() if k != "python"}
+        if run.task and run.task.get("robot"):
+            self.settings["robot"] = run.task["robot"]
         if getattr(args, "clone", None):
             self.settings["clone"] = hashlib.sha256(Path(args.clone).read_bytes()).hexdigest()[:16]
         if args.resume and os.path.exists(self.folder / "summary.json"):

@@ -18,11 +18,13 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import gymnasium
+import mujoco
 import numpy as np
 
 from common import InputError
 
 DATA_DIR = Path(__file__).resolve().parents[1] / "data"
+ROBOTS = "d4rl_robots.csv"
 LOCOMOTION = ("halfcheetah", "hopper", "walker2d", "ant")
 ROBOTICS = ("AntMaze", "PointMaze", "AdroitHand", "FrankaKitchen", "Fetch", "HandReach")
 HEAVY = ("cube", "scene", "puzzle")  # OGBench's: 150 MB and a second to make, each
@@ -42,6 +44,7 @@ class Task:
     success: bool = False  # the score is 100 x share of episodes with any reward > 0 (sparse mazes)
     kwargs: dict = field(default_factory=dict)  # for gymnasium.make
     d4rl_maze: bool = False  # turn gymnasium-robotics' ant maze into D4RL's, 29 numbers
+    robot: str = ""  # a robot of data/d4rl_robots.csv, which the task gets
     pad: int = 0  # zeros appended to the observation (D4RL's ant: contact forces)
     spaces: SimpleNamespace | None = None  # size S, low and high (A,), limit in steps; from build
 
@@ -60,6 +63,8 @@ class Task:
             env = gymnasium.make(self.id, **self.kwargs, **options)
         if "-singletask" in self.id:
             env = Success(env)
+        if self.robot:
+            restore(env.unwrapped, self.robot)
         origin = _d4rl_antmaze(env.unwrapped) if self.d4rl_maze else None
 
         def flat(obs):
@@ -76,7 +81,7 @@ class Task:
         """The task as run.py takes it."""
         found = {"env_id": self.id, "env_kwargs": self.kwargs, "make": self.make}
         found |= {"ref_min_score": self.ref_min, "ref_max_score": self.ref_max}
-        found["success"] = self.success
+        found |= {"success": self.success, "robot": self.robot}
         if "-singletask" in self.id and self.id.startswith(HEAVY):
             found["most_envs"] = 16
         return found
@@ -153,6 +158,23 @@ def reference_scores(name: str) -> tuple[float, float] | tuple[None, None]:
     """D4RL's (ref_min, ref_max) for a D4RL name or Gymnasium id, else (None, None)."""
     row = find_row("d4rl_ref_scores.csv", name.lower())
     return (float(row["ref_min"]), float(row["ref_max"])) if row else (None, None)
+
+
+def restore(env, robot: str) -> None:
+    """Give a MuJoCo environment the robot of D4RL's recordings, in place.
+
+    D4RL recorded with MuJoCo 2.0. MuJoCo 2.1.2 changed the masses and inertias of capsules, and
+    MuJoCo 3.5.0 adds the contact margins of two geoms where until then the larger one counted. All
+    geoms of these robots and their floor have equal margins, so half of each is the old contact."""
+    rows = [row for row in csv.DictReader((DATA_DIR / ROBOTS).open()) if row["robot"] == robot]
+    numbers = np.array([list(row.values())[2:] for row in rows], float)  # (bodies, 11)
+    model, bodies = env.model, slice(1, len(rows) + 1)  # body 0 is the world
+    model.body_mass[bodies] = numbers[:, 0]
+    model.body_inertia[bodies] = numbers[:, 1:4]
+    model.body_ipos[bodies] = numbers[:, 4:7]
+    model.body_iquat[bodies] = numbers[:, 7:]
+    model.geom_margin[:] /= 2
+    mujoco.mj_setConst(model, env.data)
 
 
 def _d4rl_antmaze(maze) -> np.ndarray:

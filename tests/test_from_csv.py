@@ -105,7 +105,9 @@ def test_without_step_a_row_that_is_cut_is_a_gap_too(log):
         lambda text: text.replace("\n", "\r\n"),
         lambda text: text.replace(",", " , "),
         lambda text: text + "\n\n",
-        lambda text: re.sub(r",1,(4.5\n)", r",True,\1", re.sub(r",0,([\d.]+\n)", r",False,\1", text)),
+        lambda text: re.sub(
+            r",1,(4.5\n)", r",True,\1", re.sub(r",0,([\d.]+\n)", r",False,\1", text)
+        ),
     ],
     ids=["mark", "windows", "spaces", "blank", "words"],
 )
@@ -195,7 +197,10 @@ def test_what_cannot_be_right_is_one_line(log, said):
     [
         (b"", "log.csv is empty"),
         (b"x;v;u\n1;2;3\n", "log.csv has one column, 'x;v;u': write it with commas"),
-        (b"x,v,u,reward,episode\n1,5,2,0,1,0,1,0,1,0\n", "its rows have more values than its header"),
+        (
+            b"x,v,u,reward,episode\n1,5,2,0,1,0,1,0,1,0\n",
+            "its rows have more values than its header",
+        ),
         (b"x,v,u,reward,episode\n1,2,3,4,5\n1,2,3,4,5,6\n", "line 3"),
         (b"x,v,u,x,reward,episode\n1,2,3,4,5,6\n", "log.csv has two columns x"),
         ("x,v\n1,2\n".encode("utf-16"), "'CSV UTF-8'"),

@@ -33,7 +33,7 @@ def read(name: str, eval_env: str | None = None) -> tuple[dict, dict]:
     try:
         if name in bundled or re.search(r"\.(hdf5|h5|npz)$", name, re.IGNORECASE):
             rows = files.read_file(bundled.get(name) or Path(os.path.expanduser(name)), eval_env)
-        elif name in known:
+        elif name.removesuffix("-made") in known:
             rows = d4rl.read(name, eval_env)
         elif name in local or re.fullmatch(r"[\w.-]+(/[\w.-]+)+-v\d+", name):
             rows = minari.read(name, name not in local, eval_env)

@@ -8,8 +8,14 @@ import numpy as np
 
 from common import InputError
 from harness.readers.fetch import ask, is_no_network, lock
-from harness.readers.files import KEYS, check_metadata, is_damage, open_hdf5, require_regular
-from harness.readers.files import tell_of_rounding
+from harness.readers.files import (
+    KEYS,
+    check_metadata,
+    is_damage,
+    open_hdf5,
+    require_regular,
+    tell_of_rounding,
+)
 from harness.tasks import choose, complete, leaves, near, require, sparse
 
 
