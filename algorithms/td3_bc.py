@@ -70,6 +70,8 @@ class Args(RunArgs):
     """critic steps per step of actor and targets; 1 is no delay"""
     critics: Count = 2
     """number of critics whose minimum is the target; 1 is DDPG's"""
+    hidden: Count = 256
+    """hidden units in each layer of every network"""
     normalize_obs: bool = True
     """shift and scale observations to mean 0 and deviation 1 over the data"""
     reward_shift: Number = 0.0
@@ -82,9 +84,10 @@ class Nets(nn.Module):
     def __init__(self, data, args):
         super().__init__()
         obs_dim, act_dim = data.obs.shape[1], data.action.shape[1]
+        hidden = [args.hidden] * 2
         self.scaling = Scaling(data)
-        self.actor = MLP(obs_dim, 256, 256, act_dim)
-        self.q = ScalarMLP(obs_dim + act_dim, 256, 256, members=args.critics)
+        self.actor = MLP(obs_dim, *hidden, act_dim)
+        self.q = ScalarMLP(obs_dim + act_dim, *hidden, members=args.critics)
         self.actor_target = copy.deepcopy(self.actor).requires_grad_(False)
         self.q_target = copy.deepcopy(self.q).requires_grad_(False)
 
