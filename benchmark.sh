@@ -11,6 +11,7 @@
 # TABLE            what it runs                                                    seeds
 # local            every algorithm on three bundled datasets: 176 runs               3, 5
 # local_ablations  what the papers of four methods of local add, taken out or changed  3
+# published        rows of published tables on data that data/make/d4rl.py makes      2 to 5
 # corl             CORL's own TD3+BC and IQL on the datasets of local                3, 5
 # modern           TD3+BC, IQL, ReBRAC and FQL on D4RL, as their papers do             5
 # ogbench          BC, IQL, ReBRAC and FQL on OGBench's default tasks, as FQL's paper  8
@@ -125,6 +126,13 @@ commands() {
         each "$data" arq.py
         each "$data" arq.py --name qbeta --value sarsa --q-lr 1e-4
         each "$data" arq.py --name no-value --value none ;;
+    published) # first: python data/make/d4rl.py halfcheetah-random-v2, and walker2d-random-v2
+        seeds=${SEEDS:-0 1 2 3 4}
+        for file in td3_bc iql; do each halfcheetah-random-v2-made $file.py; done
+        seeds=${SEEDS:-0 1}
+        each halfcheetah-random-v2-made bc.py
+        each halfcheetah-random-v2-made rebrac.py --steps 300000
+        seeds=${SEEDS:-0 1 2} each walker2d-random-v2-made td3_bc.py ;;
     corl)
         for file in td3_bc iql; do
             demos corl.py --algorithm $file --corl "$(quoted "${CORL:-../CORL}")"
