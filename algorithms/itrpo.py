@@ -184,7 +184,7 @@ def bc_weight_loss(log_bc_weight, entropy, act_dim):
     return log_bc_weight.exp() * (entropy + act_dim)
 
 
-def evaluate(q, s, pi, behavior, args):
+def q_and_ratio(q, s, pi, behavior, args):
     """Q (E, M, B) and rho (M, B) of M actions sampled from pi. The weights of pi_b are fixed, but
     gradients flow to pi through its density at the samples."""
     x = draw(pi, args.samples)  # (M, B, A)
@@ -219,7 +219,7 @@ def critic_loss(nets, s, a, r, s2, terminal, rho, args):
     with torch.no_grad():
         pi = gaussian(nets.actor, s2)
         behavior = gaussian(nets.behavior, s2)
-        q2, rho2 = evaluate(nets.q_target, s2, pi, behavior, args)
+        q2, rho2 = q_and_ratio(nets.q_target, s2, pi, behavior, args)
         next_value = value(q2, rho2, args)
         y = target_value(r, terminal, rho, next_value, args)
     q = nets.q(s, a)  # (E, B)
@@ -236,7 +236,7 @@ def gradient_penalty(nets, s, a):
 
 def actor_loss(nets, s, pi, behavior, args):
     """L_pi (Eq. 5, first line), at new samples of pi."""
-    q, rho = evaluate(nets.q, s, pi, behavior, args)
+    q, rho = q_and_ratio(nets.q, s, pi, behavior, args)
     return -value(q, rho, args).mean()
 
 
