@@ -18,11 +18,12 @@ The clone has a prior N(0, I) of its latent z, a decoder p(.|s,z) and an encoder
 decoder and policy pi are diagonal Gaussians. Those of decoder and policy are over x, and the action
 is a = tanh(x). Q'_i and pi' are the targets of critics and policy. alpha and beta maximize L_pi
 while pi minimizes it: alpha(s) grows while D(s) is above eps, and beta grows while the entropy,
--log pi, is above H0. (With --divergence mmd, D is that of Eq. 5, the last bracket has the other
-sign, and beta holds the entropy above H0.) eps_GP is the mean of D plus its standard deviation over
-the states of the last epoch, which has --epoch-steps steps. Rewards are scaled to [0, 1]. Before
-RL, Algorithm 1 trains the clones (line 1), then a first policy that minimizes D (line 2), and then
-the critics of that policy (line 3).
+-log pi, is above H0. eps_GP is the mean of D plus its standard deviation over the states of the
+last epoch, which has --epoch-steps steps. Rewards are scaled to [0, 1].
+
+Before RL, Algorithm 1 trains the clones (line 1), then a first policy that minimizes D (line 2),
+and then the critics of that policy (line 3). With --divergence mmd, D is that of Eq. 5, the last
+bracket of L_pi has the other sign, and beta holds the entropy above H0.
 
 What changes scores (more in DEPARTURES, at the foot of the file):
 - The paper's tables of eps and H0 could not be found. PRESETS has the values of the code, which was
@@ -534,6 +535,11 @@ This file, against the authors' code:
 - First the clones and then the first policy are trained, each for --bc-steps steps and with falling
   learning rates. The code trains the first policy during the second half of the clone's steps, at a
   rate of 3e-4.
+- On Adroit, the code trains for 1,000,000 steps in every task. PRESETS has the shorter trainings of
+  the later code, that of brac_plus_acml.py: 250,000 steps for pen, and 500,000 for hammer and
+  relocate. The margin of mmd, 0.001, is the later code's, too.
+- The eps, H0 and learning rates of Adroit are those of mmd. The code has none for kl, so
+  --divergence kl there needs --eps None --h0 None, which measure both, and is ours.
 - The first policy's term of beta has the same sign as in RL. With mmd, the code has the wrong sign
   in this phase.
 - -ELBO and the first policy's D are running means over batches. With mmd, a measured H0 is -ELBO

@@ -19,12 +19,14 @@ The clone has a prior N(0, I) of its latent z, a decoder p(.|s,z) and an encoder
 decoder and policy pi are diagonal Gaussians. Those of decoder and policy are over x, and the action
 is a = tanh(x). Q'_i and pi' are the targets of critics and policy. alpha and beta maximize L_pi
 while pi minimizes it: alpha grows while D is above eps, and beta grows while the entropy, -log pi,
-is above H0. (With --divergence mmd, D is that of Eq. 7, the last bracket has the other sign, and
-beta holds the entropy above H0.) lam grows while the penalty is above --gp-target. eps_GP is the
-mean of D plus its standard deviation over the states of the last epoch, which has --epoch-steps
-steps. Rewards are scaled to [0, 1]. Before RL, Algorithm 1 trains the clones (line 1), then a first
-policy that minimizes D (line 2). Then the thresholds are measured: eps is the first policy's D plus
-a margin, and H0 is the clone's -ELBO minus A log 4 for A action dimensions.
+is above H0. lam grows while the penalty is above --gp-target. eps_GP is the mean of D plus its
+standard deviation over the states of the last epoch, which has --epoch-steps steps. Rewards are
+scaled to [0, 1].
+
+Before RL, Algorithm 1 trains the clones (line 1), then a first policy that minimizes D (line 2).
+Then the thresholds are measured: eps is the first policy's D plus a margin, and H0 is the clone's
+-ELBO minus A log 4 for A action dimensions. With --divergence mmd, D is that of Eq. 7, the last
+bracket of L_pi has the other sign, and beta holds the entropy above H0.
 
 What changes scores (more in DEPARTURES, at the foot of the file):
 - As in the code, y takes the largest value over a'; the paper takes the expectation.
@@ -544,7 +546,8 @@ This file, against the authors' code:
 - -ELBO and the first policy's D are running means over batches; the code averages over all data.
 - The penalty and the policy's loss share their samples of actions and latents.
 - eps_GP starts at eps; the code adds its margin a second time.
-- With mmd, H0 is -ELBO itself on all data; the code has this for Adroit alone.
+- With mmd, H0 is -ELBO itself on all data. The code has this for Adroit alone, whatever D is; here
+  --divergence kl on Adroit, which the authors did not run, has -ELBO minus A log 4.
 - Multipliers have no upper bound; in the code it is 10,000. lam can fall below its floor --lam, and
   then the floor is the weight of the penalty. The gradient by which lam comes back is that of
   softplus at lam here, and that of softplus at the floor in the code.

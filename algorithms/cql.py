@@ -305,13 +305,12 @@ The authors' code, against the paper:
   of L_Q, but the gap in (30) must be larger by this much: if Q is constant and pi is uniform, D is
   log(3 N) + A log 2.
 - On locomotion the weight is fixed. The paper learns the multiplier there, with a gap of 10.
-- L_T is linear in the logarithm of the temperature, the parameter that Adam moves, so its gradient
-  with respect to this parameter is H + A, where H is the entropy of pi. SAC's paper has the
-  temperature itself in place of its logarithm, and so do sac_bc.py and fisher_brc.py. The losses of
-  the entropy weights of the clones in fisher_brc.py and itrpo.py have this second form, too. Its
-  gradient is temperature (H + A). Both forms raise the temperature while the entropy is below -A
-  and lower it above. Adam divides a constant factor out, so the two differ only while the
-  temperature changes.
+- Adam moves the logarithm of the temperature. L_T is linear in this logarithm, so its gradient is
+  H + A, where H is the entropy of pi. In SAC's paper L_T is linear in the temperature itself, so
+  that the gradient is temperature (H + A). Both forms raise the temperature while the entropy is
+  below -A and lower it while it is above. Adam divides a constant factor out, so the two forms
+  differ only while the temperature changes. sac_bc.py and fisher_brc.py have the form of SAC's
+  paper, and so do the entropy weights of the clones in fisher_brc.py and itrpo.py.
 
 This file, against the authors' code:
 - Settings and details are those of CORL, a later library that builds on young-geng's code of CQL.

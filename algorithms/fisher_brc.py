@@ -19,8 +19,8 @@ exp(Q) is a density of actions. The penalty is the Fisher divergence of this den
 
 What changes scores (more in DEPARTURES, at the foot of the file):
 - As in the authors' code, mu is a separate mixture for each action dimension.
-- The bonus is the paper's 5; without a slip, the paper's derivation would end at 2.5. AntMaze has
-  no bonus here.
+- The bonus is the paper's 5. The paper's derivation loses a factor of 2 on the way; without this
+  slip it would end at 2.5. AntMaze has no bonus here.
 - The last row of an episode that a time limit ended is kept where the data has its next
   observation; D4RL's loader drops it.
 

@@ -17,10 +17,11 @@ alpha and tau are --kl-coef and --shape-coef. The term tau alpha clip(rho) of y 
 shaping; the clip is to [ratio_min, ratio_max]. First the clone pi_b is trained by L_b, and
 bc_weight by L_w, so that the entropy does not fall below -A. Then pi_b is frozen.
 
-Theorem 1: the policies are the same as if Q - tau alpha rho were iterated with two penalties,
-tau alpha KL(pi || last pi) and (1 - tau) alpha KL(pi || pi_b). In the limit they are those of BRAC
-(tau = 0) with the coefficient alpha (1 - tau), so a sweep of tau is also a sweep of this
-coefficient. --control runs BRAC at the same coefficient, to tell the two effects apart.
+Theorem 1 compares this with an iteration of Q - tau alpha rho that has two penalties,
+tau alpha KL(pi || last pi) and (1 - tau) alpha KL(pi || pi_b): its policies are the same. In the
+limit they are those of BRAC (tau = 0) with the coefficient alpha (1 - tau). So a sweep of tau
+changes two things, the trust region and BRAC's coefficient. --control runs BRAC at the same
+coefficient, to tell the two effects apart.
 
 What changes scores (more in DEPARTURES, at the foot of the file):
 - The paper's body gives no coefficients. The default, --setting code, is that of the trainer "IKL"
