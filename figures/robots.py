@@ -3,17 +3,24 @@
     git clone https://github.com/berkeleydeeprlcourse/homework_fall2020
     python figures/robots.py --transitions homework_fall2020/hw1/cs285/expert_data
 
+    python figures/robots.py --runs runs/hopper-medium-expert-demo__td3_bc__0 [...]    # both robots
+
 That repository has no license, so its files are not stored here. They were recorded in 2020 with
 mujoco-py on Gym's -v2 robots, on which D4RL's locomotion data were recorded too. An observation
 holds the whole state but the position x (for the ant, x and y). The state is set, one action is
 taken, and the largest error of a velocity is drawn and printed. Rows whose velocities were clipped
 at 10 in the observation (hopper and walker2d) are left out.
 
-The last lines are about the cheetah's contacts and joint limits. Their solimp[0] is 0 in its file,
+With --runs, the policies of finished runs act in 100 episodes on either robot, from the same start
+states. The differences of their scores are paired.
+
+The last lines of a replay are about the contacts and joint limits of the cheetah, whose file has 0 as
+solimp[0],
 which today's MuJoCo raises to 1e-4. The change of a velocity with solimp[0] is measured between
 1e-4 and 2e-4, and solved for the value that fits each row best.
 """
 
+import json
 import pickle
 import sys
 from dataclasses import dataclass
@@ -23,22 +30,28 @@ import gymnasium
 import matplotlib.pyplot as plt
 import mujoco
 import numpy as np
+import torch
 import tyro
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
-from harness.tasks import restore
+from harness.tasks import reference_scores, restore
+from run import evaluate
+from tools.evaluate import load_run
 
 ROBOTS = {"Hopper": (6, 1), "Walker2d": (9, 1), "HalfCheetah": (9, 1), "Ant": (15, 2)}
 # numbers of qpos, and how many of them no observation has
 CLIPPED = {"Hopper", "Walker2d"}
 GOOD = 1e-5
+EPISODES, SEED = 100, 10_000
 
 
 @dataclass
 class Args:
-    transitions: str
+    transitions: str = ""
     """folder with the files *-v2.pkl of recorded transitions"""
+    runs: tuple[str, ...] = ()
+    """folders of finished runs, whose policies are scored on both robots"""
     out: str = str(ROOT / "figures" / "robots.png")
     """the picture"""
 
@@ -114,8 +127,36 @@ def explain_cheetah(rows) -> None:
     print(f"Extrapolated to 0, {(left < GOOD).mean():.1%} of all rows are within {GOOD:.0e}.")
 
 
+def compare(folder) -> None:
+    """Print the scores of a run's policy on both robots, and their paired difference."""
+    run = load_run(folder, with_data=False)
+    task = json.loads((Path(folder) / "config.json").read_text())["task"]
+    family = task.split("-")[0].lower()
+    low, high = reference_scores(task)
+    scores = []
+    for restored in (False, True):
+        envs = [gymnasium.make(task) for _ in range(EPISODES)]
+        if restored:
+            for env in envs:
+                restore(env.unwrapped, family)
+        returns = evaluate(run.act, envs, SEED, torch.device("cpu"))
+        scores.append(100 * (returns - low) / (high - low))
+    today, old = scores
+    error = (old - today).std(ddof=1) / len(old) ** 0.5
+    print(f"{Path(folder).name:45} today {today.mean():6.2f}  restored {old.mean():6.2f}  "
+          f"difference {(old - today).mean():+6.2f} ± {error:.3f}", flush=True)  # fmt: skip
+
+
 def main(args) -> None:
     gymnasium.logger.min_level = gymnasium.logger.ERROR  # -v4 is out of date on purpose
+    for folder in args.runs:
+        compare(folder)
+    if args.transitions:
+        draw(args)
+
+
+def draw(args) -> None:
+    """Replay the recordings: print the table and save the picture."""
     print("MuJoCo", mujoco.__version__)
     figure, panels = plt.subplots(1, 4, figsize=(12, 3.4), sharey=True, sharex=True, layout="tight")
     for panel, name in zip(panels, ROBOTS, strict=True):
