@@ -1,103 +1,343 @@
-"""A run, from its data to its score, in the order in which it happens.
+"""A run, from its command to its score, told in the order in which it happens: flags, data, task,
+evaluation, training, checkpoints.
 
-An algorithm file, common.py, this file and one dataset, alone in a folder, train, evaluate, score
-and write CSVs. This file has the random seeds, the start states of the evaluation and the score;
-common.py has the flags, the rows of the data that are kept, the batches and Adam.
+An algorithm file, common.py, this file and a dataset, alone in a folder, are the whole program.
+This file has every number that no paper decides: which rows of the data are kept, the random
+seeds, the start states of the evaluation, and the score. The folder readers/ adds the names of
+public data.
 
-In the whole repository, modules of harness/ join, which are called guests here. `resume`
-(checkpoints, Ctrl-C, config.json) and `board` (progress, TensorBoard, curve) join every run and
-change no number. `readers` and `tasks` join where a flag names data that are not bundled, or
-another task.
+{out}/{env}__{algorithm}[-{name}]__{seed}/
+    train.csv, eval.csv, ...    rows of numbers; TensorBoard events hold the same
+    config.json                 command, arguments, versions, hashes of code and data
+    checkpoint.pt               what --resume needs; kept-*.pt are parts of a long table
+    summary.json, curve.png     the score, once the run is finished
 """
 
+import contextlib
 import csv
-import importlib
+import ctypes
+import hashlib
+import importlib.metadata
 import io
 import json
+import os
 import re
+import shlex
+import signal
 import sys
 import time
+import zipfile
 import zlib
-from contextlib import ExitStack, redirect_stderr
+from fnmatch import fnmatchcase
 from pathlib import Path
 
+import filelock
 import gymnasium
 import numpy as np
 import torch
+import tyro
+from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from common import COLUMNS, FILES, InputError, in_one_line, parse, prepare_device, transitions
+from common import Data, InputError
 
 HERE = Path(__file__).resolve().parent
+FILES = r"\.(npz|hdf5|h5)$"  # the names of files, to which no preset applies
+# The columns of a file: N rows, S numbers in an observation, A in an action, E episodes.
+SHAPES = {"observations": "NS", "actions": "NA", "rewards": "N", "terminals": "N"}
+SHAPES |= {"timeouts": "N", "ends": "N", "next_observations": "NS", "final_observations": "ES"}
 LONGEST = 20_000  # steps in which an episode must end, where its task has no time limit
+# Flags that may differ between a run and its continuation, because they change no number.
+CONTROL = "device log_every save_every out resume overwrite track clone".split()
+PACKAGES = ("torch", "numpy", "gymnasium", "mujoco", "gymnasium-robotics", "ogbench")
+ANEW = "add --overwrite or a new --name"
 
 
-def guest(name):
-    """A module of harness/, or None in a copy without that folder."""
-    return importlib.import_module(f"harness.{name}") if (HERE / "harness").is_dir() else None
+def require(condition, message: str):
+    """Raises InputError."""
+    if not condition:
+        raise InputError(message)
 
 
-# ---- a name becomes data and a task ----------------------------------------------------------
+@contextlib.contextmanager
+def in_one_line(what, fix: str):
+    """Turn what a damaged file or a wrong value raises into an InputError."""
+    try:
+        yield
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        cause = f"{type(error).__name__}: {error!s:.300}"
+        raise InputError(f"{what} cannot be used ({cause}): {fix}") from error
+
+
+# ---- flags -----------------------------------------------------------------------------------
+
+
+def read_flags(Args, argv, default=None):
+    """Words of a command line -> Args, a dataclass. --help shows the title, the idea and the
+    command of its module. What tyro refuses ends the process with status 1."""
+    title, *rest = sys.modules[Args.__module__].__doc__.split("\n\n")
+    text = "\n\n".join([title, *rest[:1], *rest[1:][-1:]])
+    try:
+        return tyro.cli(Args, args=argv, default=default or Args(), description=text)
+    except SystemExit as left:
+        raise SystemExit(1 if left.code else 0) from None
+
+
+def preset_of(presets: dict, env: str) -> dict:
+    """The fields that the rows of `presets`, {pattern: {field: value}}, set for a name of --env;
+    later rows win. Rows with "singletask" are for OGBench's tasks alone. Data that were made in the
+    manner of a D4RL name, NAME-made, have its settings; files have none."""
+    preset, env = {}, env.removesuffix("-made")
+    for pattern, fields in presets.items():
+        alike = ("singletask" in env) == ("singletask" in pattern)
+        if alike and fnmatchcase(env, pattern) and not re.search(FILES, env, re.I):
+            preset |= fields
+    return preset
+
+
+def parse(Args, presets: dict, argv):
+    """Words of a command line -> (args, preset in force). A preset changes defaults, so a typed
+    flag wins. With --short, the rows whose pattern begins with "short " follow. Where --steps is
+    typed, an earlier phase whose own flag is not typed is at most as long. Raises InputError."""
+    words = [part for x in argv for part in (x.split("=", 1) if x[:2] == "--" else [x])]
+    typed = {x.lstrip("-").replace("-", "_"): after for x, after in zip(words, [*words[1:], ""])}
+    env = typed.get("env", Args.env)
+    preset = preset_of(presets, env)
+    if "short" in typed:
+        short = preset_of(presets, f"short {env}")
+        require(short, f"--short: there are no such settings for {env}: use --steps")
+        preset |= short
+    args = read_flags(Args, argv, Args(**preset))
+    if "steps" in typed:
+        for name in {*Args.phases.values()} - {"steps", None, *typed}:
+            setattr(args, name, min(getattr(args, name), args.steps))
+    useless = [name for name in args.clone_flags if name in typed and args.clone]
+    require(not useless, f"--clone reads a clone, and {useless} train one: use one of them")
+    args.resolve()
+    return args, {name: x for name, x in preset.items() if getattr(args, name) == x}
+
+
+def prepare_device(name: str, precision: str) -> torch.device:
+    """Resolve "auto" to cuda where there is one, else cpu, and set how fp32 products are computed.
+    Raises InputError for a device that cannot be used."""
+    # Adam's moments of unused units decay into subnormals, with which a CPU is ten times as slow.
+    # This comes before the first parallel product, because threads inherit it when they start.
+    torch.set_flush_denormal(True)
+    torch.set_float32_matmul_precision(precision)
+    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
+        libc.mallopt(-1, 1 << 30)  # M_TRIM_THRESHOLD: reuse freed buffers without page faults
+        libc.mallopt(-3, 1 << 25)  # M_MMAP_THRESHOLD
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    with in_one_line(f"--device {name}", "use cpu, cuda or auto"):
+        return torch.zeros(1, device=name).device
+
+
+# ---- a name becomes rows and a task ----------------------------------------------------------
 
 
 def load(name: str, device="cpu", eval_env: str | None = None):
-    """A dataset's name -> (Data, metadata of its task or None). This file itself (`own`) reads the
-    bundled ones and, in a copy without harness/, every file; other names and other files go through
-    harness/readers and its checks. Raises InputError."""
-    readers, path = guest("readers"), HERE / "data" / f"{name}.npz"
-    if not readers:
-        path = next((x for x in (path, HERE / path.name) if x.is_file()), Path(name))
-    own = not readers or (path in HERE.glob("data/*.npz") and eval_env in (None, "none"))
-    arrays, task = read_npz(path) if own else readers.read(name, eval_env)
-    task["env_id"] = eval_env or task.get("env_id") or "none"
-    data = transitions(arrays, task, name, device)
-    return data, task if task["env_id"] != "none" else None
+    """A dataset's name -> (Data, metadata of its task, or None without one). The task is made once
+    here, before any time is spent. Raises InputError."""
+    fix = "correct it, or choose a task with --eval-env; README has the format of files"
+    with in_one_line(name, fix):
+        columns, meta = read(name, eval_env)
+        meta = {key: x for key, x in meta.items() if x is not None}
+        low, high = meta.get("ref_min_score", 0), meta.get("ref_max_score", 1)
+        require(-1e30 < low < high < 1e30, f"{name}: ref_min_score {low}, ref_max_score {high}")
+        if "none" in (eval_env, meta.get("env_id", "none")):
+            return rows(columns, meta, name, device), None
+        env = make(meta)
+        bounds = np.float32([env.action_space.low, env.action_space.high]).reshape(2, -1)
+        own = [flat(env.observation_space.sample()).size, *bounds.ravel().tolist()]
+        limit = env.spec and env.spec.max_episode_steps
+        defaults = {"action_low": bounds[0], "action_high": bounds[1], "max_episode_steps": limit}
+        data = rows(columns, defaults | meta, name, device)
+        found = [data.obs.shape[1], *data.action_low.tolist(), *data.action_high.tolist()]
+        require(len(found) == len(own) and np.allclose(found, own), f"{name} has {found[0]} numbers "
+                f"in an observation and action bounds {found[1:]}, and the task {meta['env_id']} "
+                f"has {own[0]} and {own[1:]}: use the task of the data")  # fmt: skip
+        return data, meta
 
 
-def read_npz(path):
-    """Arrays and metadata of a file in the README's format. Pickles are refused, and so is a
-    recorded task with a colon (module:name), which could be any code."""
-    with in_one_line(path, "use another file"), np.load(path, allow_pickle=False) as file:
-        task = dict(json.loads(file["metadata"].item() if "metadata" in file else "{}"))
-        arrays = {key: file[key].astype(float) for key in COLUMNS if key in file}
-        limited = "timeouts" not in file and "max_episode_steps" in task
-        if limited or {"masks", "valids"} & {*file}:
-            raise InputError(f"{path}: reading this form needs the folder harness/ beside run.py")
-    # json's own colons are written as "=": what is left is in a name or value
-    if ":" in json.dumps([task.get("env_id"), task.get("env_kwargs")], separators=",="):
-        raise InputError(f"{path} records a task with a colon: remove it from the metadata")
-    return arrays, task
+def read(name, eval_env):
+    """A dataset's name -> raw columns and metadata. Files of numpy (.npz) are read here, all else
+    by readers/. Nothing that a file names is run: no pickle, and no task with a colon in it
+    (module:name)."""
+    places = HERE / "data" / f"{name}.npz", HERE / f"{name}.npz", Path(name)
+    path = next((x for x in places if x.is_file()), None)
+    if not path or path.suffix != ".npz":
+        require((HERE / "readers").is_dir(), f"there is no file {name}.npz, and other names and "
+                "other files need the folder readers/ beside run.py")  # fmt: skip
+        return importlib.import_module("readers").read(name, eval_env)
+    with np.load(path, allow_pickle=False) as file:
+        size = sum(x.file_size for x in file.zip.infolist())
+        sysconf = getattr(os, "sysconf", lambda _: 1 << 30)  # Windows has none
+        memory = sysconf("SC_PAGE_SIZE") * sysconf("SC_PHYS_PAGES")
+        require(size < memory, f"{path}: {size:,} bytes do not fit into {memory:,} of memory")
+        columns = {key: file[key] for key in file}
+    meta = json.loads(str(columns.pop("metadata", "{}")))
+    if {"masks", "valids"} & columns.keys():  # OGBench's form
+        columns = importlib.import_module("readers.ogbench").columns_of(columns)
+    if eval_env:  # references hold for every version of a task
+        other = meta.get("env_id", eval_env).split("-")[0] != eval_env.split("-")[0]
+        for key in ["env_kwargs"] + ["ref_min_score", "ref_max_score"] * other:
+            meta.pop(key, None)
+        return columns, meta | {"env_id": eval_env}
+    recorded = json.dumps([meta.get("env_id"), meta.get("env_kwargs")], separators=",=")
+    require(":" not in recorded, f"{path} records a task with a colon: use --eval-env")
+    return columns, meta
 
 
-def make(task):
-    """A fresh environment of a task; those of harness/tasks bring a function that makes them."""
+def rows(columns: dict, meta: dict, name: str, device) -> Data:
+    """Raw columns in the README's format -> transitions. This is the only place where rows are
+    checked, and where it is decided which of them are kept, whatever their source.
+
+    A row bootstraps through a time limit and never through a terminal. Its next observation is that
+    of the next row, unless an episode ended between them: at a flag, where `step` or `episode` do
+    not go on as before, where stored next observations are not the next row's, or, in a file that
+    has neither them nor timeouts, at the task's time limit. A row whose next observation nobody
+    knows is dropped, unless the MDP ended there; no other row is. Raises InputError."""
+    check_columns(columns, name)
+    obs, action, reward = (np.float32(columns[key]) for key in list(SHAPES)[:3])
+    terminal, end, hole = ends(columns, meta.get("max_episode_steps"))
+    if "next_observations" in columns:
+        next_obs = believed(columns, obs, end)
+    else:
+        next_obs = np.roll(obs, -1, axis=0)
+        final = columns.get("final_observations", np.full_like(obs[end], np.nan))
+        count = f"{len(final)} final_observations of {end.sum()} episodes: store one of each"
+        require(len(final) == end.sum(), f"{name} has {count}")
+        next_obs[end] = final
+    unknown = np.isnan(next_obs).all(1)
+    next_obs[unknown] = obs[unknown]  # at a terminal it is weighted 0, but must be finite
+    low, high = meta.get("action_low", -1), meta.get("action_high", 1)
+    low, high = (np.broadcast_to(np.float32(x), action.shape[1:]) for x in (low, high))
+    bounded = (np.isfinite([low, high]) & (low < high)).all()
+    require(bounded, f"{name}: action bounds {low} to {high} are infinite or crossed")
+    excess = np.maximum(low - action, action - high) / (high - low)
+    for what, good in {
+        "observations": np.isfinite(obs),
+        "rewards": np.isfinite(reward),
+        "next_observations": np.isfinite(next_obs),
+        f"actions between {low} and {high}": excess <= 1e-5,  # NaN is no such number
+    }.items():
+        first = np.argwhere(~good)[:1].tolist()
+        require(not first, f"{name}: not all {what} are finite numbers; see row, column {first}")
+    note((excess > 0).sum(), "actions beyond the bounds by rounding are set to them")
+    action = np.clip(action, low, high)
+    if (low != -1).any() or (high != 1).any():
+        action = (action - low) / (high - low) * 2 - 1
+    keep = terminal | ~unknown
+    require(keep.any(), f"{name}: no row has a next observation; store next_observations")
+    note((~keep).sum(), f"of {len(keep):,} rows lack a next observation and are dropped")
+    begun = end & ~hole  # a part of an episode has the return of the whole
+    recording = np.cumsum(begun) - begun
+    returns = np.bincount(recording, reward)[recording[end]]
+    left, episode = np.unique((np.cumsum(end) - end)[keep], return_inverse=True)
+    arrays = [x[keep] for x in (obs, action, reward, next_obs, np.float32(terminal))]
+    arrays += [episode, np.float32(returns[left]), low.copy(), high.copy()]
+    digest = hashlib.sha256()
+    for x in arrays:
+        digest.update(np.ascontiguousarray(x))
+    arrays.append(np.unique(recording[keep], return_inverse=True)[1])
+    *tensors, recording = (torch.as_tensor(x, device=device) for x in arrays)
+    return Data(*tensors, name=name, digest=digest.hexdigest()[:16], recording=recording)
+
+
+def note(count, text):
+    """Print what happens to some rows of the data."""
+    if count:
+        print(f"note: {count:,} {text}", flush=True)
+
+
+def check_columns(columns, name):
+    """Raises InputError for a column that is absent, or whose type or shape is not the format's."""
+    sizes = {}
+    for key, letters in SHAPES.items():
+        if key not in columns and key not in list(SHAPES)[:4]:
+            continue
+        x = columns.get(key, np.zeros(0))
+        alike = [sizes.setdefault(*pair) == pair[1] for pair in zip(letters, x.shape)]
+        fits = len(letters) == x.ndim and x.size and all(alike)
+        fits = fits and x.dtype.kind in ("f" if key == "actions" else "fiub")
+        need = f"needs floats ({', '.join(letters)})"
+        require(fits, f"{name}: {key} {need}, it has {x.dtype} {x.shape}; see the README's format")
+        flags = key in ("terminals", "timeouts", "ends")
+        require(not flags or np.isin(x, (0, 1)).all(), f"{name}: {key} is neither 0 nor 1")
+
+
+def ends(columns, limit):
+    """Three bool columns (N,): where the MDP ended (terminal), the last row of each episode, and
+    the holes: those of the last rows after which the recording goes on."""
+    terminal = columns["terminals"] != 0
+    flagged = columns.get("ends", terminal | (columns.get("timeouts", terminal) != 0)) != 0
+    cut, hole = np.zeros((2, len(terminal)), bool)
+    for key in ("step", "episode"):  # whole numbers, where the file has them and they count
+        x = np.ravel(columns.get(key, 0))
+        if len(x) == len(terminal) and not (x % 1).any() and len(np.unique(x)) > 1:
+            rise = np.diff(x.astype(np.int64), append=np.int64(x[-1]))
+            if key == "step":  # it rises by its smallest rise inside an episode
+                cut = rise != rise[rise > 0].min(initial=1 << 40)
+                hole = cut & (rise > 0) & ~flagged
+            else:
+                cut, hole = cut | (rise != 0), ~terminal & (rise == 0)
+    note((cut & ~flagged)[:-1].sum(), "episodes end by step or episode where no flag says so")
+    end = flagged | cut
+    end[-1] = True
+    if limit and not {"timeouts", "ends", "next_observations"} & columns.keys():
+        row = np.arange(len(end))
+        first = np.maximum.accumulate(np.where(np.append(True, end[:-1]), row, 0))
+        end |= (row - first) % limit == limit - 1
+    return terminal, end, hole
+
+
+def believed(columns, obs, end):
+    """The stored next observations (N, S), NaN where nobody knows; `end` (N,) gains the cuts that
+    they show. Where they differ from the next row, an episode was cut; where they equal it at an
+    end, they are the next episode's first observation, so unknown. Two numbers differ by more than
+    a millionth of their column's deviation and the rounding of the file."""
+    stored = columns["next_observations"]
+    kinds = [x.dtype for x in (columns["observations"], stored) if x.dtype.kind == "f"]
+    coarsest = max([np.dtype(np.float32), *kinds], key=lambda kind: np.finfo(kind).eps)
+    same, stored = np.ones(len(obs) - 1, bool), np.array(stored, np.float32)
+    with np.errstate(all="ignore"):  # what is not finite is refused later
+        for x, following in zip(obs.T, stored.T):
+            rounding = 2 * np.spacing(abs(x[1:]).astype(coarsest))
+            same &= abs(x[1:] - following[:-1]) <= 1e-6 * x.std(dtype=float) + rounding
+    note((~same & ~end[:-1]).sum(), "episodes end by next_observations where no flag says so")
+    stored[:-1][same & end[:-1]] = np.nan
+    end[:-1] |= ~same
+    return stored
+
+
+def make(task: dict):
+    """A fresh environment of a task; a reader may bring a function that makes them."""
     if "make" in task:
         return task["make"]()
-    if "Maze" in task["env_id"]:
-        with redirect_stderr(io.StringIO()):  # a notice about tasks that are not used here
+    if task["env_id"] not in gymnasium.registry and ":" not in task["env_id"]:
+        with contextlib.suppress(ImportError), contextlib.redirect_stderr(io.StringIO()):
             gymnasium.register_envs(importlib.import_module("gymnasium_robotics"))
     return gymnasium.make(task["env_id"], **task.get("env_kwargs", {}))
 
 
-def score(task, returns) -> float:
+def score(task: dict, returns) -> float:
     """The score of raw episode returns. Where the task ends at its goal, it is 100 x the share of
     returns above 0; otherwise 100 x their mean position between the reference returns of a random
     policy (0) and an expert (1), or, without such references, their mean. Raises InputError for
     returns that no score can have."""
-    low = task.get("ref_min_score")
-    high = task.get("ref_max_score")
-    ends = task.get("env_kwargs", {}).get("continuing_task") is False
+    low, high = task.get("ref_min_score"), task.get("ref_max_score")
+    reaches_goal = task.get("env_kwargs", {}).get("continuing_task") is False
     returns = np.asarray(returns, np.float64)
-    if task.get("success", ends):
+    if task.get("success", reaches_goal):
         found = 100 * np.mean(returns > 0)
     elif None in (low, high):
         found = returns.mean()
     else:
         found = 100 * np.mean((returns - low) / (high - low))
-    worst = np.abs(np.append(returns, found)).max()
-    if not worst < 1e30:
-        raise InputError(f"{task.get('env_id', 'the data')}: a return, or the score, is {worst:g}: "
-                         "repair the task, its references or the rewards")  # fmt: skip
+    require(abs(returns).max() < 1e30, f"a return is not a usable number: {returns.tolist()}")
     return float(found)
 
 
@@ -119,29 +359,23 @@ def evaluate(act, envs: list, seed: int, device, episodes: int | None = None) ->
     with seed + i. A policy's noise has its own random stream, and training's stays as it was.
     Raises InputError for an episode that does not end."""
     n = episodes or len(envs)
-    returns = np.zeros(n)
-    limit = envs[0].spec and envs[0].spec.max_episode_steps or LONGEST
+    returns, limit = np.zeros(n), envs[0].spec and envs[0].spec.max_episode_steps or LONGEST
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         for first in range(0, n, len(envs)):
-            running = dict(zip(range(first, n), envs))
+            running, t = dict(zip(range(first, n), envs)), 0
             starts = {i: flat(env.reset(seed=seed + i)[0]) for i, env in running.items()}
             obs = np.stack([starts.get(i, starts[first]) for i in range(n)])
             torch.manual_seed(seed)
-            for _ in range(limit):  # all n rows act, ended or not, so noise depends on no length
-                actions = act(torch.as_tensor(obs, device=device)).cpu().numpy()
-                if not np.isfinite(actions).all():
-                    raise InputError(f"{envs[0]}: the policy's actions are not finite: the task's "
-                                     "observations are not, or training diverged")  # fmt: skip
+            while running:  # all n rows act, ended or not, so noise depends on no length
+                actions, t = act(torch.as_tensor(obs, device=device)).cpu().numpy(), t + 1
+                usable = t <= limit and np.isfinite(actions).all()
+                require(usable, f"{envs[0]}: after {t} steps, an episode has not ended or an action "
+                        "is not finite: give the task a time limit, or train less fast")  # fmt: skip
                 for i, env in list(running.items()):
                     state, reward, terminal, timeout, _ = env.step(actions[i])
                     obs[i], returns[i] = flat(state), returns[i] + reward
                     if terminal or timeout:
                         del running[i]
-                if not running:
-                    break
-            else:
-                raise InputError(f"{envs[0]}: an episode has not ended after {limit:,} steps: "
-                                 "give the task a time limit (max_episode_steps)")  # fmt: skip
     return returns
 
 
@@ -149,136 +383,230 @@ def evaluate(act, envs: list, seed: int, device, episodes: int | None = None) ->
 
 
 class Run:
-    """One run. `train(run, data, args)` uses device, start, loop, after, reference, kept(name,
-    compute) and read_clone(module) of it, and nothing else."""
+    """One run. `train(run, data, args)` uses device, start, loop, after, reference, kept and
+    read_clone of it, and nothing else."""
 
     def __init__(self, args, preset: dict | None = None, words=None, algorithm: str = ""):
-        self.args, self.preset = args, preset or {}
-        self.words = words or sys.argv
-        self.algorithm = algorithm or Path(sys.modules[type(args).__module__].__file__).stem
-        is_file = re.search(FILES, args.env, re.I)
-        env = Path(args.env).stem if is_file else args.env
-        env = re.sub(r"[^\w.-]+", "-", env)
+        self.args, self.preset, self.words = args, preset or {}, words or sys.argv
+        self.file = Path(sys.modules[type(args).__module__].__file__)
+        self.algorithm = algorithm or self.file.stem
+        env = Path(args.env).stem if re.search(FILES, args.env, re.I) else args.env
         variant = f"{self.algorithm}-{args.name}" if args.name else self.algorithm
-        self.folder = Path(args.out, f"{env}__{variant}__{args.seed}")
-        self.kept = lambda name, compute: compute()  # `resume` saves the tensor in case of a kill
-        self.guests = [module.Guest(self) for module in map(guest, ("resume", "board")) if module]
+        folder = re.sub(r"[^\w.-]+", "-", f"{env}__{variant}__{args.seed}")
+        self.folder = Path(args.out, folder)
+        self.checkpoint, self.lock = self.folder / "checkpoint.pt", None
+        self.check_folder()
+        self.clone = load_tensors(args.clone) if getattr(args, "clone", None) else None
         self.device = prepare_device(args.device, args.precision)
-        self.rows, self.references = {"train": [], "eval": []}, {}
+        self.rows, self.references, self.resumed = {"train": [], "eval": []}, {}, None
         self.train_seconds = self.eval_seconds = 0.0
+        self.stopped = False
         torch.manual_seed(args.seed)
-        if not self.guests and (args.resume or getattr(args, "clone", None)):
-            raise InputError("--resume and --clone need the folder harness/ beside run.py")
-        if not self.guests:
-            print("no harness/ beside run.py: no checkpoints, no --resume, no curve")
 
-    def tell(self, event, *details):
-        """Call this method of every guest that has it."""
-        for one in self.guests:
-            getattr(one, event, lambda *_: None)(*details)
+    def check_folder(self):
+        """Raises InputError for a folder that holds a run which nobody asked to go on with."""
+        asked = self.args.resume or self.args.overwrite
+        there = (self.folder / "config.json").exists() and not asked
+        require(not there, f"{self.folder} exists: add --resume, --overwrite, or a new --name")
 
-    def load(self):
-        """Read the data and its task; returns the data."""
-        self.data, self.task = load(self.args.env, self.device, self.args.eval_env)
-        self.tell("loaded")
-        return self.data
+    def whole(self, train) -> float | None:
+        """Load, train, finish."""
+        try:
+            self.data, self.task = load(self.args.env, self.device, self.args.eval_env)
+            self.settings = self.identity()
+            if self.args.resume and finished(self.folder):
+                config = json.loads((self.folder / "config.json").read_text())
+                self.compare(config.get("settings", {}), self.folder)
+                print(f"{self.folder} is finished: there is nothing to resume")
+                return None
+            train(self, self.data, self.args)
+            return self.finish()
+        except OSError as error:  # a full disk, above all
+            raise InputError(f"{self.folder}: {error}; repair that and use --resume") from None
+        except (MemoryError, RuntimeError) as error:
+            full = isinstance(error, MemoryError) or re.search("alloc|out of mem", str(error))
+            if not full:
+                raise
+            fix = "use smaller data, a smaller --batch-size or smaller networks"
+            raise InputError(f"out of memory ({error!s:.160}): {fix}") from None
+        finally:
+            if self.lock:
+                self.lock.release()
+
+    # ---- identity ----------------------------------------------------------------------------
+
+    def identity(self) -> dict:
+        """Everything that a number depends on: a run goes on, and two runs are averaged, only
+        where all of it is equal."""
+        found = {key: x for key, x in vars(self.args).items() if key not in CONTROL}
+        found |= {"algorithm": self.algorithm, "data": self.data.digest}
+        code = {"algorithm": self.file, "common": HERE / "common.py", "run": HERE / "run.py"}
+        found |= {f"code of {key}": sha256(path) for key, path in code.items()}
+        found["clone"] = self.clone and sha256(self.args.clone)
+        for name in PACKAGES:
+            with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+                found[f"version of {name}"] = importlib.metadata.version(name)
+        task = {key: x for key, x in (self.task or {}).items() if not callable(x)}
+        found |= {f"task's {key}": x for key, x in task.items()}
+        return json.loads(json.dumps(found, default=str))
+
+    def compare(self, then: dict, what):
+        """Raises InputError where the settings of now are not those of `then`."""
+        for key in {**self.settings, **then}:
+            old, new = then.get(key), self.settings.get(key)
+            fix = f"use the same settings, versions and files, or {ANEW}"
+            require(old == new, f"{what} was made with {key} {old}, not {new}: {fix}")
+
+    # ---- start -------------------------------------------------------------------------------
 
     def start(self, nets, opt, **largest: float):
-        """Take what is trained, make the environments and the folder. `largest`: {name of a metric:
-        the largest |Q| that the rewards allow}. Tasks of harness/tasks may bring the data's score
-        and the most environments that fit into memory."""
+        """Take what is trained, make the environments and the folder; with --resume, go on with
+        what was saved. `largest`: {name of a metric: the largest |Q| that the rewards allow}. A
+        reader may bring the data's score and the most environments that fit into memory."""
         self.nets, self.opt, self.largest = nets, opt, largest
-        self.clock = time.monotonic()
-        returns = self.data.episode_return.cpu().numpy()
-        task = self.task or {}
+        args, task, data = self.args, self.task or {}, self.data
+        returns = data.episode_return.cpu().numpy()
         self.references["data"] = task.get("data_score", score(task, returns))
         self.unit = "return" if score(task, [1e9]) == 1e9 else "score"  # no references: a return
-        most = task.get("most_envs", 10**9) if task else 0
-        self.envs = [make(task) for _ in range(min(self.args.eval_episodes, most))]
-        with in_one_line(self.folder, "use another --out or --name"):
-            self.folder.mkdir(parents=True, exist_ok=True)
-        self.tell("start")
+        count = min(args.eval_episodes, task.get("most_envs", 10**9)) if task else 0
+        self.envs = [make(task) for _ in range(count)]
+        self.take_folder()
+        config = {"algorithm": self.algorithm, "args": vars(args), "preset": self.preset}
+        config |= {"settings": self.settings, "command": shlex.join(self.words)}
+        config |= {"dataset": data.name, "dataset_sha256": data.digest}
+        config |= {"task": task.get("env_id"), "precision": args.precision}
+        config |= {"machine": f"{os.cpu_count()} cores, {self.device}"}
+        config |= {"threads": torch.get_num_threads()}
+        self.save("config.json", json.dumps(config, indent=2, default=str).encode())
+        phases = {key: getattr(args, x) if x else "one pass" for key, x in args.phases.items()}
+        print(f"data:       {data.name}, {len(data.obs):,} transitions, {len(returns):,} episodes, "
+              f"{self.unit} {self.references['data']:.1f}",
+              f"steps:      {phases}; seed {args.seed}",
+              f"preset:     {self.preset or 'none'}",
+              f"folder:     {self.folder}",
+              f"arithmetic: {self.device}, threads: {torch.get_num_threads()}, fp32 products: "
+              f"{args.precision}", sep="\n", flush=True)  # fmt: skip
+        if args.track:
+            import wandb
+
+            wandb.init(project="stayclose", name=self.folder.name, sync_tensorboard=True)
+        self.board = SummaryWriter(self.folder)
+        self.clock = time.monotonic()
+
+    def take_folder(self):
+        """Lock the folder, so that one process at a time trains there; restore the checkpoint with
+        --resume, else remove an earlier run."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.lock = filelock.FileLock(self.folder / ".lock", blocking=False)
+        try:
+            self.lock.acquire()
+        except filelock.Timeout:
+            raise InputError(f"{self.folder} is being trained by another process") from None
+        except (OSError, NotImplementedError) as error:  # a file system without locks
+            print(f"note: {self.folder} cannot be locked ({error}): start no second run in it")
+        self.check_folder()  # an equal command may have finished while this one read the data
+        if self.args.resume and self.checkpoint.exists():
+            self.restore()
+            return
+        for pattern in ("*.csv", "*.json", "events.out.*", "*.pt", "*.png", "*.tmp"):
+            for old in self.folder.glob(pattern):
+                old.unlink()
+
+    # ---- training ----------------------------------------------------------------------------
 
     def loop(self, steps: int, phase: str = "train"):
         """Yield the step numbers 1 to `steps`. A phase has its own random stream, seeded by its
-        name and --seed; a resumed run goes on in the stream that it had."""
-        self.phase, self.phase_steps = phase, steps
-        self.first, self.last = 1, {}
+        name and --seed; a resumed run goes on in the stream that it had. Ctrl-C and SIGTERM wait
+        for the end of a step, and save."""
+        self.phase, self.steps, self.last, first = phase, steps, {}, 1
         torch.manual_seed(zlib.crc32(f"{phase} {self.args.seed}".encode()))
-        self.tell("begin")  # with --resume, only the steps that are left
-        before = self.first - 1
-        self.bar = tqdm(total=steps, desc=phase, initial=before, disable=None)
+        if self.resumed and self.resumed["phase"] != phase:
+            first = steps + 1  # the checkpoint is of a later phase
+        elif self.resumed:
+            first, self.last = self.resumed["step"] + 1, self.resumed["last"]
+            torch.set_rng_state(self.resumed["rng"][0])
+            for state in self.resumed["rng"][1:]:
+                torch.cuda.set_rng_state(state, self.device)
+            self.resumed = None
+        pause = 0.1 if sys.stderr.isatty() else 30  # seconds between two states of the bar
+        numbers = range(first, steps + 1)
+        bar = tqdm(numbers, phase, steps, mininterval=pause, initial=first - 1)
+        kept = [signal.signal(x, self.stop) for x in (signal.SIGINT, signal.SIGTERM)]
         try:
-            for t in range(self.first, steps + 1):
+            for t in bar:
                 yield t
-                self.bar.update()
-                self.tell("step", t)
+                due = self.stopped or t == steps or t % self.args.save_every == 0
+                if self.task and phase == "train":  # the next step may evaluate, and a task raise
+                    due = due or t + 1 == steps or (t + 1) % self.args.eval_every == 0
+                if due:
+                    self.save_checkpoint(t)
+                if self.stopped:
+                    print(f"\nstopped at {phase} step {t}: --resume continues", flush=True)
+                    raise SystemExit(130)
         finally:
-            self.tell("end")
-            self.bar.close()
+            for number, handler in zip((signal.SIGINT, signal.SIGTERM), kept):
+                signal.signal(number, handler)
+
+    def stop(self, *_):
+        if self.stopped:  # a second Ctrl-C does not wait
+            raise SystemExit(130)
+        self.stopped = True
 
     def after(self, t: int, metrics: dict, act=None):
         """Log `metrics` (0-d tensors), and evaluate `act` (raw observations to actions): every
         --log-every and --eval-every steps, and at the end of the phase."""
         self.last.update(metrics)
-        at_end = t == self.phase_steps
+        at_end = t == self.steps
         if at_end or t % self.args.log_every == 0:
-            values = {key: x.item() for key, x in self.last.items()}
-            self.write(self.phase, t, values)
+            self.require_finite(self.last, t)
+            self.write(self.phase, t, {key: x.item() for key, x in self.last.items()})
         if act and self.task and (at_end or t % self.args.eval_every == 0):
             returns = self.evaluate(act)
             row = {"return": returns.mean(), "score": score(self.task, returns)}
-            row |= {f"episode_{i}": x for i, x in enumerate(returns)}
-            self.write("eval", t, row)
+            tqdm.write(f"{self.phase} {t:,}/{self.steps:,}: {self.unit} {row['score']:.1f}")
+            self.write("eval", t, row | {f"episode_{i}": x for i, x in enumerate(returns)})
 
-    def write(self, name, t, values):
-        """Add a row to a CSV file of the run."""
+    def require_finite(self, tensors: dict, t):
+        """Raises InputError, so that what has diverged replaces no checkpoint."""
+        odd = [key for key, x in tensors.items() if not x.isfinite().all()]
+        fix = "lower the learning rates or strengthen the regularizer"
+        require(
+            not odd, f"{self.phase} step {t}: {odd[:1]} is not finite, training diverged: {fix}"
+        )
+
+    def write(self, name: str, t: int, values: dict):
+        """Add a row to a CSV file of the run, and to its TensorBoard events."""
         now = time.monotonic()
-        self.train_seconds += now - self.clock
-        self.clock = now
-        rows = self.rows.setdefault(name, [])
-        rows.append({"step": t, "seconds": f"{self.train_seconds:.2f}"} | values)
-        columns = dict.fromkeys(key for row in rows for key in row)
+        self.train_seconds, self.clock = self.train_seconds + now - self.clock, now
+        table = self.rows.setdefault(name, [])
+        table.append({"step": t, "seconds": f"{self.train_seconds:.2f}"} | values)
         text = io.StringIO()
-        writer = csv.DictWriter(text, list(columns))
+        writer = csv.DictWriter(text, list(dict.fromkeys(key for row in table for key in row)))
         writer.writeheader()
-        writer.writerows(rows)
+        writer.writerows(table)
         self.save(f"{name}.csv", text.getvalue().encode())
-        self.tell("row", name, t, values)
-
-    def save(self, name, content):
-        """Write a file of the run, whole or not at all."""
-        temporary = self.folder / f"{name}.tmp"
-        temporary.unlink(missing_ok=True)  # never written through a link
-        temporary.write_bytes(content)
-        temporary.replace(self.folder / name)
+        folder = {"eval": "charts", "train": "losses"}.get(name, name)
+        for key, x in values.items():
+            self.board.add_scalar(f"{folder}/{key}", x, t)
 
     def evaluate(self, act) -> np.ndarray:
         """Returns (eval_episodes,) of a policy, on start states fixed by the run's seed."""
         start, seed = time.monotonic(), 1000 * self.args.seed + 100
-        self.train_seconds += start - self.clock
         returns = evaluate(act, self.envs, seed, self.device, self.args.eval_episodes)
-        self.clock = time.monotonic()
-        self.eval_seconds += self.clock - start
+        seconds = time.monotonic() - start
+        self.clock += seconds  # the column `seconds` is of training alone
+        self.eval_seconds += seconds
         return returns
 
-    def reference(self, label, act):
+    def reference(self, label: str, act):
         """Score a policy that is not the run's result."""
         if self.task:
             self.references[label] = score(self.task, self.evaluate(act))
             print(f"{label}: {self.unit} {self.references[label]:.1f}", flush=True)
 
-    def whole(self, train) -> float | None:
-        """Load, train, finish."""
-        with ExitStack() as stack:
-            for one in self.guests:
-                stack.enter_context(one)  # prints what an interruption has saved
-            train(self, self.load(), self.args)
-            return self.finish()
-
     def finish(self) -> float | None:
-        """Write summary.json; print and return the mean score of the last ten evaluations (of the
-        last three on OGBench)."""
+        """Write summary.json and curve.png; print and return the mean score of the last ten
+        evaluations (of the last three on OGBench)."""
         scores = [float(row["score"]) for row in self.rows["eval"]]
         count = 3 if "-singletask" in self.args.env else 10  # as OGBench's and D4RL's papers
         final = float(np.mean(scores[-count:])) if scores else None
@@ -286,16 +614,130 @@ class Run:
         summary |= {"last": scores[-1] if scores else None, "best": max(scores, default=None)}
         for name in ("references", "train_seconds", "eval_seconds"):
             summary[name] = getattr(self, name)
-        self.tell("finish", summary)
+        self.board.close()
+        if scores:
+            self.draw(scores)
         self.save("summary.json", json.dumps(summary, indent=2).encode())
+        for old in self.folder.glob("kept-*.pt"):
+            old.unlink()
         parts = [f"{self.algorithm} {self.unit} {final:.1f}"] if scores else [self.algorithm]
         parts += [f"{label} {value:.1f}" for label, value in self.references.items()]
         seconds = self.train_seconds + self.eval_seconds
         print(" | ".join([*parts, f"{seconds:.0f} s", str(self.folder)]), flush=True)
         return final
 
+    def draw(self, scores):
+        """curve.png: the score over gradient steps, beside the references."""
+        from matplotlib.figure import Figure
 
-def main(Args, presets: dict, train, argv: list[str] | None = None) -> float | None:
+        figure = Figure((6, 4), layout="constrained")
+        axes = figure.subplots()
+        steps = [row["step"] for row in self.rows["eval"]]
+        axes.plot(steps, scores, "o-", label=self.algorithm)
+        for i, (name, value) in enumerate(self.references.items(), 1):
+            axes.axhline(value, ls="--", c=f"C{i}", label=f"{name} {value:.1f}")
+        axes.set(xlabel="gradient steps", ylabel=self.unit)
+        axes.legend()
+        figure.savefig(self.folder / "curve.png", dpi=150)
+
+    # ---- checkpoints -------------------------------------------------------------------------
+
+    def save(self, name: str, content: bytes):
+        """Write a file of the run, whole or not at all, and after a power cut, too."""
+        temporary = self.folder / f"{name}.tmp"
+        temporary.unlink(missing_ok=True)  # never written through a link
+        with open(temporary, "xb") as file:
+            file.write(content)
+            os.fsync(file.flush() or file.fileno())
+        temporary.replace(self.folder / name)
+
+    def save_tensors(self, name: str, content):
+        buffer = io.BytesIO()
+        torch.save(content, buffer)
+        self.save(name, buffer.getvalue())
+
+    def optimizer_state(self) -> list:
+        return [x for optimizer in vars(self.opt).values() for x in optimizer.state()]
+
+    def save_checkpoint(self, t):
+        """Everything that the rest of the run depends on."""
+        weights, rng = self.nets.state_dict(), [torch.get_rng_state()]
+        self.require_finite(weights | self.last, t)
+        rng += [torch.cuda.get_rng_state(self.device)] if self.device.type == "cuda" else []
+        content = {
+            "settings": json.dumps(self.settings),
+            "phase": self.phase,
+            "step": t,
+            "ended": t == self.steps,
+            "last": self.last,
+            "nets": weights,
+            "opt": self.optimizer_state(),
+            "rng": rng,
+            "rows": json.dumps(self.rows),
+            "references": self.references,
+            "seconds": [self.train_seconds, self.eval_seconds],
+        }
+        self.save_tensors("checkpoint.pt", content)
+
+    def restore(self):
+        """Take the checkpoint. Raises InputError where it is damaged or another run's."""
+        self.resumed = saved = load_tensors(self.checkpoint)
+        with in_one_line(self.checkpoint, ANEW):
+            self.compare(json.loads(saved["settings"]), self.checkpoint)
+            self.nets.load_state_dict(saved["nets"])
+            for tensor, value in zip(self.optimizer_state(), saved["opt"], strict=True):
+                tensor.copy_(value)
+            saved["last"] = {key: x.to(self.device) for key, x in saved["last"].items()}
+            self.rows, self.references = json.loads(saved["rows"]), saved["references"]
+            self.train_seconds, self.eval_seconds = saved["seconds"]
+            print(f"resumed:    after {saved['phase']} step {saved['step']:,}")
+
+    def kept(self, name: str, compute):
+        """compute(), a tensor, kept in the folder until the run is finished: a run that was killed
+        reads it there."""
+        path = self.folder / f"kept-{name}.pt"
+        if not path.exists():
+            self.save_tensors(path.name, compute().cpu())
+        return load_tensors(path).to(self.device)
+
+    def read_clone(self, module):
+        """Load `module` from the checkpoint that --clone names. Raises InputError for one of other
+        data, of another normalization, of other shapes, or whose clone was not finished."""
+        name = next(name for name, x in self.nets.named_modules() if x is module) + "."
+        fix = "use the checkpoint.pt of a run whose clone is finished, of equal networks and data"
+        with in_one_line(self.args.clone, fix):
+            then, phase = json.loads(self.clone["settings"]), self.clone["phase"]
+            for key in ("data", "normalize_obs"):
+                old, new = then.get(key), self.settings.get(key)
+                require(old == new, f"{self.args.clone}: {key} is {old}, not {new}: {fix}")
+            done = self.clone["ended"] or phase != next(iter(self.args.phases))
+            require(done, f"{self.args.clone} ends in {phase}: {fix}")
+            weights = self.clone["nets"].items()
+            weights = {k.removeprefix(name): x for k, x in weights if k.startswith(name)}
+            module.load_state_dict(weights)
+        print(f"clone: read from {self.args.clone}", flush=True)
+
+
+def load_tensors(path):
+    """What torch.save wrote, on the CPU; nothing is unpickled. Raises InputError."""
+    with in_one_line(path, "correct the path, or delete the file"):
+        damaged = zipfile.ZipFile(path).testzip()  # torch itself compares no checksum
+        require(not damaged, f"{path} is damaged ({damaged}): delete it")
+        return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def finished(folder: Path) -> bool:
+    """Whether a run's summary.json is there, and not empty."""
+    path = folder / "summary.json"
+    return path.exists() and path.stat().st_size > 0
+
+
+def sha256(path) -> str:
+    """12 hex digits of a file."""
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()[:12]
+
+
+def main(Args, presets: dict, train, argv=None) -> float | None:
     """What an algorithm file runs as a script: flags, data, training, score."""
     words = sys.argv if argv is None else [sys.argv[0], *argv]
     return Run(*parse(Args, presets, words[1:]), words).whole(train)
