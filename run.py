@@ -49,8 +49,8 @@ SHAPES |= {"timeouts": "N", "ends": "N", "next_observations": "NS", "final_obser
 LONGEST = 20_000  # steps in which an episode must end, where its task has no time limit
 # Flags that may differ between a run and its continuation, because they change no number.
 CONTROL = "device log_every save_every out resume overwrite track clone".split()
+STATE = "settings phase step steps last rows references train_seconds eval_seconds".split()
 PACKAGES = ("torch", "numpy", "gymnasium", "mujoco", "gymnasium-robotics", "ogbench")
-ANEW = "add --overwrite or a new --name"
 
 
 def require(condition, message: str):
@@ -74,17 +74,6 @@ def in_one_line(what, fix: str):
 # ---- flags -----------------------------------------------------------------------------------
 
 
-def read_flags(Args, argv, default=None):
-    """Words of a command line -> Args, a dataclass. --help shows the title, the idea and the
-    command of its module. What tyro refuses ends the process with status 1."""
-    title, *rest = sys.modules[Args.__module__].__doc__.split("\n\n")
-    text = "\n\n".join([title, *rest[:1], *rest[1:][-1:]])
-    try:
-        return tyro.cli(Args, args=argv, default=default or Args(), description=text)
-    except SystemExit as left:
-        raise SystemExit(1 if left.code else 0) from None
-
-
 def preset_of(presets: dict, env: str) -> dict:
     """The fields that the rows of `presets`, {pattern: {field: value}}, set for a name of --env;
     later rows win. Rows with "singletask" are for OGBench's tasks alone. Data that were made in the
@@ -100,16 +89,23 @@ def preset_of(presets: dict, env: str) -> dict:
 def parse(Args, presets: dict, argv):
     """Words of a command line -> (args, preset in force). A preset changes defaults, so a typed
     flag wins. With --short, the rows whose pattern begins with "short " follow. Where --steps is
-    typed, an earlier phase whose own flag is not typed is at most as long. Raises InputError."""
+    typed, an earlier phase whose own flag is not typed is at most as long. --help shows the title,
+    the idea and the command of the file. What tyro refuses ends the process with status 1."""
     words = [part for x in argv for part in (x.split("=", 1) if x[:2] == "--" else [x])]
-    typed = {x.lstrip("-").replace("-", "_"): after for x, after in zip(words, [*words[1:], ""])}
+    pairs = zip(words, [*words[1:], ""])
+    typed = {x[2:].replace("-", "_"): after for x, after in pairs if x[:2] == "--"}
     env = typed.get("env", Args.env)
     preset = preset_of(presets, env)
     if "short" in typed:
         short = preset_of(presets, f"short {env}")
         require(short, f"--short: there are no such settings for {env}: use --steps")
         preset |= short
-    args = read_flags(Args, argv, Args(**preset))
+    title, idea, *_, command = sys.modules[Args.__module__].__doc__.split("\n\n")
+    text = "\n\n".join([title, idea, command])
+    try:
+        args = tyro.cli(Args, args=argv, default=Args(**preset), description=text)
+    except SystemExit as left:
+        raise SystemExit(1 if left.code else 0) from None
     if "steps" in typed:
         for name in {*Args.phases.values()} - {"steps", None, *typed}:
             setattr(args, name, min(getattr(args, name), args.steps))
@@ -141,24 +137,22 @@ def prepare_device(name: str, precision: str) -> torch.device:
 def load(name: str, device="cpu", eval_env: str | None = None):
     """A dataset's name -> (Data, metadata of its task, or None without one). The task is made once
     here, before any time is spent. Raises InputError."""
-    fix = "correct it, or choose a task with --eval-env; README has the format of files"
-    with in_one_line(name, fix):
+    with in_one_line(name, "correct the file or its metadata, or use another --eval-env or none"):
         columns, meta = read(name, eval_env)
         meta = {key: x for key, x in meta.items() if x is not None}
-        low, high = meta.get("ref_min_score", 0), meta.get("ref_max_score", 1)
-        require(-1e30 < low < high < 1e30, f"{name}: ref_min_score {low}, ref_max_score {high}")
-        if "none" in (eval_env, meta.get("env_id", "none")):
+        score(meta, [0])  # raises for references that are no numbers
+        if meta.get("env_id", "none") == "none":
             return rows(columns, meta, name, device), None
         env = make(meta)
-        bounds = np.float32([env.action_space.low, env.action_space.high]).reshape(2, -1)
-        own = [flat(env.observation_space.sample()).size, *bounds.ravel().tolist()]
+        low, high = env.action_space.low, env.action_space.high
         limit = env.spec and env.spec.max_episode_steps
-        defaults = {"action_low": bounds[0], "action_high": bounds[1], "max_episode_steps": limit}
+        defaults = {"action_low": low, "action_high": high, "max_episode_steps": limit}
         data = rows(columns, defaults | meta, name, device)
+        own = [flat(env.observation_space.sample()).size, *low, *high]
         found = [data.obs.shape[1], *data.action_low.tolist(), *data.action_high.tolist()]
-        require(len(found) == len(own) and np.allclose(found, own), f"{name} has {found[0]} numbers "
-                f"in an observation and action bounds {found[1:]}, and the task {meta['env_id']} "
-                f"has {own[0]} and {own[1:]}: use the task of the data")  # fmt: skip
+        alike = len(found) == len(own) and np.allclose(found, own)
+        require(alike, f"{name} has observations of {found[0]} numbers and the action bounds "
+                f"{found[1:]}, but the task {meta['env_id']} {own[0]} and {own[1:]}")  # fmt: skip
         return data, meta
 
 
@@ -173,10 +167,7 @@ def read(name, eval_env):
                 "other files need the folder readers/ beside run.py")  # fmt: skip
         return importlib.import_module("readers").read(name, eval_env)
     with np.load(path, allow_pickle=False) as file:
-        size = sum(x.file_size for x in file.zip.infolist())
-        sysconf = getattr(os, "sysconf", lambda _: 1 << 30)  # Windows has none
-        memory = sysconf("SC_PAGE_SIZE") * sysconf("SC_PHYS_PAGES")
-        require(size < memory, f"{path}: {size:,} bytes do not fit into {memory:,} of memory")
+        np.empty(sum(x.file_size for x in file.zip.infolist()), bool)  # MemoryError, if too large
         columns = {key: file[key] for key in file}
     meta = json.loads(str(columns.pop("metadata", "{}")))
     if {"masks", "valids"} & columns.keys():  # OGBench's form
@@ -215,17 +206,11 @@ def rows(columns: dict, meta: dict, name: str, device) -> Data:
     next_obs[unknown] = obs[unknown]  # at a terminal it is weighted 0, but must be finite
     low, high = meta.get("action_low", -1), meta.get("action_high", 1)
     low, high = (np.broadcast_to(np.float32(x), action.shape[1:]) for x in (low, high))
-    bounded = (np.isfinite([low, high]) & (low < high)).all()
-    require(bounded, f"{name}: action bounds {low} to {high} are infinite or crossed")
     excess = np.maximum(low - action, action - high) / (high - low)
-    for what, good in {
-        "observations": np.isfinite(obs),
-        "rewards": np.isfinite(reward),
-        "next_observations": np.isfinite(next_obs),
-        f"actions between {low} and {high}": excess <= 1e-5,  # NaN is no such number
-    }.items():
-        first = np.argwhere(~good)[:1].tolist()
-        require(not first, f"{name}: not all {what} are finite numbers; see row, column {first}")
+    good = np.isfinite(obs).all(1) & np.isfinite(reward) & np.isfinite(next_obs).all(1)
+    good &= (excess <= 1e-5).all(1) & (low < high).all()  # NaN is no such number
+    require(good.all(), f"{name}: row {good.argmin()} has a number that is not finite, or an action "
+            f"that is not between {low} and {high}: repair it, or the metadata")  # fmt: skip
     note((excess > 0).sum(), "actions beyond the bounds by rounding are set to them")
     action = np.clip(action, low, high)
     if (low != -1).any() or (high != 1).any():
@@ -241,7 +226,7 @@ def rows(columns: dict, meta: dict, name: str, device) -> Data:
     arrays += [episode, np.float32(returns[left]), low.copy(), high.copy()]
     digest = hashlib.sha256()
     for x in arrays:
-        digest.update(np.ascontiguousarray(x))
+        digest.update(x)
     arrays.append(np.unique(recording[keep], return_inverse=True)[1])
     *tensors, recording = (torch.as_tensor(x, device=device) for x in arrays)
     return Data(*tensors, name=name, digest=digest.hexdigest()[:16], recording=recording)
@@ -298,15 +283,13 @@ def believed(columns, obs, end):
     """The stored next observations (N, S), NaN where nobody knows; `end` (N,) gains the cuts that
     they show. Where they differ from the next row, an episode was cut; where they equal it at an
     end, they are the next episode's first observation, so unknown. Two numbers differ by more than
-    a millionth of their column's deviation and the rounding of the file."""
-    stored = columns["next_observations"]
-    kinds = [x.dtype for x in (columns["observations"], stored) if x.dtype.kind == "f"]
-    coarsest = max([np.dtype(np.float32), *kinds], key=lambda kind: np.finfo(kind).eps)
-    same, stored = np.ones(len(obs) - 1, bool), np.array(stored, np.float32)
+    a millionth of their column's deviation and the rounding of float32."""
+    stored = np.array(columns["next_observations"], np.float32)
+    same = np.ones(len(obs) - 1, bool)
     with np.errstate(all="ignore"):  # what is not finite is refused later
         for x, following in zip(obs.T, stored.T):
-            rounding = 2 * np.spacing(abs(x[1:]).astype(coarsest))
-            same &= abs(x[1:] - following[:-1]) <= 1e-6 * x.std(dtype=float) + rounding
+            rounding = 1e-6 * x.std(dtype=float) + 2 * np.spacing(abs(x[1:]))
+            same &= abs(x[1:] - following[:-1]) <= rounding
     note((~same & ~end[:-1]).sum(), "episodes end by next_observations where no flag says so")
     stored[:-1][same & end[:-1]] = np.nan
     end[:-1] |= ~same
@@ -317,7 +300,7 @@ def make(task: dict):
     """A fresh environment of a task; a reader may bring a function that makes them."""
     if "make" in task:
         return task["make"]()
-    if task["env_id"] not in gymnasium.registry and ":" not in task["env_id"]:
+    if task["env_id"] not in gymnasium.registry:
         with contextlib.suppress(ImportError), contextlib.redirect_stderr(io.StringIO()):
             gymnasium.register_envs(importlib.import_module("gymnasium_robotics"))
     return gymnasium.make(task["env_id"], **task.get("env_kwargs", {}))
@@ -386,84 +369,58 @@ class Run:
     """One run. `train(run, data, args)` uses device, start, loop, after, reference, kept and
     read_clone of it, and nothing else."""
 
-    def __init__(self, args, preset: dict | None = None, words=None, algorithm: str = ""):
+    def __init__(self, args, preset=None, words=None, algorithm=None):
         self.args, self.preset, self.words = args, preset or {}, words or sys.argv
         self.file = Path(sys.modules[type(args).__module__].__file__)
         self.algorithm = algorithm or self.file.stem
         env = Path(args.env).stem if re.search(FILES, args.env, re.I) else args.env
-        variant = f"{self.algorithm}-{args.name}" if args.name else self.algorithm
+        variant = self.algorithm + (args.name and f"-{args.name}")
         folder = re.sub(r"[^\w.-]+", "-", f"{env}__{variant}__{args.seed}")
         self.folder = Path(args.out, folder)
-        self.checkpoint, self.lock = self.folder / "checkpoint.pt", None
-        self.check_folder()
-        self.clone = load_tensors(args.clone) if getattr(args, "clone", None) else None
+        self.checkpoint = self.folder / "checkpoint.pt"
         self.device = prepare_device(args.device, args.precision)
         self.rows, self.references, self.resumed = {"train": [], "eval": []}, {}, None
-        self.train_seconds = self.eval_seconds = 0.0
-        self.stopped = False
+        self.train_seconds, self.eval_seconds, self.stopped = 0.0, 0.0, False
         torch.manual_seed(args.seed)
-
-    def check_folder(self):
-        """Raises InputError for a folder that holds a run which nobody asked to go on with."""
-        asked = self.args.resume or self.args.overwrite
-        there = (self.folder / "config.json").exists() and not asked
-        require(not there, f"{self.folder} exists: add --resume, --overwrite, or a new --name")
 
     def whole(self, train) -> float | None:
         """Load, train, finish."""
+        args = self.args
         try:
-            self.data, self.task = load(self.args.env, self.device, self.args.eval_env)
-            self.settings = self.identity()
-            if self.args.resume and finished(self.folder):
-                config = json.loads((self.folder / "config.json").read_text())
-                self.compare(config.get("settings", {}), self.folder)
-                print(f"{self.folder} is finished: there is nothing to resume")
-                return None
-            train(self, self.data, self.args)
+            self.data, self.task = load(args.env, self.device, args.eval_env)
+            train(self, self.data, args)
             return self.finish()
         except OSError as error:  # a full disk, above all
             raise InputError(f"{self.folder}: {error}; repair that and use --resume") from None
         except (MemoryError, RuntimeError) as error:
-            full = isinstance(error, MemoryError) or re.search("alloc|out of mem", str(error))
-            if not full:
+            if not re.search("alloc|out of mem", repr(error), re.I):
                 raise
             fix = "use smaller data, a smaller --batch-size or smaller networks"
             raise InputError(f"out of memory ({error!s:.160}): {fix}") from None
-        finally:
-            if self.lock:
-                self.lock.release()
-
-    # ---- identity ----------------------------------------------------------------------------
 
     def identity(self) -> dict:
         """Everything that a number depends on: a run goes on, and two runs are averaged, only
         where all of it is equal."""
         found = {key: x for key, x in vars(self.args).items() if key not in CONTROL}
         found |= {"algorithm": self.algorithm, "data": self.data.digest}
-        code = {"algorithm": self.file, "common": HERE / "common.py", "run": HERE / "run.py"}
-        found |= {f"code of {key}": sha256(path) for key, path in code.items()}
-        found["clone"] = self.clone and sha256(self.args.clone)
+        files = {"algorithm": self.file, "common": HERE / "common.py", "run": HERE / "run.py"}
+        files |= {"clone": self.args.clone} if getattr(self.args, "clone", None) else {}
+        for key, path in files.items():
+            found[f"code of {key}"] = hashlib.sha256(Path(path).read_bytes()).hexdigest()[:12]
         for name in PACKAGES:
             with contextlib.suppress(importlib.metadata.PackageNotFoundError):
                 found[f"version of {name}"] = importlib.metadata.version(name)
-        task = {key: x for key, x in (self.task or {}).items() if not callable(x)}
-        found |= {f"task's {key}": x for key, x in task.items()}
+        for key, x in (self.task or {}).items():
+            found |= {} if callable(x) else {f"task's {key}": x}
         return json.loads(json.dumps(found, default=str))
-
-    def compare(self, then: dict, what):
-        """Raises InputError where the settings of now are not those of `then`."""
-        for key in {**self.settings, **then}:
-            old, new = then.get(key), self.settings.get(key)
-            fix = f"use the same settings, versions and files, or {ANEW}"
-            require(old == new, f"{what} was made with {key} {old}, not {new}: {fix}")
 
     # ---- start -------------------------------------------------------------------------------
 
     def start(self, nets, opt, **largest: float):
         """Take what is trained, make the environments and the folder; with --resume, go on with
-        what was saved. `largest`: {name of a metric: the largest |Q| that the rewards allow}. A
-        reader may bring the data's score and the most environments that fit into memory."""
-        self.nets, self.opt, self.largest = nets, opt, largest
+        what was saved. A reader may bring the data's score and the most environments that fit into
+        memory. `largest`, the largest |Q| that the rewards allow, goes to TensorBoard."""
+        self.nets, self.opt, self.settings = nets, opt, self.identity()
         args, task, data = self.args, self.task or {}, self.data
         returns = data.episode_return.cpu().numpy()
         self.references["data"] = task.get("data_score", score(task, returns))
@@ -471,31 +428,34 @@ class Run:
         count = min(args.eval_episodes, task.get("most_envs", 10**9)) if task else 0
         self.envs = [make(task) for _ in range(count)]
         self.take_folder()
-        config = {"algorithm": self.algorithm, "args": vars(args), "preset": self.preset}
-        config |= {"settings": self.settings, "command": shlex.join(self.words)}
-        config |= {"dataset": data.name, "dataset_sha256": data.digest}
-        config |= {"task": task.get("env_id"), "precision": args.precision}
-        config |= {"machine": f"{os.cpu_count()} cores, {self.device}"}
-        config |= {"threads": torch.get_num_threads()}
+        config = dict(
+            algorithm=self.algorithm,
+            args=vars(args),
+            preset=self.preset,
+            settings=self.settings,
+            command=shlex.join(self.words),
+            dataset=data.name,
+            dataset_sha256=data.digest,
+            task=task.get("env_id"),
+            machine=f"{os.cpu_count()} cores, {self.device}",
+            threads=torch.get_num_threads(),
+        )
         self.save("config.json", json.dumps(config, indent=2, default=str).encode())
-        phases = {key: getattr(args, x) if x else "one pass" for key, x in args.phases.items()}
-        print(f"data:       {data.name}, {len(data.obs):,} transitions, {len(returns):,} episodes, "
-              f"{self.unit} {self.references['data']:.1f}",
-              f"steps:      {phases}; seed {args.seed}",
-              f"preset:     {self.preset or 'none'}",
-              f"folder:     {self.folder}",
-              f"arithmetic: {self.device}, threads: {torch.get_num_threads()}, fp32 products: "
-              f"{args.precision}", sep="\n", flush=True)  # fmt: skip
+        size = f"{len(data.obs):,} transitions, {len(returns):,} episodes"
+        print(f"data:   {data.name}, {size}, {self.unit} {self.references['data']:.1f}")
+        print(f"preset: {self.preset or 'none'}")
+        print(f"folder: {self.folder}, {self.device}", flush=True)
         if args.track:
             import wandb
 
             wandb.init(project="stayclose", name=self.folder.name, sync_tensorboard=True)
-        self.board = SummaryWriter(self.folder)
-        self.clock = time.monotonic()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self.stop)
+        self.board, self.clock = SummaryWriter(self.folder), time.monotonic()
 
     def take_folder(self):
         """Lock the folder, so that one process at a time trains there; restore the checkpoint with
-        --resume, else remove an earlier run."""
+        --resume, else remove an earlier run with --overwrite."""
         self.folder.mkdir(parents=True, exist_ok=True)
         self.lock = filelock.FileLock(self.folder / ".lock", blocking=False)
         try:
@@ -504,12 +464,14 @@ class Run:
             raise InputError(f"{self.folder} is being trained by another process") from None
         except (OSError, NotImplementedError) as error:  # a file system without locks
             print(f"note: {self.folder} cannot be locked ({error}): start no second run in it")
-        self.check_folder()  # an equal command may have finished while this one read the data
+        asked = self.args.resume or self.args.overwrite
+        there = (self.folder / "config.json").exists() and not asked
+        require(not there, f"{self.folder} exists: add --resume, --overwrite, or a new --name")
         if self.args.resume and self.checkpoint.exists():
             self.restore()
             return
-        for pattern in ("*.csv", "*.json", "events.out.*", "*.pt", "*.png", "*.tmp"):
-            for old in self.folder.glob(pattern):
+        for old in self.folder.glob("*.*"):
+            if old.name != ".lock":
                 old.unlink()
 
     # ---- training ----------------------------------------------------------------------------
@@ -529,23 +491,18 @@ class Run:
                 torch.cuda.set_rng_state(state, self.device)
             self.resumed = None
         pause = 0.1 if sys.stderr.isatty() else 30  # seconds between two states of the bar
-        numbers = range(first, steps + 1)
-        bar = tqdm(numbers, phase, steps, mininterval=pause, initial=first - 1)
-        kept = [signal.signal(x, self.stop) for x in (signal.SIGINT, signal.SIGTERM)]
-        try:
-            for t in bar:
-                yield t
-                due = self.stopped or t == steps or t % self.args.save_every == 0
-                if self.task and phase == "train":  # the next step may evaluate, and a task raise
-                    due = due or t + 1 == steps or (t + 1) % self.args.eval_every == 0
-                if due:
-                    self.save_checkpoint(t)
-                if self.stopped:
-                    print(f"\nstopped at {phase} step {t}: --resume continues", flush=True)
-                    raise SystemExit(130)
-        finally:
-            for number, handler in zip((signal.SIGINT, signal.SIGTERM), kept):
-                signal.signal(number, handler)
+        self.bar = tqdm(None, phase, steps, initial=first - 1, mininterval=pause)
+        for self.step in range(first, steps + 1):
+            yield self.step
+            self.bar.update()
+            left, before = steps - self.step, self.step + 1  # an evaluation, and a task can raise
+            due = self.stopped or left < 2 or before % self.args.eval_every == 0
+            if due or self.step % self.args.save_every == 0:
+                self.save_checkpoint()
+            if self.stopped:
+                print(f"\nstopped at {phase} step {self.step}: --resume continues", flush=True)
+                raise SystemExit(130)
+        self.bar.close()
 
     def stop(self, *_):
         if self.stopped:  # a second Ctrl-C does not wait
@@ -556,26 +513,24 @@ class Run:
         """Log `metrics` (0-d tensors), and evaluate `act` (raw observations to actions): every
         --log-every and --eval-every steps, and at the end of the phase."""
         self.last.update(metrics)
-        at_end = t == self.steps
-        if at_end or t % self.args.log_every == 0:
-            self.require_finite(self.last, t)
+        if t == self.steps or t % self.args.log_every == 0:
+            self.require_finite(self.last)
             self.write(self.phase, t, {key: x.item() for key, x in self.last.items()})
-        if act and self.task and (at_end or t % self.args.eval_every == 0):
+        if act and self.task and (t == self.steps or t % self.args.eval_every == 0):
             returns = self.evaluate(act)
-            row = {"return": returns.mean(), "score": score(self.task, returns)}
-            tqdm.write(f"{self.phase} {t:,}/{self.steps:,}: {self.unit} {row['score']:.1f}")
-            self.write("eval", t, row | {f"episode_{i}": x for i, x in enumerate(returns)})
+            row = {"return": float(returns.mean()), "score": score(self.task, returns)}
+            self.bar.set_postfix_str(f"{self.unit} {row['score']:.1f}")
+            row |= {f"episode_{i}": x for i, x in enumerate(returns.tolist())}
+            self.write("eval", t, row)
 
-    def require_finite(self, tensors: dict, t):
+    def require_finite(self, tensors: dict):
         """Raises InputError, so that what has diverged replaces no checkpoint."""
         odd = [key for key, x in tensors.items() if not x.isfinite().all()]
         fix = "lower the learning rates or strengthen the regularizer"
-        require(
-            not odd, f"{self.phase} step {t}: {odd[:1]} is not finite, training diverged: {fix}"
-        )
+        require(not odd, f"{self.phase}: {odd[:1]} is not finite, training diverged; {fix}")
 
     def write(self, name: str, t: int, values: dict):
-        """Add a row to a CSV file of the run, and to its TensorBoard events."""
+        """Add a row to a CSV file of the run and to its TensorBoard events, and tell of it."""
         now = time.monotonic()
         self.train_seconds, self.clock = self.train_seconds + now - self.clock, now
         table = self.rows.setdefault(name, [])
@@ -610,45 +565,48 @@ class Run:
         scores = [float(row["score"]) for row in self.rows["eval"]]
         count = 3 if "-singletask" in self.args.env else 10  # as OGBench's and D4RL's papers
         final = float(np.mean(scores[-count:])) if scores else None
-        summary = {"score": final, "averaged": count, "evaluations": len(scores)}
-        summary |= {"last": scores[-1] if scores else None, "best": max(scores, default=None)}
-        for name in ("references", "train_seconds", "eval_seconds"):
-            summary[name] = getattr(self, name)
+        summary = dict(
+            score=final,
+            averaged=count,
+            evaluations=len(scores),
+            last=scores[-1] if scores else None,
+            best=max(scores, default=None),
+            references=self.references,
+            train_seconds=self.train_seconds,
+            eval_seconds=self.eval_seconds,
+        )
         self.board.close()
         if scores:
             self.draw(scores)
         self.save("summary.json", json.dumps(summary, indent=2).encode())
         for old in self.folder.glob("kept-*.pt"):
             old.unlink()
-        parts = [f"{self.algorithm} {self.unit} {final:.1f}"] if scores else [self.algorithm]
-        parts += [f"{label} {value:.1f}" for label, value in self.references.items()]
+        self.lock.release()
+        told = {f"{self.algorithm} {self.unit}": final} if scores else {self.algorithm: 0}
+        told = [f"{label} {value:.1f}" for label, value in (told | self.references).items()]
         seconds = self.train_seconds + self.eval_seconds
-        print(" | ".join([*parts, f"{seconds:.0f} s", str(self.folder)]), flush=True)
+        print(" | ".join([*told, f"{seconds:.0f} s", str(self.folder)]), flush=True)
         return final
 
     def draw(self, scores):
         """curve.png: the score over gradient steps, beside the references."""
         from matplotlib.figure import Figure
 
-        figure = Figure((6, 4), layout="constrained")
+        figure = Figure()
         axes = figure.subplots()
-        steps = [row["step"] for row in self.rows["eval"]]
-        axes.plot(steps, scores, "o-", label=self.algorithm)
+        axes.plot([row["step"] for row in self.rows["eval"]], scores, label=self.algorithm)
         for i, (name, value) in enumerate(self.references.items(), 1):
             axes.axhline(value, ls="--", c=f"C{i}", label=f"{name} {value:.1f}")
         axes.set(xlabel="gradient steps", ylabel=self.unit)
         axes.legend()
-        figure.savefig(self.folder / "curve.png", dpi=150)
+        figure.savefig(self.folder / "curve.png")
 
     # ---- checkpoints -------------------------------------------------------------------------
 
     def save(self, name: str, content: bytes):
-        """Write a file of the run, whole or not at all, and after a power cut, too."""
+        """Write a file of the run, whole or not at all."""
         temporary = self.folder / f"{name}.tmp"
-        temporary.unlink(missing_ok=True)  # never written through a link
-        with open(temporary, "xb") as file:
-            file.write(content)
-            os.fsync(file.flush() or file.fileno())
+        temporary.write_bytes(content)
         temporary.replace(self.folder / name)
 
     def save_tensors(self, name: str, content):
@@ -659,38 +617,39 @@ class Run:
     def optimizer_state(self) -> list:
         return [x for optimizer in vars(self.opt).values() for x in optimizer.state()]
 
-    def save_checkpoint(self, t):
+    def save_checkpoint(self):
         """Everything that the rest of the run depends on."""
-        weights, rng = self.nets.state_dict(), [torch.get_rng_state()]
-        self.require_finite(weights | self.last, t)
-        rng += [torch.cuda.get_rng_state(self.device)] if self.device.type == "cuda" else []
-        content = {
-            "settings": json.dumps(self.settings),
-            "phase": self.phase,
-            "step": t,
-            "ended": t == self.steps,
-            "last": self.last,
-            "nets": weights,
-            "opt": self.optimizer_state(),
-            "rng": rng,
-            "rows": json.dumps(self.rows),
-            "references": self.references,
-            "seconds": [self.train_seconds, self.eval_seconds],
-        }
+        content = {key: getattr(self, key) for key in STATE}
+        content |= {"nets": self.nets.state_dict(), "opt": self.optimizer_state()}
+        self.require_finite(content["nets"] | self.last)
+        content["rng"] = [torch.get_rng_state()]
+        if self.device.type == "cuda":
+            content["rng"].append(torch.cuda.get_rng_state(self.device))
         self.save_tensors("checkpoint.pt", content)
+
+    def compare(self, saved, keys, what):
+        """Raises InputError where settings of now are not those of a checkpoint."""
+        then = saved["settings"]
+        for key in keys or then | self.settings:
+            old, new = then.get(key), self.settings.get(key)
+            require(old == new, f"{what} was made with {key} {old}, not {new}: use equal settings, "
+                    "versions and files, --overwrite or a new --name")  # fmt: skip
 
     def restore(self):
         """Take the checkpoint. Raises InputError where it is damaged or another run's."""
         self.resumed = saved = load_tensors(self.checkpoint)
-        with in_one_line(self.checkpoint, ANEW):
-            self.compare(json.loads(saved["settings"]), self.checkpoint)
+        with in_one_line(self.checkpoint, "add --overwrite or a new --name"):
+            self.compare(saved, None, self.checkpoint)
+            summary = self.folder / "summary.json"
+            if summary.exists() and summary.stat().st_size:
+                print(f"{self.folder} is finished: there is nothing to resume")
+                raise SystemExit(0)
             self.nets.load_state_dict(saved["nets"])
             for tensor, value in zip(self.optimizer_state(), saved["opt"], strict=True):
                 tensor.copy_(value)
-            saved["last"] = {key: x.to(self.device) for key, x in saved["last"].items()}
-            self.rows, self.references = json.loads(saved["rows"]), saved["references"]
-            self.train_seconds, self.eval_seconds = saved["seconds"]
-            print(f"resumed:    after {saved['phase']} step {saved['step']:,}")
+            self.rows, self.references = saved["rows"], saved["references"]
+            self.train_seconds, self.eval_seconds = saved["train_seconds"], saved["eval_seconds"]
+            print(f"resumed after {saved['phase']} step {saved['step']:,}")
 
     def kept(self, name: str, compute):
         """compute(), a tensor, kept in the folder until the run is finished: a run that was killed
@@ -703,19 +662,16 @@ class Run:
     def read_clone(self, module):
         """Load `module` from the checkpoint that --clone names. Raises InputError for one of other
         data, of another normalization, of other shapes, or whose clone was not finished."""
-        name = next(name for name, x in self.nets.named_modules() if x is module) + "."
-        fix = "use the checkpoint.pt of a run whose clone is finished, of equal networks and data"
-        with in_one_line(self.args.clone, fix):
-            then, phase = json.loads(self.clone["settings"]), self.clone["phase"]
-            for key in ("data", "normalize_obs"):
-                old, new = then.get(key), self.settings.get(key)
-                require(old == new, f"{self.args.clone}: {key} is {old}, not {new}: {fix}")
-            done = self.clone["ended"] or phase != next(iter(self.args.phases))
-            require(done, f"{self.args.clone} ends in {phase}: {fix}")
-            weights = self.clone["nets"].items()
-            weights = {k.removeprefix(name): x for k, x in weights if k.startswith(name)}
+        path, saved = self.args.clone, load_tensors(self.args.clone)
+        start = next(name for name, x in self.nets.named_modules() if x is module) + "."
+        with in_one_line(path, "use the checkpoint.pt of a finished clone of equal networks"):
+            self.compare(saved, ("data", "normalize_obs"), path)
+            first = next(iter(self.args.phases))
+            done = saved["phase"] != first or saved["step"] == saved["steps"]
+            require(done, f"{path}: its clone is not finished: finish that run with --resume")
+            weights = {k.removeprefix(start): x for k, x in saved["nets"].items() if start in k}
             module.load_state_dict(weights)
-        print(f"clone: read from {self.args.clone}", flush=True)
+        print(f"clone: read from {path}", flush=True)
 
 
 def load_tensors(path):
@@ -724,17 +680,6 @@ def load_tensors(path):
         damaged = zipfile.ZipFile(path).testzip()  # torch itself compares no checksum
         require(not damaged, f"{path} is damaged ({damaged}): delete it")
         return torch.load(path, map_location="cpu", weights_only=True)
-
-
-def finished(folder: Path) -> bool:
-    """Whether a run's summary.json is there, and not empty."""
-    path = folder / "summary.json"
-    return path.exists() and path.stat().st_size > 0
-
-
-def sha256(path) -> str:
-    """12 hex digits of a file."""
-    return hashlib.sha256(Path(path).read_bytes()).hexdigest()[:12]
 
 
 def main(Args, presets: dict, train, argv=None) -> float | None:
