@@ -49,8 +49,8 @@ SHAPES |= {"timeouts": "N", "ends": "N", "next_observations": "NS", "final_obser
 LONGEST = 20_000  # steps in which an episode must end, where its task has no time limit
 # Flags that may differ between a run and its continuation, because they change no number.
 CONTROL = "device log_every save_every out resume overwrite track clone".split()
-STATE = "settings phase step steps last rows references train_seconds eval_seconds".split()
-PACKAGES = ("torch", "numpy", "gymnasium", "mujoco", "gymnasium-robotics", "ogbench")
+PACKAGES = "torch numpy gymnasium mujoco gymnasium-robotics ogbench".split()
+STATE = "settings phase step steps last rows references seconds".split()  # of a checkpoint
 
 
 def require(condition, message: str):
@@ -97,9 +97,7 @@ def parse(Args, presets: dict, argv):
     env = typed.get("env", Args.env)
     preset = preset_of(presets, env)
     if "short" in typed:
-        short = preset_of(presets, f"short {env}")
-        require(short, f"--short: there are no such settings for {env}: use --steps")
-        preset |= short
+        preset |= preset_of(presets, f"short {env}")
     title, idea, *_, command = sys.modules[Args.__module__].__doc__.split("\n\n")
     text = "\n\n".join([title, idea, command])
     try:
@@ -151,8 +149,8 @@ def load(name: str, device="cpu", eval_env: str | None = None):
         own = [flat(env.observation_space.sample()).size, *low, *high]
         found = [data.obs.shape[1], *data.action_low.tolist(), *data.action_high.tolist()]
         alike = len(found) == len(own) and np.allclose(found, own)
-        require(alike, f"{name} has observations of {found[0]} numbers and the action bounds "
-                f"{found[1:]}, but the task {meta['env_id']} {own[0]} and {own[1:]}")  # fmt: skip
+        sizes = f"(observation size, action bounds) are {found} and {own}"
+        require(alike, f"{name} is not of the task {meta['env_id']}: their {sizes}")
         return data, meta
 
 
@@ -163,14 +161,14 @@ def read(name, eval_env):
     places = HERE / "data" / f"{name}.npz", HERE / f"{name}.npz", Path(name)
     path = next((x for x in places if x.is_file()), None)
     if not path or path.suffix != ".npz":
-        require((HERE / "readers").is_dir(), f"there is no file {name}.npz, and other names and "
-                "other files need the folder readers/ beside run.py")  # fmt: skip
+        public = "names of public data and other files need the folder readers/ beside run.py"
+        require((HERE / "readers").is_dir(), f"there is no file {name}.npz; {public}")
         return importlib.import_module("readers").read(name, eval_env)
     with np.load(path, allow_pickle=False) as file:
         np.empty(sum(x.file_size for x in file.zip.infolist()), bool)  # MemoryError, if too large
         columns = {key: file[key] for key in file}
     meta = json.loads(str(columns.pop("metadata", "{}")))
-    if {"masks", "valids"} & columns.keys():  # OGBench's form
+    if {"masks", "valids"} & columns.keys():
         columns = importlib.import_module("readers.ogbench").columns_of(columns)
     if eval_env:  # references hold for every version of a task
         other = meta.get("env_id", eval_env).split("-")[0] != eval_env.split("-")[0]
@@ -199,8 +197,7 @@ def rows(columns: dict, meta: dict, name: str, device) -> Data:
     else:
         next_obs = np.roll(obs, -1, axis=0)
         final = columns.get("final_observations", np.full_like(obs[end], np.nan))
-        count = f"{len(final)} final_observations of {end.sum()} episodes: store one of each"
-        require(len(final) == end.sum(), f"{name} has {count}")
+        require(len(final) == end.sum(), f"{name} has {end.sum()} final_observations to store")
         next_obs[end] = final
     unknown = np.isnan(next_obs).all(1)
     next_obs[unknown] = obs[unknown]  # at a terminal it is weighted 0, but must be finite
@@ -209,8 +206,8 @@ def rows(columns: dict, meta: dict, name: str, device) -> Data:
     excess = np.maximum(low - action, action - high) / (high - low)
     good = np.isfinite(obs).all(1) & np.isfinite(reward) & np.isfinite(next_obs).all(1)
     good &= (excess <= 1e-5).all(1) & (low < high).all()  # NaN is no such number
-    require(good.all(), f"{name}: row {good.argmin()} has a number that is not finite, or an action "
-            f"that is not between {low} and {high}: repair it, or the metadata")  # fmt: skip
+    bad = f"a number that is not finite, or an action that is not between {low} and {high}"
+    require(good.all(), f"{name}: row {good.argmin()} has {bad}: repair it, or the metadata")
     note((excess > 0).sum(), "actions beyond the bounds by rounding are set to them")
     action = np.clip(action, low, high)
     if (low != -1).any() or (high != 1).any():
@@ -242,16 +239,15 @@ def check_columns(columns, name):
     """Raises InputError for a column that is absent, or whose type or shape is not the format's."""
     sizes = {}
     for key, letters in SHAPES.items():
-        if key not in columns and key not in list(SHAPES)[:4]:
-            continue
         x = columns.get(key, np.zeros(0))
-        alike = [sizes.setdefault(*pair) == pair[1] for pair in zip(letters, x.shape)]
-        fits = len(letters) == x.ndim and x.size and all(alike)
-        fits = fits and x.dtype.kind in ("f" if key == "actions" else "fiub")
-        need = f"needs floats ({', '.join(letters)})"
-        require(fits, f"{name}: {key} {need}, it has {x.dtype} {x.shape}; see the README's format")
-        flags = key in ("terminals", "timeouts", "ends")
-        require(not flags or np.isin(x, (0, 1)).all(), f"{name}: {key} is neither 0 nor 1")
+        fits = len(letters) == x.ndim and x.size and x.dtype.kind in "fiub"
+        fits = fits and all(sizes.setdefault(*pair) == pair[1] for pair in zip(letters, x.shape))
+        fits = fits and (key != "actions" or x.dtype.kind == "f")
+        fits = fits or (key not in columns and key not in list(SHAPES)[:4])
+        found = f"{x.dtype} {x.shape}" if key in columns else "nothing"
+        require(fits, f"{name}: {key} is {found}, not floats ({', '.join(letters)}); see README")
+        flags = key not in ("terminals", "timeouts", "ends") or np.isin(x, (0, 1)).all()
+        require(flags, f"{name}: {key} has a value that is neither 0 nor 1")
 
 
 def ends(columns, limit):
@@ -300,9 +296,9 @@ def make(task: dict):
     """A fresh environment of a task; a reader may bring a function that makes them."""
     if "make" in task:
         return task["make"]()
-    if task["env_id"] not in gymnasium.registry:
-        with contextlib.suppress(ImportError), contextlib.redirect_stderr(io.StringIO()):
-            gymnasium.register_envs(importlib.import_module("gymnasium_robotics"))
+    if "-v" in task["env_id"] and task["env_id"] not in gymnasium.registry:
+        with contextlib.redirect_stderr(io.StringIO()):  # a notice about other tasks
+            importlib.import_module("gymnasium_robotics")  # which registers its tasks
     return gymnasium.make(task["env_id"], **task.get("env_kwargs", {}))
 
 
@@ -352,8 +348,7 @@ def evaluate(act, envs: list, seed: int, device, episodes: int | None = None) ->
             while running:  # all n rows act, ended or not, so noise depends on no length
                 actions, t = act(torch.as_tensor(obs, device=device)).cpu().numpy(), t + 1
                 usable = t <= limit and np.isfinite(actions).all()
-                require(usable, f"{envs[0]}: after {t} steps, an episode has not ended or an action "
-                        "is not finite: give the task a time limit, or train less fast")  # fmt: skip
+                require(usable, f"step {t} in {envs[0]}: no time limit, or actions are not finite")
                 for i, env in list(running.items()):
                     state, reward, terminal, timeout, _ = env.step(actions[i])
                     obs[i], returns[i] = flat(state), returns[i] + reward
@@ -380,7 +375,8 @@ class Run:
         self.checkpoint = self.folder / "checkpoint.pt"
         self.device = prepare_device(args.device, args.precision)
         self.rows, self.references, self.resumed = {"train": [], "eval": []}, {}, None
-        self.train_seconds, self.eval_seconds, self.stopped = 0.0, 0.0, False
+        self.seconds = {"train": 0.0, "eval": 0.0}
+        self.lock, self.stopped = filelock.FileLock(self.folder / ".lock", blocking=False), False
         torch.manual_seed(args.seed)
 
     def whole(self, train) -> float | None:
@@ -397,6 +393,8 @@ class Run:
                 raise
             fix = "use smaller data, a smaller --batch-size or smaller networks"
             raise InputError(f"out of memory ({error!s:.160}): {fix}") from None
+        finally:
+            self.lock.release()
 
     def identity(self) -> dict:
         """Everything that a number depends on: a run goes on, and two runs are averaged, only
@@ -404,14 +402,14 @@ class Run:
         found = {key: x for key, x in vars(self.args).items() if key not in CONTROL}
         found |= {"algorithm": self.algorithm, "data": self.data.digest}
         files = {"algorithm": self.file, "common": HERE / "common.py", "run": HERE / "run.py"}
-        files |= {"clone": self.args.clone} if getattr(self.args, "clone", None) else {}
-        for key, path in files.items():
-            found[f"code of {key}"] = hashlib.sha256(Path(path).read_bytes()).hexdigest()[:12]
+        for key, path in files.items() | {("clone", getattr(self.args, "clone", None))}:
+            content = Path(path).read_bytes() if path else b""
+            found[f"code of {key}"] = hashlib.sha256(content).hexdigest()[:12]
         for name in PACKAGES:
             with contextlib.suppress(importlib.metadata.PackageNotFoundError):
                 found[f"version of {name}"] = importlib.metadata.version(name)
-        for key, x in (self.task or {}).items():
-            found |= {} if callable(x) else {f"task's {key}": x}
+        task = self.task or {}
+        found |= {f"task's {key}": x for key, x in task.items() if not callable(x)}
         return json.loads(json.dumps(found, default=str))
 
     # ---- start -------------------------------------------------------------------------------
@@ -457,7 +455,6 @@ class Run:
         """Lock the folder, so that one process at a time trains there; restore the checkpoint with
         --resume, else remove an earlier run with --overwrite."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        self.lock = filelock.FileLock(self.folder / ".lock", blocking=False)
         try:
             self.lock.acquire()
         except filelock.Timeout:
@@ -470,9 +467,8 @@ class Run:
         if self.args.resume and self.checkpoint.exists():
             self.restore()
             return
-        for old in self.folder.glob("*.*"):
-            if old.name != ".lock":
-                old.unlink()
+        for old in self.folder.glob("[!.]*"):
+            old.unlink()
 
     # ---- training ----------------------------------------------------------------------------
 
@@ -532,9 +528,10 @@ class Run:
     def write(self, name: str, t: int, values: dict):
         """Add a row to a CSV file of the run and to its TensorBoard events, and tell of it."""
         now = time.monotonic()
-        self.train_seconds, self.clock = self.train_seconds + now - self.clock, now
+        self.seconds["train"] += now - self.clock
+        self.clock = now
         table = self.rows.setdefault(name, [])
-        table.append({"step": t, "seconds": f"{self.train_seconds:.2f}"} | values)
+        table.append({"step": t, "seconds": f"{self.seconds['train']:.2f}"} | values)
         text = io.StringIO()
         writer = csv.DictWriter(text, list(dict.fromkeys(key for row in table for key in row)))
         writer.writeheader()
@@ -550,7 +547,7 @@ class Run:
         returns = evaluate(act, self.envs, seed, self.device, self.args.eval_episodes)
         seconds = time.monotonic() - start
         self.clock += seconds  # the column `seconds` is of training alone
-        self.eval_seconds += seconds
+        self.seconds["eval"] += seconds
         return returns
 
     def reference(self, label: str, act):
@@ -572,8 +569,8 @@ class Run:
             last=scores[-1] if scores else None,
             best=max(scores, default=None),
             references=self.references,
-            train_seconds=self.train_seconds,
-            eval_seconds=self.eval_seconds,
+            train_seconds=self.seconds["train"],
+            eval_seconds=self.seconds["eval"],
         )
         self.board.close()
         if scores:
@@ -581,11 +578,10 @@ class Run:
         self.save("summary.json", json.dumps(summary, indent=2).encode())
         for old in self.folder.glob("kept-*.pt"):
             old.unlink()
-        self.lock.release()
-        told = {f"{self.algorithm} {self.unit}": final} if scores else {self.algorithm: 0}
-        told = [f"{label} {value:.1f}" for label, value in (told | self.references).items()]
-        seconds = self.train_seconds + self.eval_seconds
-        print(" | ".join([*told, f"{seconds:.0f} s", str(self.folder)]), flush=True)
+        told = [f"{label} {value:.1f}" for label, value in self.references.items()]
+        first = f"{self.algorithm} {self.unit} {final:.1f}" if scores else self.algorithm
+        seconds = f"{sum(self.seconds.values()):.0f} s"
+        print(first, *told, seconds, self.folder, sep=" | ", flush=True)
         return final
 
     def draw(self, scores):
@@ -647,8 +643,8 @@ class Run:
             self.nets.load_state_dict(saved["nets"])
             for tensor, value in zip(self.optimizer_state(), saved["opt"], strict=True):
                 tensor.copy_(value)
-            self.rows, self.references = saved["rows"], saved["references"]
-            self.train_seconds, self.eval_seconds = saved["train_seconds"], saved["eval_seconds"]
+            for key in ("rows", "references", "seconds"):
+                setattr(self, key, saved[key])
             print(f"resumed after {saved['phase']} step {saved['step']:,}")
 
     def kept(self, name: str, compute):
