@@ -691,7 +691,7 @@ This file, against the authors' code:
 - The default sampler is the SDE form of DPM-Solver++(2M), with 21 network evaluations instead of
   1,000. The authors' sampler is --sampler pc --sample-steps 500.
 - A few samples lie off the support, even with an exact score. For the four densities of
-  figures/arq_densities.py we count actions that are 3 deviations or more from every mode. With
+  tests/test_arq.py we count actions that are 3 deviations or more from every mode. With
   exact scores they are about 0.3% of the samples with 20 steps, and 0.4% with 15. Of true samples,
   about 0.23% are. The sampler also makes a Gaussian 3% too wide. This command measures both:
   python -m pytest -n 0 -s tests/test_arq.py -k off_the_support

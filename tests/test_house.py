@@ -54,7 +54,7 @@ def module_name(path) -> str:
     return name.removesuffix(".__init__")
 
 
-FOLDERS = ("harness", "harness/readers", "tools", "peers", "figures")
+FOLDERS = ("harness", "harness/readers", "tools", "data/make", "peers", "figures")
 FILES = [ROOT / "common.py", ROOT / "run.py"]
 FILES += [path for name in FOLDERS for path in sorted((ROOT / name).glob("*.py"))]
 MODULES = {module_name(path): ast.parse(path.read_text()) for path in FILES}

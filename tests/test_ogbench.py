@@ -293,10 +293,10 @@ def test_known_sums_are_well_formed():
 def test_a_failed_download_offers_to_make_the_data(folder, monkeypatch):
     monkeypatch.setattr("ogbench.utils.DATASET_URL", "file:///nowhere")
     monkeypatch.setattr("harness.readers.ogbench.HUB", "file:///nowhere/{file}")
-    command = "python tools/make_ogbench.py cube-single-play"
+    command = "python data/make/ogbench.py cube-single-play"
     assert error_of("cube-single-play-singletask-v0", eval_env="none").endswith(command)
     text = error_of("antmaze-large-navigate-singletask-v0", eval_env="none")
-    assert "cannot download" in text and "make_ogbench" not in text
+    assert "cannot download" in text and "data/make" not in text
 
 
 # ---- published settings ----------------------------------------------------------------------

@@ -25,7 +25,7 @@ from harness.tasks import HEAVY, Task, build, near, require, table, to_install
 SETS = "ogbench_sets.csv"
 # A copy that a colleague of OGBench's author keeps, for when the host of the package is down.
 HUB = "https://huggingface.co/datasets/zhouzypaul/ogbench_datasets/resolve/main/{file}"
-MADE = ("pointmaze", *HEAVY)  # begin the names of data that tools/make_ogbench.py can make
+MADE = ("pointmaze", *HEAVY)  # begin the names of data that data/make/ogbench.py can make
 
 
 def names() -> list[str]:
@@ -106,7 +106,7 @@ def fetch(data: str) -> Path:
     try:
         return download(f"{data}-v0", "OGBENCH", data_folder(), file, mirrors, known)
     except InputError as error:
-        hint = f", or make another draw of it: python tools/make_ogbench.py {data}"
+        hint = f", or make another draw of it: python data/make/ogbench.py {data}"
         raise InputError(f"{error}{hint if data.startswith(MADE) else ''}") from None
 
 
