@@ -14,10 +14,9 @@ at 10 in the observation (hopper and walker2d) are left out.
 With --runs, the policies of finished runs act in 100 episodes on either robot, from the same start
 states. The differences of their scores are paired.
 
-The last lines of a replay are about the contacts and joint limits of the cheetah, whose file has 0 as
-solimp[0],
-which today's MuJoCo raises to 1e-4. The change of a velocity with solimp[0] is measured between
-1e-4 and 2e-4, and solved for the value that fits each row best.
+The last lines of a replay are about the cheetah's contacts and joint limits. The robot's file has 0
+as their solimp[0], which today's MuJoCo raises to 1e-4. The change of a velocity with solimp[0] is
+measured between 1e-4 and 2e-4, and solved for the value that fits each row best.
 """
 
 import json
@@ -35,7 +34,7 @@ import tyro
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
-from harness.tasks import reference_scores, restore
+from readers.tasks import reference_scores, restore
 from run import evaluate
 from tools.evaluate import load_run
 

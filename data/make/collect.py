@@ -64,7 +64,7 @@ from common import (
     prepare_device,
     sample_tanh_normal,
 )
-from harness.tasks import reference_scores, register
+from readers.tasks import reference_scores, register
 from run import evaluate, parse
 
 START, GOAL, LIMIT = (6, 5), (2, 5), 300  # of the maze's task: two cells (row, column), and steps
