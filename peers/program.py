@@ -8,9 +8,9 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import torch
+from harness import resume
 
 from common import InputError
-from harness import resume
 from peers import drive
 from run import Run
 from tools.store import portable

@@ -8,7 +8,6 @@ import json
 from pathlib import Path
 
 import h5py
-import numpy as np
 from h5py import h5d, h5l, h5o
 
 from readers.tasks import near, require

@@ -6,7 +6,6 @@ import csv
 import difflib
 import importlib
 import io
-import re
 import warnings
 from functools import partial
 from pathlib import Path

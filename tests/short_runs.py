@@ -19,9 +19,9 @@ from pathlib import Path
 import conftest
 import numpy as np
 import torch
+from harness.resume import load_tensors
 
 from common import number_type
-from harness.resume import load_tensors
 from run import Run, main
 
 ROOT = Path(__file__).resolve().parents[1]

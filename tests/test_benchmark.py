@@ -17,9 +17,9 @@ from pathlib import Path
 import h5py
 import numpy as np
 import pytest
+from harness.tasks import table as data_table
 from short_runs import SCRIPTS
 
-from harness.tasks import table as data_table
 from peers import corl
 from run import main, parse
 from tools import report

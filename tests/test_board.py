@@ -3,12 +3,11 @@
 import re
 
 import pytest
+from harness.board import curve
 from matplotlib.figure import Figure
 from matplotlib.mathtext import MathTextParser
 from short_runs import at, rows, start
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-from harness.board import curve
 
 ROWS = [{"step": 1, "score": 2.0}, {"step": 2, "score": 3.0}]
 

@@ -20,6 +20,8 @@ import filelock
 import numpy as np
 import pytest
 import torch
+from harness import resume
+from harness.resume import to_bytes
 from short_runs import (
     META,
     ROOT,
@@ -41,8 +43,6 @@ from short_runs import (
 
 import run as page
 from common import InputError, RunArgs, parse
-from harness import resume
-from harness.resume import to_bytes
 
 BC = ROOT / "algorithms" / "bc.py"
 

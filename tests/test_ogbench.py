@@ -15,9 +15,9 @@ import numpy as np
 import pytest
 import rebrac
 import torch
+from harness.tasks import Task, build, register, table
 
 from common import InputError
-from harness.tasks import Task, build, register, table
 from run import evaluate, load, parse, score
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -111,7 +111,6 @@ def test_without_the_package_one_line_says_how_to_install_it(monkeypatch):
 def test_every_name_has_its_environment_and_default_task():
     """The table against the package's own registry."""
     import gymnasium
-
     from harness.readers import ogbench
 
     importlib.import_module("ogbench")

@@ -29,11 +29,11 @@ import h5py
 import numpy as np
 import pytest
 import torch
-
-from common import InputError
 from harness import tasks
 from harness.readers import d4rl, fetch, files
 from harness.tasks import reference_scores
+
+from common import InputError
 from run import load, score
 
 ROOT = Path(__file__).resolve().parents[1]

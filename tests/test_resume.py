@@ -18,6 +18,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from harness import resume
+from harness.resume import (
+    code_hash,
+    code_hashes,
+    git_state,
+    load_tensors,
+    to_bytes,
+    versions,
+    write_atomic,
+)
 from short_runs import (
     ROOT,
     SCRIPTS,
@@ -35,16 +45,6 @@ from short_runs import (
 )
 
 from common import InputError
-from harness import resume
-from harness.resume import (
-    code_hash,
-    code_hashes,
-    git_state,
-    load_tensors,
-    to_bytes,
-    versions,
-    write_atomic,
-)
 
 TD3_BC = ROOT / "algorithms" / "td3_bc.py"
 STOP = at("train", 9, stop_by(signal.SIGTERM))

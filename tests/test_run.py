@@ -21,6 +21,8 @@ import gymnasium
 import numpy as np
 import pytest
 import torch
+from harness import board
+from harness.tasks import Task
 from short_runs import (
     ROOT,
     SCRIPTS,
@@ -54,8 +56,6 @@ from common import (
     number_type,
     sample,
 )
-from harness import board
-from harness.tasks import Task
 from run import Run, evaluate, main, parse
 
 TD3_BC = ROOT / "algorithms" / "td3_bc.py"

@@ -24,9 +24,10 @@ import tyro
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "algorithms")]
+from harness.resume import write_atomic
+
 from common import Flags, InputError, Number, in_one_line
 from readers import read
-from harness.resume import write_atomic
 from readers.tasks import near, require
 from run import parse
 

@@ -37,9 +37,10 @@ import tyro
 
 HERE = Path(__file__).resolve().parent  # leaves the path: its ogbench.py is not the package
 sys.path[:] = [str(HERE.parents[1]), *(x for x in sys.path if x != str(HERE))]
+from harness.resume import write_atomic
+
 from common import Count, Flags, InputError, Seed, parse
 from readers import ogbench
-from harness.resume import write_atomic
 from readers.tasks import INSTALL, near, require, table
 
 MORE_RECORDINGS = {"triple": 3000, "4x5": 3000, "quadruple": 5000, "4x6": 5000}
