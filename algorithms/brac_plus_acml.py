@@ -115,6 +115,8 @@ class Args(RunArgs):
     """gradient steps of the critics alone, on the first policy (Appendix B); 0 skips it"""
     epoch_steps: Count = 2_000
     """gradient steps after which eps_GP is measured again (Eq. 12)"""
+    hidden: Count = 256
+    """hidden units in each layer of every network"""
     normalize_obs: bool = False
     """shift and scale observations to mean 0 and deviation 1 over the data"""
     dequantize: Share = 0.0
@@ -127,15 +129,20 @@ class Nets(nn.Module):
     def __init__(self, data, args):
         super().__init__()
         obs_dim, act_dim = data.obs.shape[1], data.action.shape[1]
+        hidden = args.hidden
         latent_dim = 2 * act_dim
         members = args.members
         self.scaling = Scaling(data)
         self.behavior = nn.Module()  # the clones; outputs are the mean and deviation of a Gaussian
-        self.behavior.encoder = MLP(act_dim + obs_dim, 256, 256, 2 * latent_dim, members=members)
-        self.behavior.decoder = MLP(latent_dim + obs_dim, 256, 256, 2 * act_dim, members=members)
+        self.behavior.encoder = MLP(
+            act_dim + obs_dim, hidden, hidden, 2 * latent_dim, members=members
+        )
+        self.behavior.decoder = MLP(
+            latent_dim + obs_dim, hidden, hidden, 2 * act_dim, members=members
+        )
         self.behavior.register_buffer("minus_elbo", torch.zeros(()))  # running mean
-        self.actor = MLP(obs_dim, 256, 256, 2 * act_dim)
-        self.q = ScalarMLP(obs_dim + act_dim, 256, 256, members=2)
+        self.actor = MLP(obs_dim, hidden, hidden, 2 * act_dim)
+        self.q = ScalarMLP(obs_dim + act_dim, hidden, hidden, members=2)
         self.actor_target = copy.deepcopy(self.actor).requires_grad_(False)
         self.q_target = copy.deepcopy(self.q).requires_grad_(False)
         self.alpha = nn.Parameter(before_softplus(args.dual_start))  # one for all states

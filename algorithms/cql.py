@@ -95,6 +95,8 @@ class Args(RunArgs):
     """Adam's learning rate of the critics and the multiplier"""
     actor_lr: Positive = 3e-5
     """Adam's learning rate of the actor and the temperature"""
+    hidden: Count = 256
+    """hidden units in each layer of every network"""
     normalize_obs: bool = True
     """shift and scale observations to mean 0 and deviation 1 over the data"""
     reward_scale: Number = 1.0
@@ -109,13 +111,14 @@ class Nets(nn.Module):
     def __init__(self, data, args):
         super().__init__()
         obs_dim, act_dim = data.obs.shape[1], data.action.shape[1]
+        hidden = args.hidden
         self.scaling = Scaling(data)
-        self.actor = MLP(obs_dim, 256, 256, 256, 2 * act_dim)
+        self.actor = MLP(obs_dim, hidden, hidden, hidden, 2 * act_dim)
         nn.init.xavier_uniform_(self.actor.weights[-1], 0.01)
         nn.init.zeros_(self.actor.biases[-1])
         self.log_std_scale = nn.Parameter(torch.ones(()))
         self.log_std_shift = nn.Parameter(-torch.ones(()))
-        self.q = ScalarMLP(obs_dim + act_dim, 256, 256, 256, members=2)
+        self.q = ScalarMLP(obs_dim + act_dim, hidden, hidden, hidden, members=2)
         orthogonal_(self.q, hidden_gain=math.sqrt(2), last_gain=0.01)
         self.q_target = copy.deepcopy(self.q).requires_grad_(False)
         self.log_temperature = nn.Parameter(torch.zeros(()))

@@ -101,6 +101,8 @@ class Args(RunArgs):
     """Adam's learning rate of the clone; divided by 10 after 80% of its steps, again after 90%"""
     clone: str | None = None
     """checkpoint.pt of a run on the same data: its clone is read, not trained"""
+    hidden: Count = 256
+    """hidden units in each layer of every network"""
     normalize_obs: bool = False
     """shift and scale observations to mean 0 and deviation 1 over the data"""
 
@@ -122,10 +124,11 @@ class Nets(nn.Module):
     def __init__(self, data, args):
         super().__init__()
         obs_dim, act_dim = data.obs.shape[1], data.action.shape[1]
+        hidden = args.hidden
         self.scaling = Scaling(data)
-        self.behavior = MLP(obs_dim, 256, 256, 2 * act_dim)  # pi_b
-        self.actor = MLP(obs_dim, 256, 256, 256, 2 * act_dim)
-        self.q = ScalarMLP(obs_dim + act_dim, 256, 256, 256, members=2)
+        self.behavior = MLP(obs_dim, hidden, hidden, 2 * act_dim)  # pi_b
+        self.actor = MLP(obs_dim, hidden, hidden, hidden, 2 * act_dim)
+        self.q = ScalarMLP(obs_dim + act_dim, hidden, hidden, hidden, members=2)
         for net, bound in ((self.behavior, 1e-3), (self.actor, 1e-3), (self.q, 3e-3)):
             for last in (net.weights[-1], net.biases[-1]):
                 nn.init.uniform_(last, -bound, bound)

@@ -79,6 +79,8 @@ class Args(RunArgs):
     """Adam's learning rate of the actor, the critics and the temperature"""
     critics: Count = 2
     """number of critics; their minimum is the Q of the target and of the actor"""
+    hidden: Count = 256
+    """hidden units in each layer of every network"""
     normalize_obs: bool = True
     """shift and scale observations to mean 0 and deviation 1 over the data"""
     reward_shift: Number = 0.0
@@ -91,9 +93,10 @@ class Nets(nn.Module):
     def __init__(self, data, args):
         super().__init__()
         obs_dim, act_dim = data.obs.shape[1], data.action.shape[1]
+        hidden = args.hidden
         self.scaling = Scaling(data)
-        self.actor = MLP(obs_dim, 256, 256, 2 * act_dim)
-        self.q = ScalarMLP(obs_dim + act_dim, 256, 256, members=args.critics)
+        self.actor = MLP(obs_dim, hidden, hidden, 2 * act_dim)
+        self.q = ScalarMLP(obs_dim + act_dim, hidden, hidden, members=args.critics)
         self.q_target = copy.deepcopy(self.q).requires_grad_(False)
         self.log_temperature = nn.Parameter(torch.zeros(()))
 
