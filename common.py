@@ -1,316 +1,21 @@
-"""The helpers that every algorithm file uses: the flags of a run, the data on the device, networks,
-Adam, densities, and CUDA graphs.
+"""The helpers that every algorithm file uses: the data on the device, batches, networks, Adam,
+densities and CUDA graphs; at the foot, the types of flags and the flags of every run.
 
-This file needs PyTorch and the standard library only (and tyro, to read a command line), and it
-imports nothing of the project: an algorithm file and this one, copied into an empty folder, train
-on plain tensors. Nothing here belongs to a paper: there are no losses, no targets, no schedules and
-no hyperparameters.
+Nothing here belongs to a paper: there are no losses, no targets, no schedules and no
+hyperparameters. This file imports nothing of the project.
 """
 
-import contextlib
-import ctypes
-import dataclasses
-import difflib
-import hashlib
-import io
 import math
-import re
-import shutil
-import sys
-import textwrap
-import typing
-import zipfile
-import zlib
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from functools import partial
 from typing import Annotated, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-
-# ---- flags -----------------------------------------------------------------------------------
-
-
-class InputError(SystemExit):
-    """Bad input: one line that names the cause and the fix. Uncaught, it is printed and the process
-    exits with status 1."""
-
-    def __init__(self, message: str):
-        super().__init__(" ".join(message.split()))
-
-
-UNREADABLE = (OSError, EOFError, LookupError, ValueError, TypeError, AttributeError, RuntimeError)
-
-
-@contextlib.contextmanager
-def in_one_line(what, fix: str):
-    """Turn an error of a file or folder into an InputError that names `what` and the `fix`."""
-    try:
-        yield
-    except (*UNREADABLE, zipfile.BadZipFile, zlib.error) as error:
-        cause = getattr(error, "strerror", None) or error
-        raise InputError(f"{what!s:.90}: {cause!s:.160}; {fix}") from None
-
-
-@dataclass(frozen=True)
-class Range:
-    """The values that a flag may take, `low` and `high` included; `text` describes them."""
-
-    low: float
-    high: float
-    text: str
-
-
-# ABOVE_0 is the smallest normal number: subnormal ones count as 0 (see prepare_device).
-ABOVE_0, BELOW_1, LARGEST = sys.float_info.min, math.nextafter(1, 0), sys.float_info.max
-
-Number = Annotated[float, Range(-LARGEST, LARGEST, "a finite number")]
-NonNegative = Annotated[float, Range(0, LARGEST, "a finite number of 0 or more")]
-Positive = Annotated[float, Range(ABOVE_0, LARGEST, "a finite number above 0")]
-Share = Annotated[float, Range(0, 1, "a number from 0 to 1")]
-PositiveShare = Annotated[float, Range(ABOVE_0, 1, "a number above 0 and at most 1")]
-ShareBelow1 = Annotated[float, Range(0, BELOW_1, "a number of 0 or more and below 1")]
-InsideUnit = Annotated[float, Range(ABOVE_0, BELOW_1, "a number above 0 and below 1")]
-Count = Annotated[int, Range(1, 10**12, "a whole number from 1 to 1e12")]
-CountOrZero = Annotated[int, Range(0, 10**12, "a whole number from 0 to 1e12")]
-BatchSize = Annotated[int, Range(1, 10**6, "a whole number from 1 to 1e6")]
-Episodes = Annotated[int, Range(1, 10**4, "a whole number from 1 to 10,000")]
-Seed = Annotated[int, Range(0, 2**31 - 1, "a whole number from 0 to 2147483647")]
-
-
-FILES = r"\.(npz|hdf5|h5)$"  # the names of files, to which no preset applies
-# Flags of other libraries and of earlier versions of this one, and their names here.
-RENAMED = {"dataset": "env", "max_timesteps": "steps", "eval_freq": "eval_every"}
-RENAMED |= {"n_episodes": "eval_episodes", "checkpoints_path": "out"}
-
-
-class Flags:
-    """Methods of the flags of every command, which are a dataclass: RunArgs for a run, and the
-    Args of each tool."""
-
-    phases: ClassVar[dict[str, str | None]] = {}
-
-    def resolve(self) -> None:
-        """Fill in the fields that are None and depend on others. Calling it twice changes nothing.
-        Raises InputError for values that cannot work together."""
-
-    def check(self) -> None:
-        """Raises InputError for a number out of its field's range."""
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            for x in value if isinstance(value, tuple) else (value,):
-                if x is not None and not is_allowed(x, field.type):
-                    raise out_of_range(field, x)
-
-    @classmethod
-    def check_words(cls, typed: dict[str, str]) -> None:
-        """Raises InputError for a flag of `typed`, {name: the word after it}, that does not exist
-        or does not allow the number which follows it."""
-        fields = {field.name: field for field in dataclasses.fields(cls)}
-        for name in list(fields):
-            if "Positional" in map(repr, getattr(fields[name].type, "__metadata__", ())):
-                del fields[name]  # it is typed without a flag
-        if typed.get("eval_env") == "None":
-            raise InputError("--eval-env is None: use none for no task, or leave the flag out for "
-                             "the task of the data")  # fmt: skip
-        known = {*fields, *(f"no_{name}" for name in fields), "help"}
-        for name in typed.keys() - known:
-            near = [RENAMED[name]] if name in RENAMED else difflib.get_close_matches(name, fields)
-            hint = " or ".join(f"--{x}" for x in near) or "--help"
-            raise InputError(f"there is no --{name:.40}: use {hint}".replace("_", "-"))
-        for name in typed.keys() & fields.keys():
-            may_be_none = type(None) in typing.get_args(fields[name].type)
-            if not is_allowed(typed[name], fields[name].type):
-                if not (may_be_none and typed[name] == "None"):
-                    raise out_of_range(fields[name], typed[name])
-
-
-@dataclass
-class RunArgs(Flags):
-    """The flags that no paper sets; the `Args` of every algorithm file inherits them."""
-
-    phases: ClassVar[dict[str, str | None]] = {"train": "steps"}
-    """the phases of training, in order, each with the name of the field that holds its number of
-    steps; None stands for one pass over the data"""
-    clone_flags: ClassVar[tuple[str, ...]] = ()
-    """the flags that train a clone, and so are refused beside --clone"""
-
-    device: str = "auto"
-    """cpu, cuda, or auto: cuda where there is one"""
-    precision: Literal["highest", "high", "medium"] = "highest"
-    """fp32 matrix products: highest is full fp32; high may round to TF32, medium to bf16"""
-    compile: bool = False
-    """compile the whole update, which takes half a minute and makes training faster"""
-    short: bool = False
-    """shortened settings for a CPU, where the file's PRESETS has some for the data"""
-    eval_episodes: Episodes = 10
-    """episodes per evaluation"""
-    eval_env: str | None = None
-    """task to evaluate in: Gymnasium id or module:Id-v0; none: no task; left out: the data's own"""
-    log_every: Count = 1_000
-    """gradient steps between rows of train.csv"""
-    save_every: Count = 50_000
-    """gradient steps between checkpoints; one comes before every evaluation, too"""
-    out: str = "runs"
-    """folder that holds the folders of all runs"""
-    name: str = ""
-    """part of the folder's name that tells variants of one algorithm apart"""
-    resume: bool = False
-    """continue the run from the last checkpoint in its folder"""
-    overwrite: bool = False
-    """replace the run's folder where it exists"""
-    track: bool = False
-    """mirror the logs to Weights & Biases"""
-
-
-def number_type(annotation) -> tuple:
-    """The kind (int, float or None) and the Range, or None, of the numbers that a field's
-    annotation allows."""
-    if annotation in (int, float):
-        return annotation, None
-    notes = getattr(annotation, "__metadata__", ())
-    kinds = [number_type(x) for x in typing.get_args(annotation) if x not in notes]
-    kind, allowed = next((pair for pair in kinds if pair[0]), (None, None))
-    return kind, next((note for note in notes if isinstance(note, Range)), allowed)
-
-
-def is_allowed(x, annotation) -> bool:
-    """Whether the annotation of a field allows `x`, a number or the word for one. A field that
-    takes no number allows everything."""
-    kind, allowed = number_type(annotation)
-    try:
-        value = float(x) if kind else 0.0
-    except ValueError:
-        return False
-    whole = kind is not int or value.is_integer()  # infinity is not
-    return whole and (not allowed or allowed.low <= value <= allowed.high)  # NaN is in no range
-
-
-def out_of_range(field, x) -> InputError:
-    """The error that names the numbers which a flag takes."""
-    kind, allowed = number_type(field.type)
-    text = "a whole number" if kind is int else "a number"
-    text = allowed.text if allowed else text
-    if typing.get_origin(field.type) is tuple:
-        text = f"{text} for each of its values"
-    return InputError(f"--{field.name.replace('_', '-')} is {x!s:.40}: use {text}")
-
-
-def parse(Args, presets: dict, argv: list[str]):
-    """Words of a command line -> (args, preset in force). `presets` is {pattern of --env: {field:
-    value}}. Its rows change defaults, so a typed flag wins; where two rows set one field, the later
-    wins. No row applies to the path of a file, and rows with "singletask" apply to OGBench's tasks
-    alone, as those without it (such as antmaze-*, for D4RL) do to all others. With --short, the
-    rows whose pattern begins with "short " follow. Where --steps is typed, an earlier phase whose
-    own flag is not typed is at most as long. Raises InputError."""
-    import tyro
-
-    words = [part for x in argv for part in (x.split("=", 1) if x[:2] == "--" else [x])]
-    pairs = [(x, after) for x, after in zip(words, [*words[1:], ""]) if x[:2] == "--"]
-    typed = {x[2:].replace("-", "_"): after for x, after in pairs}
-    Args.check_words(typed)
-    env = typed.get("env", getattr(Args, "env", ""))
-    preset = preset_of(presets, env)
-    if "short" in typed:
-        short = preset_of(presets, f"short {env}")
-        if not short:
-            raise InputError(f"--short: there are no such settings for {env}: use --steps")
-        preset |= short
-    default, fields = Args(**preset), Args.__dataclass_fields__
-    if {"-h", "--help"} & {*argv}:
-        default.resolve()  # shows what None stands for
-    own_first = sorted(fields, key=RunArgs.__dataclass_fields__.__contains__)
-    Args.__dataclass_fields__ = {name: fields[name] for name in own_first}  # the order of --help
-    registry = tyro.constructors.ConstructorRegistry()
-    registry.primitive_rule(whole_number)
-    text, said = wrapped(sys.modules[Args.__module__].__doc__ or ""), io.StringIO()
-    try:
-        with registry, contextlib.redirect_stderr(said):
-            args = tyro.cli(Args, args=argv, default=default, description=text)
-    except SystemExit as left:
-        if not left.code:  # after --help
-            raise
-        _, *lines = re.sub("[─│╭╮╰╯]|-{5,}", " ", said.getvalue()).strip().splitlines()
-        cause = " ".join(" ".join(lines).split("For full help")[0].split())
-        raise InputError(f"{cause:.200}; --help lists the flags") from None
-    if "steps" in typed:
-        for name in {*Args.phases.values()} - {"steps", None, *typed}:
-            setattr(args, name, min(getattr(args, name), args.steps))
-    args.check()
-    args.resolve()
-    return args, {name: value for name, value in preset.items() if getattr(args, name) == value}
-
-
-def preset_of(presets: dict, env: str) -> dict:
-    """The fields that the rows of `presets` set for a name of --env. Data that were made in the
-    manner of a D4RL name, NAME-made, have its settings."""
-    preset, env = {}, env.removesuffix("-made")
-    for pattern, fields in presets.items():
-        alike = ("singletask" in env) == ("singletask" in pattern)
-        if alike and fnmatchcase(env, pattern) and not re.search(FILES, env, re.I):
-            preset |= fields
-    return preset
-
-
-def whole_number(info):
-    """For tyro: 1e5 is a whole number, too."""
-    if info.type is not int:
-        return None
-    from tyro.constructors import PrimitiveConstructorSpec
-
-    def read(words):
-        value = float(words[0])
-        return int(value) if value.is_integer() else value  # a fraction: `check` refuses it
-
-    return PrimitiveConstructorSpec(1, "INT", read, lambda x: type(x) is int, lambda x: [str(x)])
-
-
-def wrapped(text: str) -> str:
-    """A docstring for --help: paragraphs and items of lists as wide as the terminal, equations as
-    they are. Every line begins with a space, because tyro joins those that do not."""
-    width, out = shutil.get_terminal_size().columns - 2, []
-    for block in text.strip().split("\n\n"):
-        equations = block.startswith("    ")
-        for item in [block] if equations else re.split(r"\n(?=- )", block):
-            if not equations:
-                hanging = "  " if item.startswith("- ") else ""
-                item = textwrap.fill(" ".join(item.split()), width, subsequent_indent=hanging)
-            out.append(textwrap.indent(item, " "))
-        out.append("")
-    return "\n".join(out)
-
-
-def prepare_device(name: str, precision: str) -> torch.device:
-    """Resolve "auto" to cuda where there is one, else cpu, and set how fp32 products are computed.
-    For speed, subnormal numbers count as 0, and the allocator keeps freed memory. Raises InputError
-    for a device that cannot be used."""
-    # Adam's moments of unused units decay into subnormals, with which a CPU is ten times as slow.
-    # This comes before the first parallel product, because threads inherit it when they start.
-    torch.set_flush_denormal(True)
-    torch.set_float32_matmul_precision(precision)
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-        torch.zeros(1, device=device).item()
-    except (RuntimeError, AssertionError) as error:
-        line = (str(error).splitlines() or ["not usable"])[0]
-        raise InputError(f"--device {name}: {line:.160}; use cpu, cuda or auto") from None
-    if sys.platform == "linux":  # glibc: reuse freed megabyte buffers, without new page faults
-        libc = ctypes.CDLL(None)
-        if hasattr(libc, "mallopt"):
-            libc.mallopt(-1, 1 << 30)  # M_TRIM_THRESHOLD
-            libc.mallopt(-3, 1 << 25)  # M_MMAP_THRESHOLD
-    return device
-
+from tyro.constructors import PrimitiveConstructorSpec
 
 # ---- data on the device ----------------------------------------------------------------------
-
-
-COLUMNS = ("observations", "actions", "rewards", "terminals", "timeouts", "next_observations")
-COLUMNS += ("final_observations", "step", "episode")  # of a file
 
 
 @dataclass
@@ -350,96 +55,6 @@ class Data:
         if self.obs_mean is None:
             self.obs_mean = torch.zeros_like(self.obs[0])
             self.obs_std = torch.ones_like(self.obs[0])
-
-
-def check_shapes(arrays: dict, name: str) -> None:
-    """Raises InputError for an array that is absent, or whose shape is not that of the format."""
-    n, s = (*getattr(arrays.get("observations"), "shape", ()), 0, 0)[:2]
-    wants = {"observations": (n, s), "actions": (n, "A"), "rewards": (n,), "terminals": (n,)}
-    more = {"timeouts": (n,), "next_observations": (n, s)}
-    wants |= {key: want for key, want in more.items() if key in arrays}
-    for key, want in wants.items():
-        shape = getattr(arrays.get(key), "shape", ())
-        fits = [size in (x, "A") for x, size in zip(shape, want)]
-        if len(shape) != len(want) or 0 in shape or not all(fits):
-            found = f"the shape {tuple(shape)}" if key in arrays else "no values"
-            raise InputError(f"{name}: {key} has {found}, not {want}: see the README's format")
-
-
-def recorded(columns: dict, end, terminal):
-    """What whole numbers in a file's columns `step` and `episode` say, where it has them: the rows
-    (N,) bool after which a row is missing or another episode begins, and the number (N,) of the
-    episode of each row. `step` rises by its smallest rise inside an episode; `end` and `terminal`
-    (N,) are the ends that flags mark."""
-    cut, begins = torch.zeros_like(end), end
-    for key in ("step", "episode"):
-        x = columns.get(key, end[:0]).reshape(-1)
-        if len(x) != len(end) or (x == x[0]).all() or (x.double().round() != x).any():
-            continue  # it says nothing of episodes
-        rise = F.pad(x.long().diff(), (0, 1))
-        if key == "episode":
-            cut, begins = cut | (rise != 0), terminal | (rise != 0)
-        else:
-            up = rise > 0
-            cut, begins = rise != (rise[up].min() if up.any() else 1), begins | ~up
-    return cut, F.pad(begins[:-1].long().cumsum(0), (1, 0))
-
-
-def transitions(arrays: dict, meta: dict, name: str, device) -> Data:
-    """Checked numpy arrays in the README's format -> Data. A row whose next observation is not
-    known (NaN, or not stored) is dropped, unless the MDP ended there; no other row is. Raises
-    InputError for a shape that does not fit, and for a number that cannot be right."""
-    check_shapes(arrays, name)
-    columns = {key: torch.as_tensor(x) for key, x in arrays.items()}
-    obs, action, reward = (columns[key].float() for key in ("observations", "actions", "rewards"))
-    terminal = columns["terminals"].bool()
-    end = columns.get("ends", terminal | columns.get("timeouts", terminal).bool())
-    cut, recording = recorded(columns, end, terminal)
-    end = end | cut
-    end[-1] = True
-    if "next_observations" in columns:
-        next_obs = columns["next_observations"].float()
-    else:
-        next_obs = obs.roll(-1, 0)
-        unknown = torch.full_like(obs[end], math.nan)
-        final = columns.get("final_observations", unknown)
-        if final.shape != unknown.shape:
-            raise InputError(f"{name}: store final_observations of each of {len(unknown)} episodes")
-        next_obs[end] = final.float()
-    known = ~next_obs.isnan().any(1)
-    next_obs[~known] = obs[~known]  # at a terminal it is weighted 0, but must be finite
-    with in_one_line(f"the action bounds of {name}", "store one number, or one for each action"):
-        low, high = (
-            torch.as_tensor(meta.get(key, bound), dtype=torch.float32).expand(action.shape[1])
-            for key, bound in (("action_low", -1.0), ("action_high", 1.0))
-        )
-    excess = torch.maximum(low - action, action - high) / (high - low)
-    right = obs.isfinite().all() and reward.isfinite().all() and (low < high).all()
-    if not (right and (excess <= 1e-5).all()):  # NaN is no such number
-        raise InputError(
-            f"{name}: a number is NaN, infinite or beyond the action bounds; correct it"
-        )
-    action = action.clamp(low, high)  # what rounding put beyond them
-    if (low != -1).any() or (high != 1).any():
-        action = (action - low) / (high - low) * 2 - 1
-    episode = end.long().cumsum(0) - end.long()
-    returns = torch.zeros(int(recording[-1]) + 1, dtype=torch.float64)
-    returns.index_add_(0, recording, reward.double())
-    returns = returns[recording[end]]  # a part of an episode has the return of the whole
-    rows = [obs, action, reward, next_obs, terminal.float(), episode]
-    keep = known | terminal
-    if not keep.any():
-        raise InputError(f"{name}: no row has a next observation; store next_observations")
-    if not keep.all():
-        rows, recording = [x[keep] for x in rows], recording[keep]
-    left, episode = rows.pop().unique_consecutive(return_inverse=True)
-    recording = recording.unique_consecutive(return_inverse=True)[1].to(device)
-    rows += [episode, returns[left].float(), low, high]
-    digest = hashlib.sha256()
-    for x in rows:
-        digest.update(x.contiguous().numpy())
-    tensors = [x.contiguous().to(device) for x in rows]
-    return Data(*tensors, name=name, digest=digest.hexdigest()[:16], recording=recording)
 
 
 def sample(data, batch_size: int, fields=("obs", "action", "reward", "next_obs", "terminal")):
@@ -555,15 +170,9 @@ class MLP(nn.Module):
             self.gains.append(nn.Parameter(torch.ones(*lead, *row, width)))
             self.shifts.append(nn.Parameter(torch.zeros(*lead, *row, width)))
         self.activation = ACTIVATIONS[activation]
-        self._apply(lambda x: x)  # sets self.layers and self.norms
-
-    def _apply(self, fn, recurse=True):
-        """.to() calls this, and may replace parameters, so the lists of layers are made again. They
-        are plain lists because walking a ParameterList in every forward pass is slow."""
-        super()._apply(fn, recurse)
+        # Plain lists, because walking a ParameterList in every forward pass is slow.
         self.layers = list(zip(self.weights, self.biases))
         self.norms = list(zip(self.gains, self.shifts))
-        return self
 
     def forward(self, *inputs, member: int | None = None):
         x = torch.cat(inputs, -1) if len(inputs) > 1 else inputs[0]
@@ -802,3 +411,85 @@ def graphed(update, *inputs, compile: bool = False):
         return metrics
 
     return step
+
+
+# ---- flags -----------------------------------------------------------------------------------
+
+
+class InputError(SystemExit):
+    """Bad input: a message that names the cause and the fix. Uncaught, it is printed, and the
+    process ends with status 1."""
+
+
+def number(kind, low: float, high: float, text: str):
+    """The type of a flag: a number from `low` to `high`, both included, which `text` describes.
+    1e5 is a whole number, too."""
+
+    def read(words):
+        value = float(words[0])
+        if not low <= value <= high or kind(value) != value:  # NaN is in no range
+            raise ValueError(f"use {text}")
+        return kind(value)
+
+    def is_instance(x):
+        return type(x) in (int, kind)
+
+    return Annotated[kind, PrimitiveConstructorSpec(1, text, read, is_instance, lambda x: [str(x)])]
+
+
+# TINY is the smallest normal number, because smaller ones count as 0 (see run.py).
+TINY, BELOW_1, HUGE = 2.3e-308, 1 - 2**-53, 1.7e308
+Number = number(float, -HUGE, HUGE, "a finite number")
+NonNegative = number(float, 0, HUGE, "a finite number of 0 or more")
+Positive = number(float, TINY, HUGE, "a finite number above 0")
+Share = number(float, 0, 1, "a number from 0 to 1")
+PositiveShare = number(float, TINY, 1, "a number above 0 and at most 1")
+ShareBelow1 = number(float, 0, BELOW_1, "a number of 0 or more and below 1")
+InsideUnit = number(float, TINY, BELOW_1, "a number above 0 and below 1")
+Count = number(int, 1, 10**12, "a whole number from 1 to 1e12")
+CountOrZero = number(int, 0, 10**12, "a whole number from 0 to 1e12")
+BatchSize = number(int, 1, 10**6, "a whole number from 1 to 1e6")
+Episodes = number(int, 1, 10**4, "a whole number from 1 to 10,000")
+Seed = number(int, 0, 2**31 - 1, "a whole number from 0 to 2147483647")
+
+
+@dataclass
+class RunArgs:
+    """The flags that no paper sets; the `Args` of every algorithm file inherits them."""
+
+    phases: ClassVar[dict[str, str | None]] = {"train": "steps"}
+    """the phases of training, in order, each with the name of the field that holds its number of
+    steps; None stands for one pass over the data"""
+    clone_flags: ClassVar[tuple[str, ...]] = ()
+    """the flags that train a clone, and so are refused beside --clone"""
+
+    device: str = "auto"
+    """cpu, cuda, or auto: cuda where there is one"""
+    precision: Literal["highest", "high", "medium"] = "highest"
+    """fp32 matrix products: highest is full fp32; high may round to TF32, medium to bf16"""
+    compile: bool = False
+    """compile the whole update, which takes half a minute and makes training faster"""
+    short: bool = False
+    """shortened settings for a CPU, where the file's PRESETS has some for the data"""
+    eval_episodes: Episodes = 10
+    """episodes per evaluation"""
+    eval_env: str | None = None
+    """task to evaluate in: Gymnasium id or module:Id-v0; none: no task; left out: the data's own"""
+    log_every: Count = 1_000
+    """gradient steps between rows of train.csv"""
+    save_every: Count = 50_000
+    """gradient steps between checkpoints; one comes before every evaluation, too"""
+    out: str = "runs"
+    """folder that holds the folders of all runs"""
+    name: str = ""
+    """part of the folder's name that tells variants of one algorithm apart"""
+    resume: bool = False
+    """continue the run from the last checkpoint in its folder"""
+    overwrite: bool = False
+    """replace the run's folder where it exists"""
+    track: bool = False
+    """mirror the logs to Weights & Biases"""
+
+    def resolve(self):
+        """Fill in the fields that are None and depend on others. Calling it twice changes nothing.
+        Raises InputError for values that cannot work together."""
