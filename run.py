@@ -98,8 +98,8 @@ def parse(Args, presets: dict, argv):
     preset = preset_of(presets, env)
     if "short" in typed:
         preset |= preset_of(presets, f"short {env}")
-    title, idea, *_, command = sys.modules[Args.__module__].__doc__.split("\n\n")
-    text = "\n\n".join([title, idea, command])
+    told = (sys.modules[Args.__module__].__doc__ or "").split("\n\n")
+    text = "\n\n".join([*told[:2], told[-1]])
     try:
         args = tyro.cli(Args, args=argv, default=Args(**preset), description=text)
     except SystemExit as left:
@@ -137,7 +137,7 @@ def load(name: str, device="cpu", eval_env: str | None = None):
     here, before any time is spent. Raises InputError."""
     with in_one_line(name, "correct the file or its metadata, or use another --eval-env or none"):
         columns, meta = read(name, eval_env)
-        meta = {key: x for key, x in meta.items() if x is not None}
+        meta = chosen({key: x for key, x in meta.items() if x is not None}, eval_env)
         score(meta, [0])  # raises for references that are no numbers
         if meta.get("env_id", "none") == "none":
             return rows(columns, meta, name, device), None
@@ -170,14 +170,24 @@ def read(name, eval_env):
     meta = json.loads(str(columns.pop("metadata", "{}")))
     if {"masks", "valids"} & columns.keys():
         columns = importlib.import_module("readers.ogbench").columns_of(columns)
-    if eval_env:  # references hold for every version of a task
-        other = meta.get("env_id", eval_env).split("-")[0] != eval_env.split("-")[0]
-        for key in ["env_kwargs"] + ["ref_min_score", "ref_max_score"] * other:
-            meta.pop(key, None)
-        return columns, meta | {"env_id": eval_env}
-    recorded = json.dumps([meta.get("env_id"), meta.get("env_kwargs")], separators=",=")
-    require(":" not in recorded, f"{path} records a task with a colon: use --eval-env")
     return columns, meta
+
+
+def chosen(meta, eval_env):
+    """Metadata of the task in force: the data's own, or `eval_env`, for which the references hold
+    if it is another version of the same task."""
+    own = meta.get("env_id", eval_env or "")
+    if eval_env:
+        changed = ["env_kwargs", "make", "success", "most_envs", "data_score", "robot"]
+        if eval_env.split("-")[0] != own.split("-")[0]:
+            changed += ["ref_min_score", "ref_max_score"]
+        meta = {key: x for key, x in meta.items() if key not in changed} | {"env_id": eval_env}
+    recorded = json.dumps([own, meta.get("env_kwargs")], separators=",=")
+    require(eval_env or ":" not in recorded, "a recorded task has a colon: use --eval-env")
+    if "env_id" not in meta or not (HERE / "readers").is_dir():
+        return meta
+    tasks = importlib.import_module("readers.tasks")
+    return tasks.task_of(meta["env_id"], meta.get("env_kwargs", {})) | meta
 
 
 def rows(columns: dict, meta: dict, name: str, device) -> Data:

@@ -8,15 +8,12 @@
 
 Nothing that a file names is run, and nothing is unpickled."""
 
-import json
 import re
 from pathlib import Path
 
 from common import InputError
 from readers import d4rl, files, minari, ogbench
-from readers.tasks import DATA_DIR, near, reference_scores, table, task_of
-
-OWN = ("env_kwargs", "make", "success", "most_envs", "data_score", "robot")  # of the data's task
+from readers.tasks import DATA_DIR, near, table
 
 
 def read(name: str, eval_env: str | None = None) -> tuple[dict, dict]:
@@ -24,8 +21,8 @@ def read(name: str, eval_env: str | None = None) -> tuple[dict, dict]:
 
     columns: raw arrays under D4RL's keys; where there are `ends` (N,), they alone mark the last row
     of each episode. metadata: what README describes, and what a reader alone knows: make (a
-    function that makes the task), success, most_envs, data_score, robot. eval_env: the Gymnasium id
-    of another task than the data's own, or "none". Raises InputError."""
+    function that makes the task), success, most_envs, data_score, robot. eval_env: where a
+    task is typed, nothing of the data's own is looked for before a download. Raises InputError."""
     known, local = table("d4rl_files.csv"), minari.local_names()
     if re.search(r"\.(hdf5|h5)$", name, re.IGNORECASE):
         columns, meta = files.read(Path(name).expanduser())
@@ -42,22 +39,4 @@ def read(name: str, eval_env: str | None = None) -> tuple[dict, dict]:
             f"unknown dataset '{name}'{hint}; use a bundled, D4RL or OGBench name, a Minari id, or "
             "the path of a .hdf5, .h5 or .npz file"
         )
-    return columns, choose(name, meta, eval_env)
-
-
-def choose(name: str, meta: dict, eval_env: str | None) -> dict:
-    """Metadata with the task in force, `eval_env` or the data's own. The data's reference scores
-    hold for every version of its own task; another of D4RL's robots gets D4RL's. Raises InputError
-    for a recorded task that could be any code."""
-    own = meta.get("env_id") or ""
-    if eval_env:
-        meta = {key: x for key, x in meta.items() if key not in OWN} | {"env_id": eval_env}
-    elif ":" in json.dumps([own, meta.get("env_kwargs")], separators=",="):
-        raise InputError(f"{name} records a task with a colon, which could name any code: choose "
-                         "a task with --eval-env, or none")  # fmt: skip
-    env_id = meta.get("env_id") or "none"
-    same = env_id.split("-")[0] == own.split("-")[0]
-    if not same or meta.get("ref_min_score") is None:
-        low, high = reference_scores(env_id)
-        meta |= {"ref_min_score": low, "ref_max_score": high}
-    return task_of(env_id, meta.get("env_kwargs") or {}) | meta
+    return columns, meta

@@ -9,7 +9,7 @@ import numpy as np
 from common import InputError
 from readers.fetch import lock
 from readers.files import TEXT, open_hdf5
-from readers.tasks import near, require, sparse
+from readers.tasks import near, reference_scores, require, sparse
 
 
 def root_folder() -> Path:
@@ -102,6 +102,8 @@ def task_of(name: str, dataset) -> dict:
     kwargs = {key: x for key, x in spec.kwargs.items() if key != "render_mode"}
     if spec.max_episode_steps:
         kwargs["max_episode_steps"] = spec.max_episode_steps
+    if meta["ref_min_score"] is None:  # D4RL's hold for its robots in every version
+        meta["ref_min_score"], meta["ref_max_score"] = reference_scores(spec.id)
     return meta | {"env_id": spec.id, "env_kwargs": kwargs}
 
 
