@@ -98,8 +98,8 @@ def parse(Args, presets: dict, argv):
     preset = preset_of(presets, env)
     if "short" in typed:
         preset |= preset_of(presets, f"short {env}")
-    title, idea, *_, command = sys.modules[Args.__module__].__doc__.split("\n\n")
-    text = "\n\n".join([title, idea, command])
+    told = (sys.modules[Args.__module__].__doc__ or "").split("\n\n")
+    text = "\n\n".join([*told[:2], told[-1]])
     try:
         args = tyro.cli(Args, args=argv, default=Args(**preset), description=text)
     except SystemExit as left:

@@ -1,5 +1,4 @@
-"""Short runs on a tiny log, for the tests of run.py, of its guests and of what every file must
-satisfy."""
+"""Short runs on a tiny log, for the tests of run.py and of what every file must satisfy."""
 
 import contextlib
 import csv
@@ -14,15 +13,14 @@ import signal
 import subprocess
 import sys
 import time
+import typing
 from pathlib import Path
 
 import conftest
 import numpy as np
 import torch
-from harness.resume import load_tensors
 
-from common import number_type
-from run import Run, main
+from run import Run, load_tensors, main
 
 ROOT = Path(__file__).resolve().parents[1]
 META = {"env_id": "Pendulum-v1", "action_low": -2, "action_high": 2}
@@ -64,13 +62,19 @@ def write_log(path, metadata=META, seed=0, scale=1.0) -> str:
     return str(path)
 
 
+def is_whole(annotation) -> bool:
+    """Whether a flag of this type takes whole numbers."""
+    parts = (annotation, *typing.get_args(annotation))
+    return any(part is int or typing.get_args(part)[:1] == (int,) for part in parts)
+
+
 def short(Args) -> dict:
     """Values of a short run: what a paper sets in thousands of steps becomes tens."""
     fields = {field.name: field for field in dataclasses.fields(Args)}
     own = {
         name: 10
         for name, field in fields.items()
-        if number_type(field.type)[0] is int and (field.default or 0) >= 1000
+        if is_whole(field.type) and (field.default or 0) >= 1000
     }
     if "sample_steps" in fields:
         own |= {name: value for name, value in SMALL.items() if name in fields}
@@ -123,16 +127,14 @@ def stop_by(number):
 
 @contextlib.contextmanager
 def no_stray_signal():
-    """A SIGTERM that no run takes ends the tests as Ctrl-C does, with a report."""
-
-    def end(*_):
-        raise KeyboardInterrupt("SIGTERM")
-
-    before = signal.signal(signal.SIGTERM, end)
+    """Ctrl-C and SIGTERM mean after a test what they meant before it: a run keeps them."""
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    before = [signal.getsignal(number) for number in numbers]
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in zip(numbers, before):
+            signal.signal(number, handler)
 
 
 def folder(name, out="runs", seed=3) -> Path:

@@ -3,10 +3,7 @@
 import copy
 import importlib
 import math
-import os
 import re
-import subprocess
-import sys
 from types import SimpleNamespace
 
 import numpy as np
@@ -16,7 +13,7 @@ import torch
 import torch.distributions as D
 from golden.tools import Inject
 from oracles import stack
-from short_runs import ROOT, SCRIPTS
+from short_runs import SCRIPTS
 from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.testing import assert_close
@@ -37,39 +34,12 @@ from common import (
     normalize_obs,
     orthogonal_,
     polyak,
-    prepare_device,
     sample,
     sample_tanh_normal,
     share_at_bounds,
     tanh_log_det,
     tanh_normal_log_prob,
 )
-
-# ---- the device ------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("device", ["nonsense", "cuda:99", ""])
-def test_bad_device_is_one_line(device):
-    with pytest.raises(InputError, match="^--device.*use cpu, cuda or auto$"):
-        prepare_device(device, "highest")
-
-
-@pytest.mark.parametrize("precision", ["medium", "high", "highest"])
-def test_precision_is_the_word_that_was_typed(precision):
-    expected = "cuda" if torch.cuda.is_available() else "cpu"
-    assert prepare_device("auto", precision).type == expected
-    assert prepare_device("cpu", precision).type == "cpu"
-    assert torch.get_float32_matmul_precision() == precision
-
-
-def test_every_cpu_thread_flushes_subnormals():
-    code = (
-        "import torch; from common import prepare_device; prepare_device('cpu', 'highest');"
-        "print(int((torch.full((4_000_000,), 1e-38) * 0.1).count_nonzero()))"
-    )
-    env = dict(os.environ, OMP_NUM_THREADS="2", PYTHONPATH=str(ROOT))
-    assert subprocess.check_output([sys.executable, "-c", code], env=env) == b"0\n"
-
 
 # ---- networks --------------------------------------------------------------------------------
 
@@ -144,15 +114,13 @@ def test_initial_values_are_those_of_linear(members):
         assert not torch.equal(net.weights[0][0], net.weights[0][1])
 
 
-@pytest.mark.parametrize(
-    "move", [copy.deepcopy, lambda net: net.double(), lambda net: net.to("meta")]
-)
+@pytest.mark.parametrize("move", [copy.deepcopy, nn.Module.double, nn.Module.cpu])
 def test_layers_are_the_parameters_wherever_they_move(move):
-    """A move to the meta device makes new parameters, as one to another backend may."""
-    net = move(nn.Sequential(ScalarMLP(3, 4, members=2)))[0]
-    pairs = list(zip(net.weights, net.biases, strict=True))
-    assert len(net.layers) == 2
-    assert all(w is v and b is c for (w, b), (v, c) in zip(net.layers, pairs, strict=True))
+    net = move(nn.Sequential(ScalarMLP(3, 4, members=2, layer_norm=True)))[0]
+    lists = (net.weights, net.biases, net.gains, net.shifts)
+    layers = [*zip(*net.layers), *zip(*net.norms)]
+    for own, params in zip(layers, lists, strict=True):
+        assert all(x is p for x, p in zip(own, params, strict=True))
 
 
 @pytest.mark.parametrize("lead", [(50,), (2, 50)])
@@ -257,11 +225,6 @@ def test_activations_and_layer_norms_are_torchs(members, activation, layer_norm,
         for found, expected in zip(grads, norms + linears, strict=True):
             assert_close((found[e] if members else found).view_as(expected), expected)
     assert len(net.gains) == len(net.norms) == 2 * layer_norm
-
-
-def test_norms_follow_their_parameters_to_every_device():
-    net = nn.Sequential(MLP(3, 4, 4, 1, members=2, layer_norm=True)).to("meta")[0]
-    assert all(g is a and s is b for (g, s), a, b in zip(net.norms, net.gains, net.shifts))
 
 
 # ---- updates ---------------------------------------------------------------------------------

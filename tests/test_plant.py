@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 
-from common import transitions
+from run import rows
 from tools import fqe
 
 LOW, HIGH = np.array([0.0, 600, 0]), np.array([100.0, 1800, 15])  # a valve, a pump, a heater
@@ -67,7 +67,7 @@ def log_of(plant, operators, rng, episodes=500):
     arrays = {key: x.astype(np.float32) for key, x in arrays.items()}
     arrays["terminals"] = np.zeros(len(obs), bool)
     arrays["episode"] = np.repeat(np.arange(n), LIMIT)[kept]
-    return transitions(arrays, dict(action_low=LOW, action_high=HIGH), "log", "cpu")
+    return rows(arrays, dict(action_low=LOW, action_high=HIGH), "log", "cpu")
 
 
 def judged(seed):
