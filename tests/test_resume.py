@@ -240,7 +240,7 @@ def test_a_damaged_checkpoint_is_one_message(here, kind):
 # ---- clones ----------------------------------------------------------------------------------
 
 CLONES = {  # the network that is read, and what such a run does not train
-    "brac": ("behavior", "log_bc_weight"),
+    "brac": ("behavior", "bc_weight"),
     "brac_plus": ("behavior", ()),
     "brac_plus_acml": ("behavior", ()),
     "fisher_brc": ("behavior", "log_bc_weight"),
