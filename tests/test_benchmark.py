@@ -17,10 +17,11 @@ from pathlib import Path
 import h5py
 import numpy as np
 import pytest
-from harness.tasks import table as data_table
+import tyro
 from short_runs import SCRIPTS
 
-from peers import corl
+from readers.tasks import table as data_table
+from peers import train
 from run import main, parse
 from tools import report
 
@@ -90,14 +91,21 @@ def test_every_command_is_understood(table):
         assert wanted <= runs and {e for e, _ in runs} == {e for e, _ in wanted}
 
 
-def test_corl_runs_beside_our_two_files():
-    """The commands of the table corl are understood by peers/corl.py."""
+def test_corl_runs_beside_ours():
+    """The commands of the table corl are understood by peers/train.py."""
     listed = commands("corl", CORL="the checkout", FLAGS="--precision high --compile")
-    assert {command[1] for command in listed} == {"peers/corl.py"}
-    runs = [parse(corl.Args, {}, command[2:])[0] for command in listed]
-    assert {(x.corl, x.out, x.precision) for x in runs} == {("the checkout", "runs", "high")}
-    wanted = {(args.env, a) for _, args in map(parsed, commands("local")) for a in corl.NAMES}
-    assert len(runs) == 6 and {(run.env, run.algorithm) for run in runs} == wanted
+    program, known = train.PROGRAMS["corl_td3_bc"], set()
+    for command in listed:
+        assert command[1] == "peers/train.py"
+        args, words = tyro.cli(train.Args, args=command[2:], return_unknown_args=True)
+        assert (args.program, args.checkout) == ("corl_td3_bc", "the checkout")
+        ours, _ = train.settings(program, words)
+        assert (ours.out, ours.precision) == ("runs", "high")
+        known.add((ours.env, ours.seed))
+    wanted = [
+        args for module, args in map(parsed, commands("local")) if module.__name__ == "td3_bc"
+    ]
+    assert known == {(args.env, args.seed) for args in wanted}
 
 
 def test_local_runs_every_file_on_every_bundled_dataset():
