@@ -49,7 +49,7 @@ def jumps(obs):
     """How far the next row is (N,), in usual steps: the geometric mean of all columns, as a
     logarithm, in deviations above its median."""
     step = np.abs(np.roll(obs, -1, 0) - obs)
-    usual = np.median(step, 0) + 0.01 * obs.std(0) + 1e-30
+    usual = np.median(step, 0) + 0.1 * obs.std(0) + 1e-30
     size = np.log(step / usual + 0.1).mean(1)
     return (size - np.median(size)) / (size.std() + 1e-9)
 
@@ -79,7 +79,7 @@ def of_order(obs, end, jump, marks):
             "rows do not follow each other, so next observations and returns are wrong: sort them "
             "by episode and time"
         )
-    elif len(far) >= max(FEW, near / 2):
+    elif len(far) >= max(FEW, near / 1.5):
         yield (
             f"observations jump after {len(far)} rows that nothing marks, first after row "
             f"{far[0]}, so two episodes share a transition there; set timeouts in these rows"
