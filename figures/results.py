@@ -4,6 +4,7 @@ scores     every seed of every method as a dot, and the means, from the lowest t
 clone_to_policy    for each method that learns a clone first, a line for every seed from the score
            of its clone to that of its policy
 stopping   the scores of every method along its training on the mixture
+fisher_brc the curve of README's first run
 peers      our programs beside other people's
 published  our runs on made data, beside the numbers of papers on the data that they imitate
 
@@ -306,6 +307,25 @@ def curves(cells):
     return figure
 
 
+def first_run(cells):
+    """README's first run, beside the data, its clone and the clone of the best tenth."""
+    run = cells[MIXTURE, "fisher_brc"].iloc[0]
+    lines = {
+        "10% BC, the mean of its seeds": cells[MIXTURE, "bc-top10"].score.mean(),
+        "the data, mean of its episodes": run.references["data"],
+        "its clone": run.references["its clone (BC)"],
+    }
+    figure = matplotlib.figure.Figure((8, 3.6), layout="constrained")
+    panel = figure.subplots()
+    panel.plot(run.curve.step, run.curve.score, "o-", color="tab:red", label="Fisher-BRC, seed 0")
+    for (label, height), style in zip(lines.items(), ("-", "--", ":")):
+        panel.axhline(height, color="0.35", ls=style, lw=1.5, label=label)
+    panel.set(xlim=(0, None), ylim=(-3, 109), xlabel="gradient steps", ylabel="score")
+    figure.legend(loc="outside lower center", ncols=2, frameon=False)
+    figure.suptitle("Fisher-BRC leaves its clone behind; on this data, so does 10% BC")
+    return figure
+
+
 def save(figure, path):
     """A PNG of 256 colors: a third of the bytes, and no difference to the eye."""
     with io.BytesIO() as buffer:
@@ -329,6 +349,7 @@ def main(args):
     save(report.picture(together(cells, TITLES), title), out / "scores.png")
     save(arrows(cells), out / "clone_to_policy.png")
     save(curves(cells), out / "stopping.png")
+    save(first_run(cells), out / "fisher_brc.png")
     pairs = peers(cells)
     if pairs:
         runs = pd.concat([cells[cell] for cell in pairs])
