@@ -28,6 +28,7 @@ from pathlib import Path
 import matplotlib.figure
 import numpy as np
 import pandas as pd
+import scipy.stats
 import tyro
 from PIL import Image
 
@@ -40,6 +41,20 @@ from tools.report import PEERS, TITLES, markdown, mean_text
 MIXTURE = "hopper-medium-expert-demo"  # the default of --env
 CLONES = ("its clone (BC)", "its first policy", "its flow", "clone s_psi")  # a run has one of them
 IMPLICIT = "implicit policy"  # ARQ's, between its clone and its policy
+BEST = "best of 16 of its flow"  # of FQL
+REPLAY, MAZE = "hopper-replay-demo", "pointmaze-stitch-demo"
+PAIRS = {  # whom the pages compare by a test: a method, or "method: " and a reference of its runs
+    (MIXTURE, REPLAY, MAZE): [
+        ("brac", "brac_plus_acml"),
+        ("brac", "brac_plus"),
+        ("brac_plus_acml", "brac_plus"),
+        ("arq: clone s_psi", f"arq: {IMPLICIT}"),
+        (f"arq: {IMPLICIT}", "arq"),
+        (f"fql: {BEST}", "fql"),
+        ("fql: its flow", "fql"),
+    ],
+    (REPLAY,): [("bc-top10", "brac"), ("bc-top10", "rebrac"), ("bc-top10", "awr")],
+}
 
 
 @dataclass
@@ -134,6 +149,37 @@ def beside(cells, chosen) -> str:
             error = np.hypot(own.sem(), base.score.sem())
             row["minus its counterpart"] = f"{gap:+.1f} ± {error:.1f}".removesuffix(" ± nan")
         rows.append(row)
+    return markdown(pd.DataFrame(rows))
+
+
+def welch(first, second) -> dict:
+    """Mean of the second sample minus that of the first, ± its standard error, and the two-sided p
+    of Welch's t-test."""
+    first, second = np.array(first), np.array(second)
+    error = np.hypot(scipy.stats.sem(first), scipy.stats.sem(second))
+    p = scipy.stats.ttest_ind(first, second, equal_var=False).pvalue
+    digits = "< 0.001" if p < 0.001 else f"= {p:.1g}" if p < 0.01 else f"= {p:.2f}"
+    return {"difference": f"{second.mean() - first.mean():+.1f} ± {error:.1f}", "p": digits}
+
+
+def sample(cells, env, name):
+    """The scores of a method's seeds, or those of a reference of its runs."""
+    method, _, reference = name.partition(": ")
+    runs = cells[env, method]
+    return [known[reference] for known in runs.references] if reference else runs.score
+
+
+def tests(cells) -> str:
+    """Welch's tests behind the words of docs/claims.md, peers.md and results.md: of PAIRS, of runs
+    under other names, and of other people's code."""
+    pairs = [(env, *pair) for envs, all_ in PAIRS.items() for env in envs for pair in all_]
+    for env, method in [*cells, *peers(cells)]:
+        if method not in TITLES and (env, counterpart(cells, env, method)) in cells:
+            pairs.append((env, counterpart(cells, env, method), method))
+    rows = []
+    for env, first, second in dict.fromkeys(pairs):
+        found = welch(sample(cells, env, first), sample(cells, env, second))
+        rows.append({"dataset": f"`{env}`", "first": first, "second": second} | found)
     return markdown(pd.DataFrame(rows))
 
 
@@ -341,6 +387,8 @@ def main(args):
     shown = tables(cells, args.folder) | {"OGBench (docs/ogbench.md)": ogbench(args.folder)}
     for heading, text in shown.items():
         print(f"# {heading}\n\n{text}\n")
+    if cells.keys() >= {(env, "fql") for envs in PAIRS for env in envs}:
+        print(f"# Welch's tests\n\n{tests(cells)}\n")
     for algorithm in TITLES:
         if (MIXTURE, algorithm) in cells and "-" not in algorithm:
             print(command(cells, algorithm))

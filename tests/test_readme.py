@@ -140,6 +140,24 @@ def test_the_scores_are_those_of_the_runs():
     assert f"\n\n{shortened}\n\n" in (ROOT / "docs" / "ogbench.md").read_text()
 
 
+def test_the_tests_of_the_pages_are_those_of_the_runs():
+    """A difference that a page gives with p has the p of Welch's test on results/."""
+    cells = pictures.read_cells(str(ROOT / "results"))
+    pages = "".join((ROOT / "docs" / f"{x}.md").read_text() for x in ("results", "claims", "peers"))
+    pages, checked = " ".join(pages.split()), 0
+    for row in pictures.tests(cells).splitlines()[2:]:
+        *_, difference, p = row.strip("| ").split(" | ")
+        said = (
+            rf"{re.escape(difference[1:])}(?: \||[,;]) (?:Welch's t-test, )?(?:p )?([<=] )?(0\.\d+)"
+        )
+        for sign, value in re.findall(said, pages):
+            assert value == p.split()[1] and sign in ("", p[:2]), row
+            checked += 1
+    assert checked > 20
+    by_hand = pictures.welch([1.0, 2.0, 3.0], [4.0, 6.0, 8.0])
+    assert by_hand == {"difference": "+4.0 ± 1.3", "p": "= 0.05"}  # t = 4 / sqrt(5 / 3), 2.94 df
+
+
 def test_the_readme_and_the_docs_are_short():
     """Words of the README do not count code and the bars of tables."""
     prose = [line for line in README.splitlines() if not line.startswith("    ")]
