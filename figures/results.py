@@ -52,6 +52,12 @@ PAIRS = {  # whom the pages compare by a test: a method, or "method: " and a ref
         (f"arq: {IMPLICIT}", "arq"),
         (f"fql: {BEST}", "fql"),
         ("fql: its flow", "fql"),
+        ("arq: clone s_psi", "arq"),
+        ("brac: its clone (BC)", "brac"),
+        ("fisher_brc: its clone (BC)", "fisher_brc"),
+        ("itrpo: its clone (BC)", "itrpo"),
+        ("brac_plus: its first policy", "brac_plus"),
+        ("brac_plus_acml: its first policy", "brac_plus_acml"),
     ],
     (REPLAY,): [("bc-top10", "brac"), ("bc-top10", "rebrac"), ("bc-top10", "awr")],
 }
