@@ -4,6 +4,7 @@ scores     every seed of every method as a dot, and the means, from the lowest t
 clone_to_policy    for each method that learns a clone first, a line for every seed from the score
            of its clone to that of its policy
 stopping   the scores of every method along its training on the mixture
+fisher_brc the curve of README's first run
 peers      our programs beside other people's
 published  our runs on made data, beside the numbers of papers on the data that they imitate
 
@@ -27,6 +28,7 @@ from pathlib import Path
 import matplotlib.figure
 import numpy as np
 import pandas as pd
+import scipy.stats
 import tyro
 from PIL import Image
 
@@ -39,6 +41,26 @@ from tools.report import PEERS, TITLES, markdown, mean_text
 MIXTURE = "hopper-medium-expert-demo"  # the default of --env
 CLONES = ("its clone (BC)", "its first policy", "its flow", "clone s_psi")  # a run has one of them
 IMPLICIT = "implicit policy"  # ARQ's, between its clone and its policy
+BEST = "best of 16 of its flow"  # of FQL
+REPLAY, MAZE = "hopper-replay-demo", "pointmaze-stitch-demo"
+PAIRS = {  # whom the pages compare by a test: a method, or "method: " and a reference of its runs
+    (MIXTURE, REPLAY, MAZE): [
+        ("brac", "brac_plus_acml"),
+        ("brac", "brac_plus"),
+        ("brac_plus_acml", "brac_plus"),
+        ("arq: clone s_psi", f"arq: {IMPLICIT}"),
+        (f"arq: {IMPLICIT}", "arq"),
+        (f"fql: {BEST}", "fql"),
+        ("fql: its flow", "fql"),
+        ("arq: clone s_psi", "arq"),
+        ("brac: its clone (BC)", "brac"),
+        ("fisher_brc: its clone (BC)", "fisher_brc"),
+        ("itrpo: its clone (BC)", "itrpo"),
+        ("brac_plus: its first policy", "brac_plus"),
+        ("brac_plus_acml: its first policy", "brac_plus_acml"),
+    ],
+    (REPLAY,): [("bc-top10", "brac"), ("bc-top10", "rebrac"), ("bc-top10", "awr")],
+}
 
 
 @dataclass
@@ -133,6 +155,37 @@ def beside(cells, chosen) -> str:
             error = np.hypot(own.sem(), base.score.sem())
             row["minus its counterpart"] = f"{gap:+.1f} ± {error:.1f}".removesuffix(" ± nan")
         rows.append(row)
+    return markdown(pd.DataFrame(rows))
+
+
+def welch(first, second) -> dict:
+    """Mean of the second sample minus that of the first, ± its standard error, and the two-sided p
+    of Welch's t-test."""
+    first, second = np.array(first), np.array(second)
+    error = np.hypot(scipy.stats.sem(first), scipy.stats.sem(second))
+    p = scipy.stats.ttest_ind(first, second, equal_var=False).pvalue
+    digits = "< 0.001" if p < 0.001 else f"= {p:.1g}" if p < 0.01 else f"= {p:.2f}"
+    return {"difference": f"{second.mean() - first.mean():+.1f} ± {error:.1f}", "p": digits}
+
+
+def sample(cells, env, name):
+    """The scores of a method's seeds, or those of a reference of its runs."""
+    method, _, reference = name.partition(": ")
+    runs = cells[env, method]
+    return [known[reference] for known in runs.references] if reference else runs.score
+
+
+def tests(cells) -> str:
+    """Welch's tests behind the words of docs/claims.md, peers.md and results.md: of PAIRS, of runs
+    under other names, and of other people's code."""
+    pairs = [(env, *pair) for envs, all_ in PAIRS.items() for env in envs for pair in all_]
+    for env, method in [*cells, *peers(cells)]:
+        if method not in TITLES and (env, counterpart(cells, env, method)) in cells:
+            pairs.append((env, counterpart(cells, env, method), method))
+    rows = []
+    for env, first, second in dict.fromkeys(pairs):
+        found = welch(sample(cells, env, first), sample(cells, env, second))
+        rows.append({"dataset": f"`{env}`", "first": first, "second": second} | found)
     return markdown(pd.DataFrame(rows))
 
 
@@ -306,6 +359,25 @@ def curves(cells):
     return figure
 
 
+def first_run(cells):
+    """README's first run, beside the data, its clone and the clone of the best tenth."""
+    run = cells[MIXTURE, "fisher_brc"].iloc[0]
+    lines = {
+        "10% BC, the mean of its seeds": cells[MIXTURE, "bc-top10"].score.mean(),
+        "the data, mean of its episodes": run.references["data"],
+        "its clone": run.references["its clone (BC)"],
+    }
+    figure = matplotlib.figure.Figure((8, 3.6), layout="constrained")
+    panel = figure.subplots()
+    panel.plot(run.curve.step, run.curve.score, "o-", color="tab:red", label="Fisher-BRC, seed 0")
+    for (label, height), style in zip(lines.items(), ("-", "--", ":")):
+        panel.axhline(height, color="0.35", ls=style, lw=1.5, label=label)
+    panel.set(xlim=(0, None), ylim=(-3, 109), xlabel="gradient steps", ylabel="score")
+    figure.legend(loc="outside lower center", ncols=2, frameon=False)
+    figure.suptitle("Fisher-BRC leaves its clone behind; on this data, so does 10% BC")
+    return figure
+
+
 def save(figure, path):
     """A PNG of 256 colors: a third of the bytes, and no difference to the eye."""
     with io.BytesIO() as buffer:
@@ -321,6 +393,8 @@ def main(args):
     shown = tables(cells, args.folder) | {"OGBench (docs/ogbench.md)": ogbench(args.folder)}
     for heading, text in shown.items():
         print(f"# {heading}\n\n{text}\n")
+    if cells.keys() >= {(env, "fql") for envs in PAIRS for env in envs}:
+        print(f"# Welch's tests\n\n{tests(cells)}\n")
     for algorithm in TITLES:
         if (MIXTURE, algorithm) in cells and "-" not in algorithm:
             print(command(cells, algorithm))
@@ -329,6 +403,7 @@ def main(args):
     save(report.picture(together(cells, TITLES), title), out / "scores.png")
     save(arrows(cells), out / "clone_to_policy.png")
     save(curves(cells), out / "stopping.png")
+    save(first_run(cells), out / "fisher_brc.png")
     pairs = peers(cells)
     if pairs:
         runs = pd.concat([cells[cell] for cell in pairs])

@@ -239,13 +239,16 @@ def test_the_pictures_of_the_results(tmp_path):
         write_run(tmp_path, env, method, references={"data": 21.0, "its clone (BC)": 9.0})
     write_run(tmp_path, "halfcheetah-random-v2-made", "iql")
     results.main(results.Args(str(tmp_path), str(out)))
-    names = {"scores", "clone_to_policy", "stopping", "peers", "published"}
+    names = {"scores", "clone_to_policy", "stopping", "fisher_brc", "peers", "published"}
     assert {path.stem for path in out.iterdir()} == names
     for path in out.iterdir():
         assert_is_png(path)
     figure = results.curves(results.read_cells(str(tmp_path)))
     assert [x.get_title() for x in figure.axes] == [*results.TITLES.values()]
     assert figure.axes[0].lines[0].get_ydata().tolist() == [10.0, 20.0]
+    curve, *others = results.first_run(results.read_cells(str(tmp_path))).axes[0].lines
+    assert curve.get_ydata().tolist() == [10.0, 20.0]
+    assert [line.get_ydata()[0] for line in others] == [15.0, 21.0, 9.0]
     with pytest.raises(InputError, match="is on a bundled dataset"):
         write_run(tmp_path / "other", "hopper-medium-v2")
         results.main(results.Args(str(tmp_path / "other")))
