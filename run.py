@@ -414,7 +414,7 @@ class Run:
         found |= {"algorithm": self.algorithm, "data": self.data.digest}
         files = {"algorithm": self.file, "common": HERE / "common.py", "run": HERE / "run.py"}
         for key, path in files.items() | {("clone", getattr(self.args, "clone", None))}:
-            content = Path(path).read_bytes() if path else b""
+            content = Path(path).read_bytes() if path and Path(path).is_file() else b""
             found[f"code of {key}"] = hashlib.sha256(content).hexdigest()[:12]
         for name in PACKAGES:
             with contextlib.suppress(importlib.metadata.PackageNotFoundError):

@@ -23,6 +23,8 @@ class Block:
             first -= 1
         self.node, self.text = node, "\n".join(lines[first : node.end_lineno])
         self.first, self.last = first + 1, node.end_lineno  # numbers of its lines in its file
+        self.defined = defined(node)
+        self.used = {x.id for x in names(node)}
 
     def needs_first(self) -> set[str]:
         """The names that must exist before the statement itself can run. The annotations need not:
@@ -83,53 +85,64 @@ def flatten(args: Block, base: Block) -> None:
     lines = [*"\n".join(lines[:at]).rstrip().splitlines(), *fields, *below, *more]
     args.text = "\n".join(lines)
     args.node = ast.parse(args.text).body[0]
+    args.used = {x.id for x in names(args.node)}
 
 
 def alone(name: str) -> str:
     """The text of the file. Raises SystemExit for a name without a file in algorithms/."""
     path = ROOT / "algorithms" / f"{name}.py"
     if not path.is_file():
-        known = ", ".join(sorted(x.stem for x in path.parent.glob("*.py")))
-        raise SystemExit(f"there is no algorithm {name}: use one of {known}")
+        known = sorted(x.stem for x in path.parent.glob("*.py"))
+        raise SystemExit(f"there is no algorithm {name}: use one of {', '.join(known)}")
     docstring, imports, own = read(path)
-    *own, guard = own
-    there = {}  # what the algorithm may take along: its block, by name
+    own.pop()  # the guard
+    page = []  # what the algorithm may take along
     for part in PARTS:
         _, more, blocks = read(ROOT / f"{part}.py")
         imports |= more
-        there |= {x: block for block in blocks for x in defined(block.node)}
-    clash = {x for block in own for x in defined(block.node)} & there.keys()
+        page += blocks
+    clash = set().union(*(x.defined for x in own)) & set().union(*(x.defined for x in page))
     if clash:
         raise SystemExit(f"{name}.py and the page both define {', '.join(sorted(clash))}: rename")
-    args = next(block for block in own if "Args" in defined(block.node))
-    flatten(args, there["RunArgs"])
+    flags = next(x for x in own if "Args" in x.defined)
+    flatten(flags, next(x for x in page if "RunArgs" in x.defined))
+    taken = needed(own, page)
+    used = set().union(*(x.used for x in (*own, *taken)))
+    lines = import_lines({x: imports[x] for x in sorted(used & imports.keys())})
+    blocks = ordered([*own, *taken])
+    body = ""
+    for above, block in zip([own[0], *blocks], blocks):
+        body += gap(above, block) + block.text + "\n"
+    main = 'if __name__ == "__main__":\n    main(Args, PRESETS, train)\n'
+    return f"{docstring}\n\n{lines}{body}\n\n{main}"
 
-    wanted, queue = [], [*own, there["main"]]
-    used = set()
-    while queue:
-        block = queue.pop()
-        wanted += [block] * (block not in own)
-        fresh = {x.id for x in names(block.node)} - used
-        used |= fresh
-        queue += {id(there[x]): there[x] for x in fresh & there.keys()}.values()
-    order = list({id(block): block for block in there.values()}.values())
-    taken = [block for block in order if block in wanted]
 
+def needed(own: list, page: list) -> list:
+    """The blocks of the page that the algorithm and `main` use, directly or not."""
+    used, size = {"main"}.union(*(x.used for x in own)), 0
+    while len(used) > size:
+        size = len(used)
+        taken = [block for block in page if block.defined & used]
+        used = used.union(*(x.used for x in taken))
+    return taken
+
+
+def ordered(blocks: list) -> list:
+    """The blocks, each after those which it needs when it is run itself."""
     written = []
 
     def write(block):
         if block in written:
             return
-        for x in sorted(block.needs_first() & there.keys() - defined(block.node)):
-            write(there[x])
+        needs = block.needs_first()
+        for other in blocks:
+            if other.defined & needs and not other.defined & block.defined:
+                write(other)
         written.append(block)
 
-    for block in [*own, *taken]:
+    for block in blocks:
         write(block)
-    body = "".join(gap(*pair) + pair[1].text + "\n" for pair in zip([own[0], *written], written))
-    main = 'if __name__ == "__main__":\n    main(Args, PRESETS, train)\n'
-    lines = import_lines({x: imports[x] for x in sorted(used & imports.keys())})
-    return f"{docstring}\n\n{lines}{body}\n\n{main}"
+    return written
 
 
 def gap(above, block) -> str:
