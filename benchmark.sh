@@ -12,7 +12,7 @@
 # local            every algorithm on three bundled datasets: 176 runs               3, 5
 # local_ablations  what the papers of four methods of local add, taken out or changed  3
 # published        rows of published tables on data that data/make/d4rl.py makes      2 to 5
-# corl             CORL's own TD3+BC and IQL on the datasets of local                3, 5
+# corl             CORL's own TD3+BC on the datasets of local                        3, 5
 # modern           TD3+BC, IQL, ReBRAC and FQL on D4RL, as their papers do             5
 # ogbench          BC, IQL, ReBRAC and FQL on OGBench's default tasks, as FQL's paper  8
 # ablations        the ablations of the papers of Fisher-BRC, iTRPO, BRAC+ and ARQ     3
@@ -43,7 +43,7 @@ quoted() { # TEXT as one word of the shell
 each() { # "DATASETS" FILE FLAGS...: one command per dataset and seed
     local env seed place=algorithms end
     end="--out $(quoted "$OUT") --resume${FLAGS:+ $FLAGS}"
-    [[ $2 != corl.py ]] || place=peers end=${end/ --resume/} end=${end/ --compile/}
+    [[ $2 != train.py ]] || place=peers end=${end/ --resume/} end=${end/ --compile/}
     for env in $1; do
         [[ -z $DATA || " $DATA " == *" $env "* ]] || continue
         for seed in $seeds; do echo python "$place/$2" --env $env --seed $seed "${@:3}" "$end"; done
@@ -134,9 +134,7 @@ commands() {
         each halfcheetah-random-v2-made rebrac.py --steps 300000
         seeds=${SEEDS:-0 1 2} each walker2d-random-v2-made td3_bc.py ;;
     corl)
-        for file in td3_bc iql; do
-            demos corl.py --algorithm $file --corl "$(quoted "${CORL:-../CORL}")"
-        done ;;
+        demos train.py --program corl_td3_bc --checkout "$(quoted "${CORL:-../CORL}")" ;;
     local)
         demos bc.py
         demos bc.py --name top10 --top 0.1
@@ -159,7 +157,7 @@ folder() { # COMMAND: the folder of its run
     local file env seed variant=""
     eval "set -- ${1//=/ }"
     file=${2##*/} env=$4 seed=$6
-    [[ $2 != peers/* ]] || file=corl_$8
+    [[ $2 != peers/* ]] || file=$8
     for (( ; $# > 1; )); do [[ $1 != --name ]] || variant=-$2; shift; done
     echo "$OUT/${env}__${file%.py}${variant}__$seed"
 }

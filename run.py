@@ -67,7 +67,7 @@ def in_one_line(what, fix: str):
     except (MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:
-        cause = f"{type(error).__name__}: {error!s:.300}"
+        cause = " ".join(f"{type(error).__name__}: {error!s:.300}".split())
         raise InputError(f"{what} cannot be used ({cause}): {fix}") from error
 
 
@@ -216,8 +216,8 @@ def rows(columns: dict, meta: dict, name: str, device) -> Data:
     excess = np.maximum(low - action, action - high) / (high - low)
     good = np.isfinite(obs).all(1) & np.isfinite(reward) & np.isfinite(next_obs).all(1)
     good &= (excess <= 1e-5).all(1) & (low < high).all()  # NaN is no such number
-    bad = f"a number that is not finite, or an action that is not between {low} and {high}"
-    require(good.all(), f"{name}: row {good.argmin()} has {bad}: repair it, or the metadata")
+    bad = f"a number that is not finite, or an action beyond the bounds {low} to {high}"
+    require(good.all(), f"{name}: row {good.argmin()} has {bad} of its metadata or its task")
     note((excess > 0).sum(), "actions beyond the bounds by rounding are set to them")
     action = np.clip(action, low, high)
     if (low != -1).any() or (high != 1).any():
@@ -326,7 +326,8 @@ def score(task: dict, returns) -> float:
         found = returns.mean()
     else:
         found = 100 * np.mean((returns - low) / (high - low))
-    require(abs(returns).max() < 1e30, f"a return is not a usable number: {returns.tolist()}")
+    usable = abs(returns).max() < 1e30 and np.isfinite(found)
+    require(usable, f"no score: the returns are {returns}, their references {low} and {high}")
     return float(found)
 
 
@@ -399,7 +400,7 @@ class Run:
         except OSError as error:  # a full disk, above all
             raise InputError(f"{self.folder}: {error}; repair that and use --resume") from None
         except (MemoryError, RuntimeError) as error:
-            if not re.search("alloc|out of mem", repr(error), re.I):
+            if not re.search("MemoryError|alloc|out of mem", repr(error)):
                 raise
             fix = "use smaller data, a smaller --batch-size or smaller networks"
             raise InputError(f"out of memory ({error!s:.160}): {fix}") from None

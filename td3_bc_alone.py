@@ -86,8 +86,9 @@ def load(path):
         for key in ("observations", "actions", "rewards", "terminals")
     )
     end = torch.as_tensor(file["terminals"] | file["timeouts"])
+    final = file["final_observations"].astype(np.float32)
     s2 = s.roll(-1, 0)
-    s2[end] = torch.as_tensor(file["final_observations"].astype(np.float32))
+    s2[end] = torch.as_tensor(final)
     return (s, a, r, s2, terminal), task
 
 
@@ -123,16 +124,24 @@ class MLP(nn.Module):
         return x
 
 
+class ScalarMLP(MLP):
+    """One output and no last axis: (B, in) -> (E, B), or with `member` (B,)."""
+
+    def forward(self, *inputs, member=None):
+        return super().forward(*inputs, member=member).squeeze(-1)
+
+
 def critic_loss(q, q_target, actor_target, batch, args):
     """TD3 target and critics. Also returns the mean of Q."""
     s, a, r, s2, terminal = batch
     with torch.no_grad():
         noise = torch.randn_like(a) * args.policy_noise
         noise = noise.clamp(-args.noise_clip, args.noise_clip)
-        a2 = (actor_target(s2).tanh() + noise).clamp(-1, 1)
-        q2 = q_target(s2, a2).squeeze(-1).amin(0)  # (B,)
+        a2 = actor_target(s2).tanh() + noise
+        a2 = a2.clamp(-1, 1)
+        q2 = q_target(s2, a2).amin(0)  # (B,)
         y = r + args.gamma * (1 - terminal) * q2
-    values = q(s, a).squeeze(-1)  # (E, B)
+    values = q(s, a)  # (E, B)
     loss = (values - y).square().mean(1).sum()
     return loss, values.detach().mean()
 
@@ -140,12 +149,15 @@ def critic_loss(q, q_target, actor_target, batch, args):
 def actor_loss(actor, q, s, a, args):
     """TD3+BC actor, which uses the first critic only. Also returns what train.csv shows of it."""
     pi = actor(s).tanh()
-    values = q(s, pi, member=0).squeeze(-1)  # (B,)
+    values = q(s, pi, member=0)  # (B,)
     q_weight = args.alpha / values.detach().abs().mean()
     bc_loss = (pi - a).square().mean()
     loss = -q_weight * values.mean() + bc_loss
-    saturated = (pi.abs() > 0.99).float().mean()
-    return loss, {"bc_loss": bc_loss, "q_weight": q_weight, "saturated_actions": saturated}
+    return loss, {
+        "bc_loss": bc_loss,
+        "q_weight": q_weight,
+        "saturated_actions": (pi.abs() > 0.99).float().mean(),
+    }
 
 
 def step(optimizer, loss):
@@ -158,7 +170,8 @@ def step(optimizer, loss):
 @torch.no_grad()
 def polyak(target, online, rate):
     """target <- rate * online + (1 - rate) * target, in place."""
-    torch._foreach_lerp_(list(target.parameters()), list(online.parameters()), rate)
+    targets = list(target.parameters())
+    torch._foreach_lerp_(targets, list(online.parameters()), rate)
 
 
 # ---- evaluation ------------------------------------------------------------------------------
@@ -172,20 +185,23 @@ def make(task):
 
 def flat(obs):
     """An observation as one row of numbers, a dictionary's in the order of its sorted keys."""
-    parts = [obs[key] for key in sorted(obs)] if isinstance(obs, dict) else [obs]
-    return np.concatenate([np.asarray(x, np.float32) for x in parts])
+    if isinstance(obs, dict):
+        obs = np.concatenate([obs[key] for key in sorted(obs)])
+    return np.asarray(obs, np.float32)
 
 
 @torch.no_grad()
 def evaluate(act, envs, seed):
     """Undiscounted returns (n,) of one episode in each of n environments."""
     obs = np.stack([flat(env.reset(seed=seed + i)[0]) for i, env in enumerate(envs)])
-    returns, running = np.zeros(len(envs)), set(range(len(envs)))
+    returns = np.zeros(len(envs))
+    running = set(range(len(envs)))
     while running:
         actions = act(torch.as_tensor(obs)).cpu().numpy()
         for i in sorted(running):
             state, reward, terminal, timeout, _ = envs[i].step(actions[i])
-            obs[i], returns[i] = flat(state), returns[i] + reward
+            obs[i] = flat(state)
+            returns[i] += reward
             if terminal or timeout:
                 running.remove(i)
     return returns
@@ -205,7 +221,7 @@ def score(task, returns):
 
 def write(path, rows):
     with open(path, "w", newline="") as file:
-        writer = csv.DictWriter(file, rows[0] | rows[-1])
+        writer = csv.DictWriter(file, rows[-1])
         writer.writeheader()
         writer.writerows(rows)
 
@@ -220,17 +236,21 @@ def main(args):
     envs = [make(task) for _ in range(args.eval_episodes)]
 
     # Observations get mean 0 and deviation 1, actions lie in [-1, 1].
-    mean = torch.stack([x.double().mean() for x in s.T]).float()
-    std = torch.stack([x.double().std(correction=0) + 1e-3 for x in s.T]).float()
-    s, s2, r = (s - mean) / std, (s2 - mean) / std, r + args.reward_shift
+    columns = [x.double() for x in s.T]
+    mean = torch.stack([x.mean() for x in columns]).float()
+    std = torch.stack([x.std(correction=0) + 1e-3 for x in columns]).float()
+    s = (s - mean) / std
+    s2 = (s2 - mean) / std
+    r = r + args.reward_shift
     low, high = (
         torch.tensor(task[key], device=args.device) for key in ("action_low", "action_high")
     )
     if (low != -1).any() or (high != 1).any():
         a = (a - low) / (high - low) * 2 - 1
 
-    actor = MLP(s.shape[1], 256, 256, a.shape[1]).to(args.device)
-    q = MLP(s.shape[1] + a.shape[1], 256, 256, 1, members=2).to(args.device)
+    obs_dim, act_dim = s.shape[1], a.shape[1]
+    actor = MLP(obs_dim, 256, 256, act_dim).to(args.device)
+    q = ScalarMLP(obs_dim + act_dim, 256, 256, 1, members=2).to(args.device)
     actor_target, q_target = copy.deepcopy(actor), copy.deepcopy(q)
     lr = torch.tensor(args.lr)
     q_opt = torch.optim.Adam(q.parameters(), lr, fused=True)
@@ -238,19 +258,21 @@ def main(args):
 
     def act(obs):
         """Raw observations (n, S) to actions (n, A) in the task's bounds."""
-        pi = actor((obs.to(args.device) - mean) / std).tanh()
-        return (high + low) / 2 + (high - low) / 2 * pi
+        obs = (obs.to(args.device) - mean) / std
+        center, half_range = (high + low) / 2, (high - low) / 2
+        return center + half_range * actor(obs).tanh()
 
-    train_rows, eval_rows, metrics, begun = [], [], {}, time.monotonic()
+    train_rows, eval_rows, metrics = [], [], {}
+    begun = time.monotonic()
     torch.manual_seed(zlib.crc32(f"train {args.seed}".encode()))
     for t in tqdm(range(1, args.steps + 1)):
         i = torch.randint(len(s), (args.batch_size,), device=args.device)
-        batch = s[i], a[i], r[i], s2[i], terminal[i]
+        batch = [x[i] for x in (s, a, r, s2, terminal)]
         q_loss, q_mean = critic_loss(q, q_target, actor_target, batch, args)
         step(q_opt, q_loss)
         metrics |= {"q_loss": q_loss, "q_mean": q_mean}
         if t % args.policy_freq == 0:
-            pi_loss, details = actor_loss(actor, q, s[i], a[i], args)
+            pi_loss, details = actor_loss(actor, q, *batch[:2], args)
             step(actor_opt, pi_loss)
             polyak(q_target, q, args.polyak)
             polyak(actor_target, actor, args.polyak)
@@ -262,13 +284,14 @@ def main(args):
             write(folder / "train.csv", train_rows)
         if t % args.eval_every == 0 or t == args.steps:
             returns = evaluate(act, envs, seed=1000 * args.seed + 100)
-            result = {"return": returns.mean(), "score": score(task, returns)}
-            episodes = {f"episode_{i}": x for i, x in enumerate(returns)}
-            eval_rows.append(row | result | episodes)
+            row["return"] = returns.mean()
+            row["score"] = score(task, returns)
+            eval_rows.append(row | {f"episode_{i}": x for i, x in enumerate(returns)})
             write(folder / "eval.csv", eval_rows)
-            tqdm.write(f"{t:,}: score {result['score']:.1f}")
+            tqdm.write(f"{t:,}: score {row['score']:.1f}")
     torch.save(actor.state_dict(), folder / "actor.pt")
-    print(f"td3_bc_alone score {np.mean([row['score'] for row in eval_rows[-10:]]):.1f} | {folder}")
+    scores = [row["score"] for row in eval_rows[-10:]]
+    print(f"td3_bc_alone score {np.mean(scores):.1f} | {folder}")
 
 
 if __name__ == "__main__":

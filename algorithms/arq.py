@@ -19,6 +19,11 @@ The diffusion turns an action a into m a + sigma z, where m and sigma depend on 
 learns -z. The flags --n, --k and --threshold set N, K and log eps. Q'_i are the target critics, and
 a_data and a'_data are the actions that the data takes at s and at s'.
 
+Three parts come from papers on diffusion models. The diffusion is the variance-preserving SDE
+(VP-SDE) of Song et al. (ICLR 2021; arXiv:2011.13456). Their probability-flow ODE gives the
+likelihoods beta(a|s), and their predictor-corrector is the authors' sampler. The default sampler is
+DPM-Solver++(2M) (Lu et al., 2022; arXiv:2211.01095) in its SDE form.
+
 The file has four chapters, in the order in which a run goes through them. It trains the score
 network (phase "score"). It draws N samples for every state of the data ("sample"), and with
 --filter computes their likelihoods ("grade"). It trains Q ("q"), and then pi_phi ("train"), whose
@@ -155,8 +160,8 @@ T_LAST = 1e-3  # the time at which sampling ends
 
 
 class ScoreNet(nn.Module):
-    """The network `raw`, or an ensemble of them: residual blocks of two layers. The embedding e of
-    the time is added to the input of every layer in a block."""
+    """The network `raw`, or an ensemble of such networks: residual blocks of two layers. The
+    embedding e of the time is added to the input of every layer in a block."""
 
     def __init__(self, obs_dim, act_dim, width, ensemble):
         super().__init__()
@@ -200,7 +205,7 @@ class ZScore(nn.Module):
 
 
 def schedule(t):
-    """The variance-preserving SDE at time t: its rate beta(t), which is not the policy beta(a|s),
+    """The VP-SDE (arXiv:2011.13456) at time t: its rate beta(t), which is not the policy beta(a|s),
     and m, sigma with a(t) ~ N(m a, sigma^2 I)."""
     beta = 0.1 + 19.9 * t  # from 0.1 to 20: authors' code
     integral = 0.1 * t + 0.5 * 19.9 * t**2  # of beta, from 0 to t
@@ -220,7 +225,8 @@ def score_loss(nets, s, a):
 
 
 def update_score(nets, opt, data, args):
-    """One step of the score network, each member on rows of its own, and of its moving average."""
+    """One gradient step of the score network, and one step of its moving average. Each member of an
+    ensemble has rows of its own."""
     s, a = sample(data, args.ensemble * args.batch_size, ("obs", "action"))
     s = nets.z_obs(s)
     a = nets.z_action(a.clamp(-1 + 1e-5, 1 - 1e-5))  # clipped as in the authors' code
@@ -261,7 +267,8 @@ def even_times(steps):
 
 
 def sample_dpm(raw, x, steps, generator=None):
-    """DPM-Solver++(2M) in its SDE form, from x (B, A) ~ N(0, I) at t = 1."""
+    """DPM-Solver++(2M) in its SDE form (arXiv:2211.01095), from x (B, A) ~ N(0, I) at t = 1. "2M"
+    means second order, by the estimates x0 of this step and of the one before (multistep)."""
     t, m, sigma, h = even_times(steps)
     before = None
     for i in range(steps):
@@ -281,9 +288,9 @@ def sample_dpm(raw, x, steps, generator=None):
 
 
 def sample_pc(raw, x, steps, generator=None):
-    """Predictor-corrector from x (B, A) ~ N(0, I) at t = 1: at every time t a Langevin step
-    (corrector), whose size follows from the norms of a sample's noise and score, then a step of the
-    reverse SDE (predictor)."""
+    """Predictor-corrector (arXiv:2011.13456) from x (B, A) ~ N(0, I) at t = 1. At every time t, the
+    corrector is a Langevin step, whose size follows from the norms of a sample's noise and score;
+    then the predictor is a step of the reverse SDE."""
     times = torch.linspace(1, T_LAST, steps, dtype=torch.float64)
     dt = (1 - T_LAST) / max(steps - 1, 1)
     for t in times:
@@ -303,8 +310,8 @@ def sample_pc(raw, x, steps, generator=None):
 
 
 def raw_at(nets, s, n, args):
-    """The function raw(x, t) of actions x (Bn, A), n for each of the states s (B, S). Of an
-    ensemble, it is the mean."""
+    """The function raw(x, t) of actions x (Bn, A), n for each of the states s (B, S). The outputs
+    of an ensemble are averaged."""
     s = nets.z_obs(s).repeat_interleave(n, 0)
 
     def raw(x, t):
@@ -334,7 +341,7 @@ def draw_samples(nets, s, args, generator=None):
 def trace_vectors(x, generator=None):
     """Vectors v (V, 1 or B, A) for x (B, A), such that v^T J v, summed over them, is the trace of a
     matrix J. Up to 10 dimensions they are the unit vectors, and the trace is exact. Above, they are
-    ten random vectors, and the sum is right on average."""
+    ten random vectors, and the sum is right on average (Hutchinson's estimator)."""
     act_dim = x.shape[1]
     if act_dim <= 10:
         return torch.eye(act_dim).unsqueeze(1).to(x)
@@ -355,7 +362,7 @@ def raw_and_trace(raw, x, t, vectors):
 
 
 def log_likelihood(raw, x, vectors):
-    """log beta(a|s) (B,) of z-scored actions x (B, A). The probability-flow ODE
+    """log beta(a|s) (B,) of z-scored actions x (B, A). The probability-flow ODE (arXiv:2011.13456)
 
         dx / dt = -beta(t) / 2 (x + s_psi),    dl / dt = -beta(t) / 2 (A + div s_psi)
 
@@ -684,7 +691,7 @@ This file, against the authors' code:
 - The default sampler is the SDE form of DPM-Solver++(2M), with 21 network evaluations instead of
   1,000. The authors' sampler is --sampler pc --sample-steps 500.
 - A few samples lie off the support, even with an exact score. For the four densities of
-  figures/arq_densities.py we count actions that are 3 deviations or more from every mode. With
+  tests/test_arq.py we count actions that are 3 deviations or more from every mode. With
   exact scores they are about 0.3% of the samples with 20 steps, and 0.4% with 15. Of true samples,
   about 0.23% are. The sampler also makes a Gaussian 3% too wide. This command measures both:
   python -m pytest -n 0 -s tests/test_arq.py -k off_the_support

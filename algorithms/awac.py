@@ -68,6 +68,8 @@ class Args(RunArgs):
     """share of the online critics that targets take over per step"""
     lr: Positive = 3e-4
     """Adam's learning rate of the actor and the critics"""
+    hidden: Count = 256
+    """hidden units in each layer of every network"""
     normalize_obs: bool = True
     """shift and scale observations to mean 0 and deviation 1 over the data"""
     reward_shift: Number = 0.0
@@ -80,10 +82,11 @@ class Nets(nn.Module):
     def __init__(self, data, args):
         super().__init__()
         obs_dim, act_dim = data.obs.shape[1], data.action.shape[1]
+        hidden = args.hidden
         self.scaling = Scaling(data)
-        self.actor = MLP(obs_dim, 256, 256, act_dim)
+        self.actor = MLP(obs_dim, hidden, hidden, act_dim)
         self.log_std = nn.Parameter(torch.zeros(act_dim))
-        self.q = ScalarMLP(obs_dim + act_dim, 256, 256, members=2)
+        self.q = ScalarMLP(obs_dim + act_dim, hidden, hidden, members=2)
         self.q_target = copy.deepcopy(self.q).requires_grad_(False)
 
     def pi(self, s):

@@ -78,6 +78,8 @@ class Args(RunArgs):
     """discount"""
     lr: Positive = 3e-4
     """Adam's learning rate of the actor and the value network"""
+    hidden: Count = 256
+    """hidden units in each layer of every network"""
     normalize_obs: bool = True
     """shift and scale observations to mean 0 and deviation 1 over the data"""
     reward_shift: Number = 0.0
@@ -90,10 +92,11 @@ class Nets(nn.Module):
     def __init__(self, data, args):
         super().__init__()
         obs_dim, act_dim = data.obs.shape[1], data.action.shape[1]
+        hidden = args.hidden
         self.scaling = Scaling(data)
-        self.actor = MLP(obs_dim, 256, 256, act_dim)
+        self.actor = MLP(obs_dim, hidden, hidden, act_dim)
         self.log_std = nn.Parameter(torch.zeros(act_dim))
-        self.v = ScalarMLP(obs_dim, 256, 256)
+        self.v = ScalarMLP(obs_dim, hidden, hidden)
         self.v_target = copy.deepcopy(self.v).requires_grad_(False)  # V at the last tables
 
     def pi(self, s):

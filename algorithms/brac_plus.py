@@ -18,11 +18,12 @@ The clone has a prior N(0, I) of its latent z, a decoder p(.|s,z) and an encoder
 decoder and policy pi are diagonal Gaussians. Those of decoder and policy are over x, and the action
 is a = tanh(x). Q'_i and pi' are the targets of critics and policy. alpha and beta maximize L_pi
 while pi minimizes it: alpha(s) grows while D(s) is above eps, and beta grows while the entropy,
--log pi, is above H0. (With --divergence mmd, D is that of Eq. 5, the last bracket has the other
-sign, and beta holds the entropy above H0.) eps_GP is the mean of D plus its standard deviation over
-the states of the last epoch, which has --epoch-steps steps. Rewards are scaled to [0, 1]. Before
-RL, Algorithm 1 trains the clones (line 1), then a first policy that minimizes D (line 2), and then
-the critics of that policy (line 3).
+-log pi, is above H0. eps_GP is the mean of D plus its standard deviation over the states of the
+last epoch, which has --epoch-steps steps. Rewards are scaled to [0, 1].
+
+Before RL, Algorithm 1 trains the clones (line 1), then a first policy that minimizes D (line 2),
+and then the critics of that policy (line 3). With --divergence mmd, D is that of Eq. 5, the last
+bracket of L_pi has the other sign, and beta holds the entropy above H0.
 
 What changes scores (more in DEPARTURES, at the foot of the file):
 - The paper's tables of eps and H0 could not be found. PRESETS has the values of the code, which was
@@ -111,6 +112,8 @@ class Args(RunArgs):
     """gradient steps of the critics alone, on the first policy (Algorithm 1, line 3); 0 skips it"""
     epoch_steps: Count = 2_000
     """gradient steps after which eps_GP is measured again (Eq. 10)"""
+    hidden: Count = 256
+    """hidden units in each layer of every network"""
     normalize_obs: bool = False
     """shift and scale observations to mean 0 and deviation 1 over the data"""
     dequantize: Share = 0.0
@@ -131,16 +134,21 @@ class Nets(nn.Module):
     def __init__(self, data, args):
         super().__init__()
         obs_dim, act_dim = data.obs.shape[1], data.action.shape[1]
+        hidden = args.hidden
         latent_dim = 2 * act_dim
         members = args.members
         self.scaling = Scaling(data)
         self.behavior = nn.Module()  # the clones; outputs are the mean and deviation of a Gaussian
-        self.behavior.encoder = MLP(act_dim + obs_dim, 256, 256, 2 * latent_dim, members=members)
-        self.behavior.decoder = MLP(latent_dim + obs_dim, 256, 256, 2 * act_dim, members=members)
+        self.behavior.encoder = MLP(
+            act_dim + obs_dim, hidden, hidden, 2 * latent_dim, members=members
+        )
+        self.behavior.decoder = MLP(
+            latent_dim + obs_dim, hidden, hidden, 2 * act_dim, members=members
+        )
         self.behavior.register_buffer("minus_elbo", torch.zeros(()))  # running mean
-        self.actor = MLP(obs_dim, 256, 256, 2 * act_dim)
-        self.q = ScalarMLP(obs_dim + act_dim, 256, 256, members=2)
-        self.alpha = ScalarMLP(obs_dim, 256, 256)  # alpha(s), before softplus
+        self.actor = MLP(obs_dim, hidden, hidden, 2 * act_dim)
+        self.q = ScalarMLP(obs_dim + act_dim, hidden, hidden, members=2)
+        self.alpha = ScalarMLP(obs_dim, hidden, hidden)  # alpha(s), before softplus
         self.actor_target = copy.deepcopy(self.actor).requires_grad_(False)
         self.q_target = copy.deepcopy(self.q).requires_grad_(False)
         self.beta = nn.Parameter(before_softplus(args.beta_start))
@@ -534,6 +542,11 @@ This file, against the authors' code:
 - First the clones and then the first policy are trained, each for --bc-steps steps and with falling
   learning rates. The code trains the first policy during the second half of the clone's steps, at a
   rate of 3e-4.
+- On Adroit, the code trains for 1,000,000 steps in every task. PRESETS has the shorter trainings of
+  the later code, that of brac_plus_acml.py: 250,000 steps for pen, and 500,000 for hammer and
+  relocate. The margin of mmd, 0.001, is the later code's, too.
+- The eps, H0 and learning rates of Adroit are those of mmd. The code has none for kl, so
+  --divergence kl there needs --eps None --h0 None, which measure both, and is ours.
 - The first policy's term of beta has the same sign as in RL. With mmd, the code has the wrong sign
   in this phase.
 - -ELBO and the first policy's D are running means over batches. With mmd, a measured H0 is -ELBO

@@ -19,12 +19,14 @@ The clone has a prior N(0, I) of its latent z, a decoder p(.|s,z) and an encoder
 decoder and policy pi are diagonal Gaussians. Those of decoder and policy are over x, and the action
 is a = tanh(x). Q'_i and pi' are the targets of critics and policy. alpha and beta maximize L_pi
 while pi minimizes it: alpha grows while D is above eps, and beta grows while the entropy, -log pi,
-is above H0. (With --divergence mmd, D is that of Eq. 7, the last bracket has the other sign, and
-beta holds the entropy above H0.) lam grows while the penalty is above --gp-target. eps_GP is the
-mean of D plus its standard deviation over the states of the last epoch, which has --epoch-steps
-steps. Rewards are scaled to [0, 1]. Before RL, Algorithm 1 trains the clones (line 1), then a first
-policy that minimizes D (line 2). Then the thresholds are measured: eps is the first policy's D plus
-a margin, and H0 is the clone's -ELBO minus A log 4 for A action dimensions.
+is above H0. lam grows while the penalty is above --gp-target. eps_GP is the mean of D plus its
+standard deviation over the states of the last epoch, which has --epoch-steps steps. Rewards are
+scaled to [0, 1].
+
+Before RL, Algorithm 1 trains the clones (line 1), then a first policy that minimizes D (line 2).
+Then the thresholds are measured: eps is the first policy's D plus a margin, and H0 is the clone's
+-ELBO minus A log 4 for A action dimensions. With --divergence mmd, D is that of Eq. 7, the last
+bracket of L_pi has the other sign, and beta holds the entropy above H0.
 
 What changes scores (more in DEPARTURES, at the foot of the file):
 - As in the code, y takes the largest value over a'; the paper takes the expectation.
@@ -113,6 +115,8 @@ class Args(RunArgs):
     """gradient steps of the critics alone, on the first policy (Appendix B); 0 skips it"""
     epoch_steps: Count = 2_000
     """gradient steps after which eps_GP is measured again (Eq. 12)"""
+    hidden: Count = 256
+    """hidden units in each layer of every network"""
     normalize_obs: bool = False
     """shift and scale observations to mean 0 and deviation 1 over the data"""
     dequantize: Share = 0.0
@@ -125,15 +129,20 @@ class Nets(nn.Module):
     def __init__(self, data, args):
         super().__init__()
         obs_dim, act_dim = data.obs.shape[1], data.action.shape[1]
+        hidden = args.hidden
         latent_dim = 2 * act_dim
         members = args.members
         self.scaling = Scaling(data)
         self.behavior = nn.Module()  # the clones; outputs are the mean and deviation of a Gaussian
-        self.behavior.encoder = MLP(act_dim + obs_dim, 256, 256, 2 * latent_dim, members=members)
-        self.behavior.decoder = MLP(latent_dim + obs_dim, 256, 256, 2 * act_dim, members=members)
+        self.behavior.encoder = MLP(
+            act_dim + obs_dim, hidden, hidden, 2 * latent_dim, members=members
+        )
+        self.behavior.decoder = MLP(
+            latent_dim + obs_dim, hidden, hidden, 2 * act_dim, members=members
+        )
         self.behavior.register_buffer("minus_elbo", torch.zeros(()))  # running mean
-        self.actor = MLP(obs_dim, 256, 256, 2 * act_dim)
-        self.q = ScalarMLP(obs_dim + act_dim, 256, 256, members=2)
+        self.actor = MLP(obs_dim, hidden, hidden, 2 * act_dim)
+        self.q = ScalarMLP(obs_dim + act_dim, hidden, hidden, members=2)
         self.actor_target = copy.deepcopy(self.actor).requires_grad_(False)
         self.q_target = copy.deepcopy(self.q).requires_grad_(False)
         self.alpha = nn.Parameter(before_softplus(args.dual_start))  # one for all states
@@ -544,7 +553,8 @@ This file, against the authors' code:
 - -ELBO and the first policy's D are running means over batches; the code averages over all data.
 - The penalty and the policy's loss share their samples of actions and latents.
 - eps_GP starts at eps; the code adds its margin a second time.
-- With mmd, H0 is -ELBO itself on all data; the code has this for Adroit alone.
+- With mmd, H0 is -ELBO itself on all data. The code has this for Adroit alone, whatever D is; here
+  --divergence kl on Adroit, which the authors did not run, has -ELBO minus A log 4.
 - Multipliers have no upper bound; in the code it is 10,000. lam can fall below its floor --lam, and
   then the floor is the weight of the penalty. The gradient by which lam comes back is that of
   softplus at lam here, and that of softplus at the floor in the code.

@@ -95,6 +95,8 @@ class Args(RunArgs):
     """Adam's learning rate of the critics and the multiplier"""
     actor_lr: Positive = 3e-5
     """Adam's learning rate of the actor and the temperature"""
+    hidden: Count = 256
+    """hidden units in each layer of every network"""
     normalize_obs: bool = True
     """shift and scale observations to mean 0 and deviation 1 over the data"""
     reward_scale: Number = 1.0
@@ -109,13 +111,14 @@ class Nets(nn.Module):
     def __init__(self, data, args):
         super().__init__()
         obs_dim, act_dim = data.obs.shape[1], data.action.shape[1]
+        hidden = args.hidden
         self.scaling = Scaling(data)
-        self.actor = MLP(obs_dim, 256, 256, 256, 2 * act_dim)
+        self.actor = MLP(obs_dim, hidden, hidden, hidden, 2 * act_dim)
         nn.init.xavier_uniform_(self.actor.weights[-1], 0.01)
         nn.init.zeros_(self.actor.biases[-1])
         self.log_std_scale = nn.Parameter(torch.ones(()))
         self.log_std_shift = nn.Parameter(-torch.ones(()))
-        self.q = ScalarMLP(obs_dim + act_dim, 256, 256, 256, members=2)
+        self.q = ScalarMLP(obs_dim + act_dim, hidden, hidden, hidden, members=2)
         orthogonal_(self.q, hidden_gain=math.sqrt(2), last_gain=0.01)
         self.q_target = copy.deepcopy(self.q).requires_grad_(False)
         self.log_temperature = nn.Parameter(torch.zeros(()))
@@ -305,13 +308,12 @@ The authors' code, against the paper:
   of L_Q, but the gap in (30) must be larger by this much: if Q is constant and pi is uniform, D is
   log(3 N) + A log 2.
 - On locomotion the weight is fixed. The paper learns the multiplier there, with a gap of 10.
-- L_T is linear in the logarithm of the temperature, the parameter that Adam moves, so its gradient
-  with respect to this parameter is H + A, where H is the entropy of pi. SAC's paper has the
-  temperature itself in place of its logarithm, and so do sac_bc.py and fisher_brc.py. The losses of
-  the entropy weights of the clones in fisher_brc.py and itrpo.py have this second form, too. Its
-  gradient is temperature (H + A). Both forms raise the temperature while the entropy is below -A
-  and lower it above. Adam divides a constant factor out, so the two differ only while the
-  temperature changes.
+- Adam moves the logarithm of the temperature. L_T is linear in this logarithm, so its gradient is
+  H + A, where H is the entropy of pi. In SAC's paper L_T is linear in the temperature itself, so
+  that the gradient is temperature (H + A). Both forms raise the temperature while the entropy is
+  below -A and lower it while it is above. Adam divides a constant factor out, so the two forms
+  differ only while the temperature changes. sac_bc.py and fisher_brc.py have the form of SAC's
+  paper, and so do the entropy weights of the clones in fisher_brc.py and itrpo.py.
 
 This file, against the authors' code:
 - Settings and details are those of CORL, a later library that builds on young-geng's code of CQL.

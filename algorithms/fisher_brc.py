@@ -19,8 +19,8 @@ exp(Q) is a density of actions. The penalty is the Fisher divergence of this den
 
 What changes scores (more in DEPARTURES, at the foot of the file):
 - As in the authors' code, mu is a separate mixture for each action dimension.
-- The bonus is the paper's 5; without a slip, the paper's derivation would end at 2.5. AntMaze has
-  no bonus here.
+- The bonus is the paper's 5. The paper's derivation loses a factor of 2 on the way; without this
+  slip it would end at 2.5. AntMaze has no bonus here.
 - The last row of an episode that a time limit ended is kept where the data has its next
   observation; D4RL's loader drops it.
 
@@ -83,6 +83,8 @@ class Args(RunArgs):
     """Adam's learning rate of the clone; divided by 10 after 80% of its steps, again after 90%"""
     clone: str | None = None
     """checkpoint.pt of a run on the same data: its clone is read, not trained"""
+    hidden: Count = 256
+    """hidden units in each layer of every network"""
     normalize_obs: bool = False
     """shift and scale observations to mean 0 and deviation 1 over the data"""
 
@@ -93,11 +95,12 @@ class Nets(nn.Module):
     def __init__(self, data, args):
         super().__init__()
         obs_dim, act_dim = data.obs.shape[1], data.action.shape[1]
+        hidden = args.hidden
         self.scaling, self.components = Scaling(data), args.components
         self.adds_log_mu = args.offset
-        self.behavior = MLP(obs_dim, 256, 256, 3 * act_dim * args.components)  # mu
-        self.actor = MLP(obs_dim, 256, 256, 256, 2 * act_dim)
-        self.offset = ScalarMLP(obs_dim + act_dim, 256, 256, 256, members=2)
+        self.behavior = MLP(obs_dim, hidden, hidden, 3 * act_dim * args.components)  # mu
+        self.actor = MLP(obs_dim, hidden, hidden, hidden, 2 * act_dim)
+        self.offset = ScalarMLP(obs_dim + act_dim, hidden, hidden, hidden, members=2)
         for net in (self.behavior, self.actor, self.offset):
             orthogonal_(net, hidden_gain=math.sqrt(2), last_gain=0.01)
         self.offset_target = copy.deepcopy(self.offset).requires_grad_(False)

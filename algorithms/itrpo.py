@@ -17,10 +17,11 @@ alpha and tau are --kl-coef and --shape-coef. The term tau alpha clip(rho) of y 
 shaping; the clip is to [ratio_min, ratio_max]. First the clone pi_b is trained by L_b, and
 bc_weight by L_w, so that the entropy does not fall below -A. Then pi_b is frozen.
 
-Theorem 1: the policies are the same as if Q - tau alpha rho were iterated with two penalties,
-tau alpha KL(pi || last pi) and (1 - tau) alpha KL(pi || pi_b). In the limit they are those of BRAC
-(tau = 0) with the coefficient alpha (1 - tau), so a sweep of tau is also a sweep of this
-coefficient. --control runs BRAC at the same coefficient, to tell the two effects apart.
+Theorem 1 compares this with an iteration of Q - tau alpha rho that has two penalties,
+tau alpha KL(pi || last pi) and (1 - tau) alpha KL(pi || pi_b): its policies are the same. In the
+limit they are those of BRAC (tau = 0) with the coefficient alpha (1 - tau). So a sweep of tau
+changes two things, the trust region and BRAC's coefficient. --control runs BRAC at the same
+coefficient, to tell the two effects apart.
 
 What changes scores (more in DEPARTURES, at the foot of the file):
 - The paper's body gives no coefficients. The default, --setting code, is that of the trainer "IKL"
@@ -100,6 +101,8 @@ class Args(RunArgs):
     """Adam's learning rate of the clone; divided by 10 after 80% of its steps, again after 90%"""
     clone: str | None = None
     """checkpoint.pt of a run on the same data: its clone is read, not trained"""
+    hidden: Count = 256
+    """hidden units in each layer of every network"""
     normalize_obs: bool = False
     """shift and scale observations to mean 0 and deviation 1 over the data"""
 
@@ -121,10 +124,11 @@ class Nets(nn.Module):
     def __init__(self, data, args):
         super().__init__()
         obs_dim, act_dim = data.obs.shape[1], data.action.shape[1]
+        hidden = args.hidden
         self.scaling = Scaling(data)
-        self.behavior = MLP(obs_dim, 256, 256, 2 * act_dim)  # pi_b
-        self.actor = MLP(obs_dim, 256, 256, 256, 2 * act_dim)
-        self.q = ScalarMLP(obs_dim + act_dim, 256, 256, 256, members=2)
+        self.behavior = MLP(obs_dim, hidden, hidden, 2 * act_dim)  # pi_b
+        self.actor = MLP(obs_dim, hidden, hidden, hidden, 2 * act_dim)
+        self.q = ScalarMLP(obs_dim + act_dim, hidden, hidden, hidden, members=2)
         for net, bound in ((self.behavior, 1e-3), (self.actor, 1e-3), (self.q, 3e-3)):
             for last in (net.weights[-1], net.biases[-1]):
                 nn.init.uniform_(last, -bound, bound)
@@ -184,7 +188,7 @@ def bc_weight_loss(log_bc_weight, entropy, act_dim):
     return log_bc_weight.exp() * (entropy + act_dim)
 
 
-def evaluate(q, s, pi, behavior, args):
+def q_and_ratio(q, s, pi, behavior, args):
     """Q (E, M, B) and rho (M, B) of M actions sampled from pi. The weights of pi_b are fixed, but
     gradients flow to pi through its density at the samples."""
     x = draw(pi, args.samples)  # (M, B, A)
@@ -219,7 +223,7 @@ def critic_loss(nets, s, a, r, s2, terminal, rho, args):
     with torch.no_grad():
         pi = gaussian(nets.actor, s2)
         behavior = gaussian(nets.behavior, s2)
-        q2, rho2 = evaluate(nets.q_target, s2, pi, behavior, args)
+        q2, rho2 = q_and_ratio(nets.q_target, s2, pi, behavior, args)
         next_value = value(q2, rho2, args)
         y = target_value(r, terminal, rho, next_value, args)
     q = nets.q(s, a)  # (E, B)
@@ -236,7 +240,7 @@ def gradient_penalty(nets, s, a):
 
 def actor_loss(nets, s, pi, behavior, args):
     """L_pi (Eq. 5, first line), at new samples of pi."""
-    q, rho = evaluate(nets.q, s, pi, behavior, args)
+    q, rho = q_and_ratio(nets.q, s, pi, behavior, args)
     return -value(q, rho, args).mean()
 
 

@@ -2,10 +2,10 @@
 notes "Offline RL" (https://rail.eecs.berkeley.edu/deeprlcourse/static/sections/section-9.pdf).
 
 Idea: SAC, with behavior cloning added to the actor's loss and Q scaled to unit size, so that one
-number trades return against staying close to the data. The cloning term is the forward divergence
-KL(data, pi) of (8), which is the data's negative log-likelihood under SAC's stochastic actor, up to
-a constant. AC+BC means actor-critic with behavior cloning. (8) and (9) are numbers of the notes;
-(SAC 5), (SAC 7) and (SAC 18) are numbers of SAC's paper.
+number trades return against staying close to the data. The cloning term is the negative
+log-likelihood of the data's actions under SAC's stochastic actor. Up to a constant, this is the
+forward divergence KL(data, pi) of (8). AC+BC means actor-critic with behavior cloning. (8) and (9)
+are numbers of the notes; (SAC 5), (SAC 7) and (SAC 18) are numbers of SAC's paper.
 
     y    = r + gamma (1 - terminal) (min_i Q'_i(s',a') - temperature log pi(a'|s'))
     L_Q  = E[ sum_i (Q_i(s,a) - y)^2 ]                                      (SAC 5)
@@ -16,8 +16,8 @@ a constant. AC+BC means actor-critic with behavior cloning. (8) and (9) are numb
 a' and a~ are samples of the tanh-Gaussian pi at s' and at s; the gradient of L_pi runs through a~.
 Q' are the target critics, and A is the number of action dimensions. The first bracket of L_pi is
 the loss of SAC's actor (SAC 7). The entropy term of y is left out unless --backup-entropy is set.
-An alpha_bc of 0 is SAC, a large one is maximum likelihood. So it is inverse to TD3+BC's alpha: with
-a fixed deviation of 1, TD3+BC has alpha_bc = 2 / (alpha A).
+An alpha_bc of 0 is SAC, and a large one clones the data. TD3+BC's alpha works the other way round:
+for an actor with a fixed deviation of 1, alpha corresponds to alpha_bc = 2 / (alpha A).
 
 The notes come without code. The reference is agents/gcsacbc.py of seohongpark/horizon-reduction,
 SAC+BC for reaching goals by the author of the notes.
@@ -79,6 +79,8 @@ class Args(RunArgs):
     """Adam's learning rate of the actor, the critics and the temperature"""
     critics: Count = 2
     """number of critics; their minimum is the Q of the target and of the actor"""
+    hidden: Count = 256
+    """hidden units in each layer of every network"""
     normalize_obs: bool = True
     """shift and scale observations to mean 0 and deviation 1 over the data"""
     reward_shift: Number = 0.0
@@ -91,9 +93,10 @@ class Nets(nn.Module):
     def __init__(self, data, args):
         super().__init__()
         obs_dim, act_dim = data.obs.shape[1], data.action.shape[1]
+        hidden = args.hidden
         self.scaling = Scaling(data)
-        self.actor = MLP(obs_dim, 256, 256, 2 * act_dim)
-        self.q = ScalarMLP(obs_dim + act_dim, 256, 256, members=args.critics)
+        self.actor = MLP(obs_dim, hidden, hidden, 2 * act_dim)
+        self.q = ScalarMLP(obs_dim + act_dim, hidden, hidden, members=args.critics)
         self.q_target = copy.deepcopy(self.q).requires_grad_(False)
         self.log_temperature = nn.Parameter(torch.zeros(()))
 

@@ -1,24 +1,22 @@
-"""The tables and pictures of docs/results.md, of all methods on the bundled datasets.
+"""The tables and pictures of docs/results.md, of the runs that are stored in results/.
 
-curves: the scores over training. A point is the mean of the last ten evaluations up to there, so
-that a curve's right end is the score in the tables; lines are means over seeds, and bands are one
-standard error to both sides. Each method trains for as many steps as its preset says, so the axis
-is the share of a method's own training.
-scores, peers: the score of every seed as a dot, and their mean as a bar; peers shows our programs
-beside other people's, where those were run (peers/).
-clone_to_policy: for each method that learns a clone of the data first, an arrow for every seed from
-what its clone scores to what its policy scores.
-
-Differs from the figures of tools/report.py, which show every variant that was run, against steps
-and against seconds, with intervals.
+scores     every seed of every method as a dot, and the means, from the lowest to the highest
+clone_to_policy    for each method that learns a clone first, a line for every seed from the score
+           of its clone to that of its policy
+stopping   the scores of every method along its training on the mixture
+fisher_brc the curve of README's first run
+peers      our programs beside other people's
+published  our runs on made data, beside the numbers of papers on the data that they imitate
 
     ./benchmark.sh local
     ./benchmark.sh local_ablations
     python tools/store.py runs results
     python figures/results.py
 
-It prints the tables as the pages have them, and the commands with their scores, as the docstrings
-in algorithms/ have them. A mean is that over seeds, ± its standard error.
+Differs from tools/report.py, which shows anybody's runs with the same tables and the same picture:
+here are the tables that only these pages need. It prints them as the pages have them, and the
+commands with their scores, as the docstrings in algorithms/ have them. A mean is that over seeds, ±
+its standard error.
 """
 
 import io
@@ -30,52 +28,39 @@ from pathlib import Path
 import matplotlib.figure
 import numpy as np
 import pandas as pd
+import scipy.stats
 import tyro
-from matplotlib.lines import Line2D
 from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from common import InputError
+from run import load, score
 from tools import report, store
+from tools.report import PEERS, TITLES, markdown, mean_text
 
 MIXTURE = "hopper-medium-expert-demo"  # the default of --env
-ACTORS = {  # in the legend's order; a method without a title is left out
-    "bc": "BC",
-    "bc-top10": "10% BC",
-    "td3_bc": "TD3+BC",
-    "rebrac": "ReBRAC",
-    "sac_bc": "SAC+BC",
-    "fql": "FQL",
-    "awr": "AWR",
-    "awac": "AWAC",
-    "iql": "IQL",
-}
-CRITICS = {
-    "bc": "BC",
-    "cql": "CQL",
-    "brac": "BRAC",
-    "brac_plus": "BRAC+ (ICLR)",
-    "brac_plus_acml": "BRAC+",
-    "fisher_brc": "Fisher-BRC",
-    "itrpo": "iTRPO",
-    "arq": "ARQ",
-}
-FAMILIES = {
-    "the actor clones the data's actions": ACTORS,
-    "the policy stays near a learned clone, or Q is kept low outside the data": CRITICS,
-}
-TITLES = ACTORS | CRITICS
-PEERS = {  # other people's code
-    "corl_td3_bc": "TD3+BC, CORL's code",
-    "corl_iql": "IQL, CORL's code",
-    "iql_authors": "IQL, its authors' code",
-    "fql_authors": "FQL, its authors' code",
-}
-DATA = {what: what for what in ("the data, mean of its episodes", "the data, best episode")}
 CLONES = ("its clone (BC)", "its first policy", "its flow", "clone s_psi")  # a run has one of them
 IMPLICIT = "implicit policy"  # ARQ's, between its clone and its policy
-LAST = 10  # evaluations that a score averages
-MEAN = "mean ± standard error"
+BEST = "best of 16 of its flow"  # of FQL
+REPLAY, MAZE = "hopper-replay-demo", "pointmaze-stitch-demo"
+PAIRS = {  # whom the pages compare by a test: a method, or "method: " and a reference of its runs
+    (MIXTURE, REPLAY, MAZE): [
+        ("brac", "brac_plus_acml"),
+        ("brac", "brac_plus"),
+        ("brac_plus_acml", "brac_plus"),
+        ("arq: clone s_psi", f"arq: {IMPLICIT}"),
+        (f"arq: {IMPLICIT}", "arq"),
+        (f"fql: {BEST}", "fql"),
+        ("fql: its flow", "fql"),
+        ("arq: clone s_psi", "arq"),
+        ("brac: its clone (BC)", "brac"),
+        ("fisher_brc: its clone (BC)", "fisher_brc"),
+        ("itrpo: its clone (BC)", "itrpo"),
+        ("brac_plus: its first policy", "brac_plus"),
+        ("brac_plus_acml: its first policy", "brac_plus_acml"),
+    ],
+    (REPLAY,): [("bc-top10", "brac"), ("bc-top10", "rebrac"), ("bc-top10", "awr")],
+}
 
 
 @dataclass
@@ -97,17 +82,13 @@ def read_cells(folder, kind="-demo"):
     report.check(runs)
     if kind == "-demo" and not runs.method.isin(TITLES).any():
         raise InputError(f"no finished run below {folder} is on a bundled dataset")
+    runs = runs.sort_values(["dataset", "method", "seed"])
     return dict(list(runs.groupby(["dataset", "method"])))
 
 
-def datasets(cells) -> list[str]:
-    return list(dict.fromkeys(env for env, _ in cells))
-
-
-def rows_of(cells, titles) -> list[str]:
-    """The methods with a title that were run, in the order of the titles."""
-    trained = {method for _, method in cells}
-    return [method for method in titles if method in trained]
+def together(cells, methods) -> pd.DataFrame:
+    """The runs of some methods in one table."""
+    return pd.concat([runs for (_, method), runs in cells.items() if method in methods])
 
 
 def path_of(run) -> list[float]:
@@ -121,37 +102,14 @@ def path_of(run) -> list[float]:
 # ---- tables ----------------------------------------------------------------------------------
 
 
-def head_of(env, scores) -> tuple[str, str]:
-    """(a column's head, what its cells need not say): a dataset and its usual number of seeds."""
-    seeds = scores.seeds.xs(env, level="dataset")
-    usual = seeds.mode()[0]
-    return f"`{env}`, {usual} seeds", f" ({usual})"
-
-
-def table(cells) -> str:
-    """What the data score, then each method's mean ± standard error, and the mean over all
-    datasets. A column's head says of how many seeds its cells are; a cell of others says it."""
-    scores = report.score_table(pd.concat(cells.values()))
-    scores = scores.set_index(["method", "dataset"])
-    heads = {env: head_of(env, scores) for env in datasets(cells)}
-    rows = []
-    for method, title in (DATA | TITLES | PEERS).items():
-        if method not in scores.index:
-            continue
-        own = scores.loc[method][report.SCORE]
-        row = {"method": title}
-        for env, (head, usual) in heads.items():
-            row[head] = own.get(env, "-").removesuffix(usual)
-        every = "" if method in DATA else "-"
-        if report.ALL in own and "-" not in row.values():
-            every = own[report.ALL].partition(" (")[0]
-        row["mean over the datasets"] = every
-        rows.append(row)
-    return report.markdown(pd.DataFrame(rows))
-
-
-def mean_of(scores) -> str:
-    return f"{scores.mean():.1f} ± {scores.sem():.1f}".removesuffix(" ± nan")
+def scores(cells) -> str:
+    """The table of all methods, with the best episode of the bundled data."""
+    best = {}
+    for env in {env for env, _ in cells}:
+        data, task = load(env)
+        best[env] = score(task, [data.episode_return.max().item()])
+    runs = together(cells, TITLES | PEERS)
+    return report.table(runs, [("the data, best episode", best)])
 
 
 def counterpart(cells, env, method) -> str:
@@ -172,38 +130,63 @@ def short(value) -> str:
 
 def name_of(cells, env, method) -> str:
     """A method's title; for a run under another name the flags in which it differs from its
-    counterpart, where both versions of the code have them."""
+    counterpart."""
     if method in TITLES | PEERS:
-        return (TITLES | PEERS)[method]
+        return report.title_of(method)
     base = counterpart(cells, env, method)
-    own, other = (cells[env, name].identity.iloc[0] for name in (method, base))
-    whats = []
-    for name in sorted(own.keys() & other.keys() - {"name"}):
-        if own[name] != other[name] and not re.match("(code|version) of ", name):
-            whats.append(f"`{name}` {short(own[name])}, not {short(other[name])}")
+    own, other = (cells[env, name].args.iloc[0] for name in (method, base))
+    shared = sorted(own.keys() & other.keys() - report.FREE)
+    whats = [f"`{x}` {short(own[x])}, not {short(other[x])}" for x in shared if own[x] != other[x]]
     file, _, variant = base.partition("-")
-    title = TITLES[file]
-    if variant:
-        title += f", `{variant}`,"
-    return f"{title} with {', '.join(whats)}"
+    return f"{TITLES[file]}{variant and f', `{variant}`,'} with {', '.join(whats)}"
 
 
 def beside(cells, chosen) -> str:
     """All seeds of (dataset, method) cells, and how far each mean lies from its counterpart's."""
     rows = []
     for env, method in chosen:
-        own = cells[env, method].score
+        own, base = cells[env, method].score, cells.get((env, counterpart(cells, env, method)))
         row = {"dataset": f"`{env}`", "run": name_of(cells, env, method)}
         row["scores of its seeds"] = ", ".join(f"{score:.1f}" for score in own)
-        row[MEAN] = mean_of(own)
-        base = cells.get((env, counterpart(cells, env, method)))
+        row["mean ± standard error"] = mean_text(own.mean(), own.sem())
         row["minus its counterpart"] = ""
         if base is not None:
             gap = own.mean() - base.score.mean()
             error = np.hypot(own.sem(), base.score.sem())
             row["minus its counterpart"] = f"{gap:+.1f} ± {error:.1f}".removesuffix(" ± nan")
         rows.append(row)
-    return report.markdown(pd.DataFrame(rows))
+    return markdown(pd.DataFrame(rows))
+
+
+def welch(first, second) -> dict:
+    """Mean of the second sample minus that of the first, ± its standard error, and the two-sided p
+    of Welch's t-test."""
+    first, second = np.array(first), np.array(second)
+    error = np.hypot(scipy.stats.sem(first), scipy.stats.sem(second))
+    p = scipy.stats.ttest_ind(first, second, equal_var=False).pvalue
+    digits = "< 0.001" if p < 0.001 else f"= {p:.1g}" if p < 0.01 else f"= {p:.2f}"
+    return {"difference": f"{second.mean() - first.mean():+.1f} ± {error:.1f}", "p": digits}
+
+
+def sample(cells, env, name):
+    """The scores of a method's seeds, or those of a reference of its runs."""
+    method, _, reference = name.partition(": ")
+    runs = cells[env, method]
+    return [known[reference] for known in runs.references] if reference else runs.score
+
+
+def tests(cells) -> str:
+    """Welch's tests behind the words of docs/claims.md, peers.md and results.md: of PAIRS, of runs
+    under other names, and of other people's code."""
+    pairs = [(env, *pair) for envs, all_ in PAIRS.items() for env in envs for pair in all_]
+    for env, method in [*cells, *peers(cells)]:
+        if method not in TITLES and (env, counterpart(cells, env, method)) in cells:
+            pairs.append((env, counterpart(cells, env, method), method))
+    rows = []
+    for env, first, second in dict.fromkeys(pairs):
+        found = welch(sample(cells, env, first), sample(cells, env, second))
+        rows.append({"dataset": f"`{env}`", "first": first, "second": second} | found)
+    return markdown(pd.DataFrame(rows))
 
 
 def ablations(cells) -> dict:
@@ -211,38 +194,35 @@ def ablations(cells) -> dict:
     found = {}
     for env, method in cells:
         file = method.partition("-")[0]
-        if method in TITLES | PEERS or (env, file) not in cells:
-            continue
-        chosen = found.setdefault(TITLES[file], {})
-        chosen |= {(env, file): None, (env, method): None}
-    return {title: beside(cells, chosen) for title, chosen in found.items()}
+        if method not in TITLES | PEERS and (env, file) in cells:
+            own = found.setdefault(f"Ablations of {TITLES[file]}", {})
+            own |= {(env, file): None, (env, method): None}
+    return {title: beside(cells, own) for title, own in found.items()}
 
 
-def peers(cells) -> str:
-    """Other people's code beside ours."""
+def peers(cells) -> list:
+    """(dataset, method) of other people's code, each program of ours before those beside it."""
     groups = {}
     for peer in PEERS:
-        for env in datasets(cells):
+        for env in sorted({env for env, _ in cells}):
             ours = counterpart(cells, env, peer)
             if cells.keys() >= {(env, ours), (env, peer)}:
                 groups.setdefault((ours, env), [ours]).append(peer)
-    return beside(cells, [(env, x) for (_, env), group in groups.items() for x in group])
+    return [(env, x) for (_, env), group in groups.items() for x in group]
 
 
 def clones(cells) -> str:
     """Means of the clone, of ARQ's implicit policy and of the policy, with arrows between them."""
     rows = []
-    for method in rows_of(cells, TITLES):
+    for method in TITLES:
         row = {"method": TITLES[method]}
-        for env in datasets(cells):
-            row[f"`{env}`"] = "-"
-            if (env, method) in cells:
-                runs = cells[env, method].itertuples()
-                means = np.mean([path_of(run) for run in runs], 0)  # (stages,)
-                row[f"`{env}`"] = " → ".join(f"{mean:.1f}" for mean in means)
+        for env in sorted({env for env, _ in cells}):
+            runs = cells.get((env, method), pd.DataFrame()).itertuples()
+            means = np.mean([path_of(run) for run in runs] or [[]], 0)  # (stages,)
+            row[f"`{env}`"] = " → ".join(f"{mean:.1f}" for mean in means) or "-"
         if "→" in str(row):
             rows.append(row)
-    return report.markdown(pd.DataFrame(rows)) if rows else ""
+    return markdown(pd.DataFrame(rows)) if rows else ""
 
 
 def gaps(cells, folder) -> str:
@@ -254,260 +234,147 @@ def gaps(cells, folder) -> str:
     metrics = metrics.astype({"step": int, "value": float})
     rows = []
     for (env, variant), own in metrics.groupby(["dataset", "variant"]):
-        method = f"fisher_brc-{variant}".removesuffix("-")
-        if (env, method) not in cells:
+        cell = cells.get((env, f"fisher_brc-{variant}".removesuffix("-")))
+        if cell is None or not cell.args.iloc[0]["offset"]:
             continue
-        cell = cells[env, method]
-        flags = cell.identity.iloc[0]
-        if flags["offset"] == "False":
-            continue
-        late = own[own.step > own.step.max() / 2]
+        flags, late = cell.args.iloc[0], own[own.step > own.step.max() / 2]
         wide = late.pivot(index=["seed", "step"], columns="metric", values="value")
         q_pi = -wide.pi_loss - wide.temperature * wide.entropy  # of L_pi = T log pi - min Q
-        gained = (wide.q_data - q_pi).mean()
-        mean = wide.mean()
+        mean, gained = wide.mean(), (wide.q_data - q_pi).mean()
         gap = mean.log_mu_data - mean.log_mu_pi
-        horizon = 1 / (1 - float(flags["gamma"]))
         row = {
             "dataset": f"`{env}`",
             "lambda": short(flags["lam"]),
-            "score": cell.score.mean(),
+            "score": f"{cell.score.mean():.1f}",
             "log mu(a)": f"{mean.log_mu_data:.2f}",
             "log mu(a')": f"{mean.log_mu_pi:.2f}",
             "gap": f"{gap:.2f}",
             "Q(a) - min Q(a')": f"{gained:.2f}",
-            "Q on the data": mean.q_data,
-            "Q + gap / (1 - gamma)": mean.q_data + gap * horizon,
+            "Q on the data": f"{mean.q_data:.1f}",
+            "Q + gap / (1 - gamma)": f"{mean.q_data + gap / (1 - flags['gamma']):.1f}",
         }
         rows.append(row)
-    return report.markdown(pd.DataFrame(rows)) if rows else ""
+    return markdown(pd.DataFrame(rows)) if rows else ""
 
 
 def stopping(cells) -> str:
     """First and last evaluations of every seed on the mixture, and the means of the last ones."""
     rows = []
-    for method, title in (TITLES | PEERS).items():
+    for method in TITLES | PEERS:
         if (MIXTURE, method) not in cells:
             continue
-        own = cells[MIXTURE, method]
-        row = {"method": title}
+        own, row = cells[MIXTURE, method], {"method": report.title_of(method)}
         for name, i in ("first", 0), ("last", -1):
-            at = sorted({int(curve.steps.iloc[i]) for curve in own.curve})
-            row[f"{name} evaluation, at step"] = ", ".join(f"{step:,}" for step in at)
-            shown = (f"{curve.score.iloc[i]:.0f}" for curve in own.curve)
-            row[f"{name} scores"] = ", ".join(shown)
+            ends = [curve.iloc[i] for curve in own.curve]
+            steps = sorted({int(end.step) for end in ends})
+            row[f"{name} evaluation, at step"] = ", ".join(f"{step:,}" for step in steps)
+            row[f"{name} scores"] = ", ".join(f"{end.score:.0f}" for end in ends)
         row["means of the last ten"] = ", ".join(f"{score:.1f}" for score in own.score)
         rows.append(row)
-    return report.markdown(pd.DataFrame(rows)) if rows else ""
+    return markdown(pd.DataFrame(rows)) if rows else ""
 
 
 def ogbench(folder) -> str:
     """Our shortened runs on OGBench's tasks, for docs/ogbench.md; empty where there are none."""
     cells = read_cells(folder, "-singletask")
+    order = [(env, x) for env in sorted({env for env, _ in cells}) for x in TITLES | PEERS]
     rows = []
-    for env, method in sorted(cells, key=lambda key: (key[0], [*TITLES, *PEERS].index(key[1]))):
-        own = cells[env, method].score
-        row = {"task": f"`{env}`", "run": (TITLES | PEERS)[method]}
-        row["scores of its seeds"] = ", ".join(f"{score:.1f}" for score in own)
-        rows.append(row | {MEAN: mean_of(own)})
-    return report.markdown(pd.DataFrame(rows)) if rows else ""
+    for env, method in order:
+        if (env, method) in cells:
+            own = cells[env, method].score
+            row = {"task": f"`{env}`", "run": report.title_of(method)}
+            row["scores of its seeds"] = ", ".join(f"{score:.1f}" for score in own)
+            rows.append(row | {"mean ± standard error": mean_text(own.mean(), own.sem())})
+    return markdown(pd.DataFrame(rows)) if rows else ""
 
 
 def tables(cells, folder) -> dict:
     """{heading: table}, as docs/results.md has them."""
-    found = {"Scores": table(cells)}
-    found["From the clone to the policy"] = clones(cells)
-    for title, text in ablations(cells).items():
-        found[f"Ablations of {title}"] = text
+    found = {"Scores": scores(cells), "From the clone to the policy": clones(cells)}
+    found |= ablations(cells)
     found["What Fisher-BRC's backups pay"] = gaps(cells, folder)
     found["The mixture ranks stopping times"] = stopping(cells)
-    if rows_of(cells, PEERS):
-        found["Beside other people's code"] = peers(cells)
+    if peers(cells):
+        found["Beside other people's code"] = beside(cells, peers(cells))
     return {heading: text for heading, text in found.items() if text}
 
 
 def command(cells, algorithm: str) -> str:
     """The last line of an algorithm's docstring: the bare command, the steps of its last phase, and
     the score on its dataset."""
-    scores = report.score_table(cells[MIXTURE, algorithm]).iloc[-1]
-    mean, seeds = scores[report.SCORE].rstrip(")").split(" (")
-    seeds += " seed" if seeds == "1" else " seeds"
-    line = f"python algorithms/{algorithm}.py"
-    length = f"{int(scores['steps']) / 1000:g}k steps"
-    return f"    {line}  # {length}: {mean}, {MIXTURE}, {seeds}"
+    runs = cells[MIXTURE, algorithm]
+    seeds = f"{len(runs)} seeds".replace("1 seeds", "1 seed")
+    length = f"{runs.args.iloc[0]['steps'] / 1000:g}k steps"
+    mean = mean_text(runs.score.mean(), runs.score.sem())
+    return f"    python algorithms/{algorithm}.py  # {length}: {mean}, {MIXTURE}, {seeds}"
 
 
 # ---- pictures --------------------------------------------------------------------------------
-# They are 8 inches wide: where 800 pixels are shown, a letter of size 10 has 14.
-
-
-def curve(runs):
-    """(share of the training, mean, standard error), each (T,), of runs with equal steps, where a
-    run's score is the mean of its LAST evaluations, of fewer at the beginning. The error is 0 for
-    one seed. Raises InputError where steps differ."""
-    first = runs.folder.iloc[0]
-    steps = runs.curve.iloc[0].steps
-    for folder, one in zip(runs.folder, runs.curve):
-        if not one.steps.equals(steps):
-            raise InputError(f"{folder} and {first} have other steps: move one away")
-    means = [one.score.rolling(LAST, min_periods=1).mean() for one in runs.curve]
-    scores = pd.concat(means, axis=1)  # (T, seeds)
-    errors = scores.sem(axis=1).fillna(0)
-    return steps / steps.max(), scores.mean(axis=1), errors
-
-
-def lines_of_data(panel, data, draw) -> dict:
-    """{label: line} of what the data's episodes score, by the panel's axhline or axvline."""
-    lines = {}
-    for what, dashes in zip(data, (":", "--")):
-        look = dict(color="0.4", ls=dashes, lw=1, zorder=0)
-        lines[f"data, {what}"] = draw(panel)(data[what], **look)
-    return lines
-
-
-def curves(cells):
-    """For each family a row of panels, one a dataset, and a legend below."""
-    figure = matplotlib.figure.Figure((8, 8), layout="constrained")
-    parts = figure.subfigures(len(FAMILIES), 1)
-    data = report.data_scores(pd.concat(cells.values()))
-    for part, (words, titles) in zip(parts, FAMILIES.items()):
-        named = rows_of(cells, titles)
-        styles, handles = report.styles_of(named), {}
-        part.suptitle(words, fontsize=12)
-        panels = part.subplots(1, len(datasets(cells)), sharey=True, squeeze=False)[0]
-        for panel, env in zip(panels, datasets(cells)):
-            known = lines_of_data(panel, data.get(env, {}), lambda panel: panel.axhline)
-            for method in named:
-                if (env, method) not in cells:
-                    continue
-                x, mean, error = curve(cells[env, method])
-                color, dashes = styles[method]
-                (line,) = panel.plot(100 * x, mean, color=color, ls=dashes, lw=1.5)
-                low, high = mean - error, mean + error
-                panel.fill_between(100 * x, low, high, color=color, alpha=0.15, lw=0)
-                handles[titles[method]] = line
-            panel.set_title(env, fontsize=10)
-            panel.set(xlim=(0, 100), ylim=(-3, 109))
-            panel.set_xticks([0, 50, 100])
-            panel.tick_params(labelsize=10)
-        panels[0].set_ylabel("normalized score", fontsize=11)
-        words = "share of each method's own training steps, in %"
-        panels[len(panels) // 2].set_xlabel(words, fontsize=11)
-        order = {titles[m]: handles[titles[m]] for m in named} | known
-        place = dict(loc="outside lower center", ncols=4)
-        look = dict(fontsize=10, frameon=False, columnspacing=1.2, handlelength=2)
-        part.legend(order.values(), order, **place, **look)
-    return figure
-
-
-def rows_of_panels(cells, named, height):
-    """A figure with a row of `height` inches for each method and a panel for each dataset, and
-    {dataset: panel}."""
-    size = (8, 1.4 + height * len(named))
-    figure = matplotlib.figure.Figure(size, layout="constrained")
-    envs = datasets(cells)
-    panels = figure.subplots(1, len(envs), sharey=True, squeeze=False)[0]
-    for panel, env in zip(panels, envs):
-        panel.set_title(env, fontsize=10)
-        panel.set(xlim=(-4, 108), ylim=(len(named) - 0.4, -0.6))
-        panel.set_xticks([0, 50, 100])
-        panel.tick_params(labelsize=10)
-        panel.tick_params(axis="y", length=0)
-        for row in range(1, len(named)):
-            panel.axhline(row - 0.5, color="0.9", lw=0.8, zorder=0)
-    titles = [(TITLES | PEERS)[method] for method in named]
-    panels[0].set_yticks(range(len(named)), titles)
-    middle = panels[len(panels) // 2]
-    middle.set_xlabel("normalized score", fontsize=11)
-    return figure, dict(zip(envs, panels))
-
-
-def explain(figure, signs) -> None:
-    """A legend below the panels of {words: sign}."""
-    place = dict(loc="outside lower center", ncols=4, fontsize=10)
-    look = dict(frameon=False, columnspacing=1.2, handlelength=1.5)
-    figure.legend(signs.values(), signs, **place, **look)
-
-
-def sign(marker, **look):
-    """A marker for a legend."""
-    look = dict(ls="", ms=5, color="0.3") | look
-    return Line2D([], [], marker=marker, **look)
-
-
-def heights(row, count, half):
-    """Heights (count,) of a row's seeds, around its middle."""
-    if count == 1:
-        return np.array([row])
-    return np.linspace(row - half, row + half, count)
-
-
-def dots(cells, named):
-    """Every seed's score, and their mean."""
-    figure, panels = rows_of_panels(cells, named, 0.27)
-    styles = report.styles_of(named)
-    data = report.data_scores(pd.concat(cells.values()))
-    for env, panel in panels.items():
-        known = lines_of_data(panel, data.get(env, {}), lambda panel: panel.axvline)
-        for row, method in enumerate(named):
-            if (env, method) not in cells:
-                continue
-            scores = cells[env, method].score
-            color, _ = styles[method]
-            face = "white" if method in PEERS else color
-            look = dict(ms=5, mec=color, mfc=face, clip_on=False)
-            panel.plot(scores, heights(row, len(scores), 0.15), "o", **look)
-            mean = [scores.mean()] * 2
-            panel.plot(mean, [row - 0.35, row + 0.35], color=color, lw=2)
-    signs = {"a seed": sign("o"), "mean": sign("|", ms=11, mew=2)}
-    if PEERS.keys() & {*named}:
-        signs["a seed of other people's code"] = sign("o", mfc="white")
-    explain(figure, signs | known)
-    return figure
-
-
-def draw_path(panel, path, y, down, color) -> None:
-    """One seed's way at height y. Where it has three points, its last part leads `down` a little,
-    because it may lead back."""
-    *before, policy = path
-    panel.plot(before, [y] * len(before), color=color, lw=1.2)
-    look = dict(arrowstyle="-|>", color=color, lw=1.2, shrinkA=0, shrinkB=0)
-    end = policy, y + down * (len(before) - 1)
-    if abs(policy - before[-1]) < 3:  # too short for an arrow, which would point backwards
-        panel.plot(*end, "<" if policy < before[-1] else ">", color=color, ms=5)
-    else:
-        panel.annotate("", end, (before[-1], y), arrowprops=look)
-    for x, marker in zip(before, "oD"):
-        look = dict(ms=4.5, mec=color, mfc="white", clip_on=False)
-        panel.plot(x, y, marker, **look)
+# Where 800 pixels are shown, a letter has 11 or more.
 
 
 def arrows(cells):
-    """Every seed's way from its clone to its policy, or None where no method has a clone."""
-    paths = {}
-    for cell, runs in cells.items():
-        found = [path_of(run) for run in runs.itertuples()]
-        if len(found[0]) > 1:
-            paths[cell] = found
-    cloners = {method for _, method in paths}
-    named = [method for method in TITLES if method in cloners]
-    if not named:
-        return None
-    figure, panels = rows_of_panels(cells, named, 0.5)
-    styles = report.styles_of(named)
-    for env, panel in panels.items():
-        for row, method in enumerate(named):
-            found = paths.get((env, method), [])
-            ys = heights(row, len(found), 0.3)
-            for path, y in zip(found, ys):
-                color, _ = styles[method]
-                draw_path(panel, path, y, 0.25 / len(found), color)
-    signs = {
-        "the clone of a seed": sign("o", mfc="white"),
-        "ARQ's implicit policy": sign("D", mfc="white"),
-        "the policy": sign(">", ms=6),
+    """Every seed's way from its clone to its policy: panels share their axes."""
+    with_clone = together(cells, TITLES)
+    with_clone = with_clone[[len(path_of(run)) > 1 for run in with_clone.itertuples()]]
+    methods = [method for method in TITLES if method in {*with_clone.method}]
+    envs = sorted({env for env, method in cells if method in methods})
+    figure = matplotlib.figure.Figure((8, 1.4 + 0.5 * len(methods)), layout="constrained")
+    panels = figure.subplots(1, len(envs), sharex=True, sharey=True, squeeze=False)[0]
+    for panel, env in zip(panels, envs):
+        for y, method in enumerate(methods):
+            runs = cells.get((env, method), pd.DataFrame())
+            for i, run in enumerate(runs.itertuples()):
+                *before, policy = path_of(run)
+                height = y + 0.6 * ((i + 0.5) / len(runs) - 0.5)
+                panel.plot([*before, policy], [height] * (len(before) + 1), color="0.7", lw=1)
+                for x, marker in zip(before, "oD"):
+                    panel.plot(x, height, marker, ms=4, mec="0.35", mfc="white")
+                panel.plot(policy, height, "o", ms=4.5, color="tab:red")
+        panel.set_title(env, fontsize=10)
+        panel.set(xlim=(-4, 108), xlabel="score", ylim=(len(methods) - 0.4, -0.6))
+    panels[0].set_yticks(range(len(methods)), [TITLES[x] for x in methods])
+    panels[0].plot([], [], "o", ms=4, mec="0.35", mfc="white", label="the clone of a seed")
+    panels[0].plot([], [], "D", ms=4, mec="0.35", mfc="white", label="ARQ's implicit policy")
+    panels[0].plot([], [], "o", ms=4.5, color="tab:red", label="the policy")
+    figure.legend(loc="outside lower center", ncols=3, frameon=False)
+    figure.suptitle("Most policies score far more than the clone that they stay close to")
+    return figure
+
+
+def curves(cells):
+    """A panel for each method on the mixture: all panels share their axes."""
+    methods = [method for method in TITLES if (MIXTURE, method) in cells]
+    figure = matplotlib.figure.Figure((8, 6.4), layout="constrained")
+    panels = figure.subplots(-(-len(methods) // 4), 4, sharex=True, sharey=True, squeeze=False)
+    for panel, method in zip(panels.flat, methods):
+        for curve in cells[MIXTURE, method].curve:
+            share = 100 * curve.step / curve.step.max()
+            panel.plot(share, curve.score, lw=1)
+        panel.set_title(TITLES[method], fontsize=10)
+        panel.set(xlim=(0, 100), ylim=(-3, 109))
+    figure.supxlabel("share of the method's own training steps, in %", fontsize=10)
+    figure.supylabel("score of each seed", fontsize=10)
+    figure.suptitle("On the mixture, the order of the methods depends on when training stops")
+    return figure
+
+
+def first_run(cells):
+    """README's first run, beside the data, its clone and the clone of the best tenth."""
+    run = cells[MIXTURE, "fisher_brc"].iloc[0]
+    lines = {
+        "10% BC, the mean of its seeds": cells[MIXTURE, "bc-top10"].score.mean(),
+        "the data, mean of its episodes": run.references["data"],
+        "its clone": run.references["its clone (BC)"],
     }
-    explain(figure, signs)
+    figure = matplotlib.figure.Figure((8, 3.6), layout="constrained")
+    panel = figure.subplots()
+    panel.plot(run.curve.step, run.curve.score, "o-", color="tab:red", label="Fisher-BRC, seed 0")
+    for (label, height), style in zip(lines.items(), ("-", "--", ":")):
+        panel.axhline(height, color="0.35", ls=style, lw=1.5, label=label)
+    panel.set(xlim=(0, None), ylim=(-3, 109), xlabel="gradient steps", ylabel="score")
+    figure.legend(loc="outside lower center", ncols=2, frameon=False)
+    figure.suptitle("Fisher-BRC leaves its clone behind; on this data, so does 10% BC")
     return figure
 
 
@@ -522,23 +389,31 @@ def save(figure, path):
 
 def main(args):
     cells, out = read_cells(args.folder), Path(args.out)
+    paper, _ = report.paper_table("random_v2")
     shown = tables(cells, args.folder) | {"OGBench (docs/ogbench.md)": ogbench(args.folder)}
     for heading, text in shown.items():
         print(f"# {heading}\n\n{text}\n")
+    if cells.keys() >= {(env, "fql") for envs in PAIRS for env in envs}:
+        print(f"# Welch's tests\n\n{tests(cells)}\n")
     for algorithm in TITLES:
         if (MIXTURE, algorithm) in cells and "-" not in algorithm:
             print(command(cells, algorithm))
     out.mkdir(parents=True, exist_ok=True)
-    save(curves(cells), out / "curves.png")
-    save(dots(cells, rows_of(cells, TITLES)), out / "scores.png")
-    ways = arrows(cells)
-    if ways:
-        save(ways, out / "clone_to_policy.png")
-    pairs = []
-    for peer in rows_of(cells, PEERS):
-        pairs += [counterpart(cells, MIXTURE, peer), peer]
+    title = "No method is the best on all three datasets"
+    save(report.picture(together(cells, TITLES), title), out / "scores.png")
+    save(arrows(cells), out / "clone_to_policy.png")
+    save(curves(cells), out / "stopping.png")
+    save(first_run(cells), out / "fisher_brc.png")
+    pairs = peers(cells)
     if pairs:
-        save(dots(cells, list(dict.fromkeys(pairs))), out / "peers.png")
+        runs = pd.concat([cells[cell] for cell in pairs])
+        runs = runs.assign(own=runs.method.isin(PEERS))
+        title = "Our programs, and above them, in red, other people's on the same rows"
+        save(report.picture(runs, title), out / "peers.png")
+    runs = report.runs_of(paper, report.read_runs([args.folder]))
+    if len(runs):
+        title = "Data that we made by D4RL's recipe, and the papers' numbers on D4RL's own"
+        save(report.picture(runs, title, paper), out / "published.png")
 
 
 if __name__ == "__main__":

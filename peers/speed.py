@@ -3,210 +3,264 @@
     git clone https://github.com/tinkoff-ai/CORL
     git clone https://github.com/nissymori/JAX-CORL
     git clone https://github.com/EmptyJackson/unifloral
-    git clone https://github.com/seohongpark/fql
     python -m venv jax
-    jax/bin/pip install "jax[cpu]" flax optax distrax ml_collections omegaconf pydantic tqdm tyro
-    python peers/speed.py CORL JAX-CORL unifloral fql --jax-python jax/bin/python
+    jax/bin/pip install "jax[cpu]" flax optax distrax omegaconf pydantic tqdm tyro
+    python peers/speed.py CORL JAX-CORL unifloral --jax-python jax/bin/python
 
-Each program trains TD3+BC, IQL, CQL or FQL on the same 200,000 synthetic rows (17 observations, 6
-actions) in batches of 256, as it lies in its folder and with its default settings
-(peers/drive.py). An update is one step of the critics. Seconds are the process's own processor
-time, set-up and compilation left out. The programs take turns, round after round, so that a machine
-that slows down slows all of them; the table holds medians, and ratios of medians. Everything runs
-on the last core that there is; `taskset -c 0 python peers/speed.py ...` chooses another.
+Each program trains TD3+BC, IQL or CQL on the same 200,000 synthetic rows (17 observations, 6
+actions) in batches of 256, as it lies in its folder and with its default settings. Each is measured
+in a process of its own; what stands in for its packages is in peers/stand_ins.py. An update is one
+step of the critics. Seconds are the process's own processor time, set-up and compilation left out.
+The programs take turns, round after round, so that a machine that slows down slows all of them; the
+table holds medians, and ratios of medians. On Linux, `taskset -c 0 python
+peers/speed.py ...` keeps everything on one core.
 
 The networks are not all alike: JAX-CORL normalizes layers of TD3+BC's critics and of IQL's V, which
-is more work, and its CQL has two layers where CORL's and ours have three, so ours is measured with
-two as well. Unifloral's step of TD3+BC has two updates of the critics and counts twice; its CQL is
-another method and is left out. FQL's program is that of its authors, in the paper's size and in a
-narrow one for a CPU. --precision holds for CORL and for ours.
-
-To add a program, add a row to PEERS here and a function to the table PEERS of peers/drive.py.
+is more work. Unifloral's step of TD3+BC has two updates of the critics and counts twice. The CQL of
+JAX-CORL has two layers, where CORL's and ours have three, and unifloral's is another method: both
+are left out. --precision holds for CORL and for ours.
 """
 
+import importlib
 import json
 import os
-import statistics
+import runpy
 import subprocess
 import sys
 import tempfile
-from dataclasses import dataclass, field
+import time
+from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
 import tyro
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT)]
-from common import Count, Flags, InputError, Positive
-from peers.drive import commit
-from run import parse
-from tools.speed import processor
+sys.path[:0] = [str(ROOT), str(ROOT / "algorithms")]
+from peers import stand_ins
+
+ROWS, OBS_DIM, ACT_DIM, EPISODE = 200_000, 17, 6, 1_000
+PEERS = {  # name: (a file that shows a checkout, algorithms)
+    "CORL": ("algorithms/offline/td3_bc.py", ("td3_bc", "iql", "cql")),
+    "JAX-CORL": ("algos/td3bc.py", ("td3_bc", "iql")),
+    "unifloral": ("algorithms/unifloral.py", ("td3_bc", "iql")),
+}
+TITLES = {"td3_bc": "TD3+BC", "iql": "IQL", "cql": "CQL(H)"}
+OURS = ("ours", "ours, compiled")
 
 
 @dataclass
-class Args(Flags):
+class Args:
     checkouts: tyro.conf.Positional[tuple[str, ...]] = ()
     """folders of the programs to compare with"""
     jax_python: str = sys.executable
     """Python that has JAX, Flax, Optax and Distrax"""
-    algorithms: tuple[Literal["td3_bc", "iql", "cql", "fql"], ...] = ("td3_bc", "iql", "cql", "fql")
-    """what to measure"""
     precision: Literal["highest", "high", "medium"] = "highest"
     """how PyTorch computes fp32 products"""
-    rounds: Count = 3
+    rounds: int = 3
     """measurements of each program"""
-    seconds: Positive = 5.0
+    seconds: float = 5.0
     """seconds of processor time in a measurement"""
 
 
-@dataclass
-class Peer:
-    """A published program that peers/drive.py can start."""
-
-    title: str
-    file: str  # shows that a folder is its checkout
-    networks: dict  # algorithm -> hidden units x layers, and what else is to be known, of each size
-    jax: bool = True
+# ---- in a process of its own -----------------------------------------------------------------
 
 
-NORMALIZED = "256 x 2, layer normalization"
-PEERS = {
-    "corl": Peer(
-        "CORL",
-        "algorithms/offline/td3_bc.py",
-        {"td3_bc": ["256 x 2"], "iql": ["256 x 2"], "cql": ["256 x 3"]},
-        jax=False,
-    ),
-    "jax_corl": Peer(
-        "JAX-CORL",
-        "algos/td3bc.py",
-        {"td3_bc": [NORMALIZED], "iql": [NORMALIZED], "cql": ["256 x 2"]},
-    ),
-    "unifloral": Peer(
-        "unifloral",
-        "algorithms/unifloral.py",
-        {"td3_bc": ["256 x 2"], "iql": ["256 x 2"]},
-    ),
-    "fql": Peer("its authors", "agents/ifql.py", {"fql": ["512 x 4", "128 x 4"]}),
-}
-TITLES = {"td3_bc": "TD3+BC", "iql": "IQL", "cql": "CQL(H)", "fql": "FQL"}
+class Measured(BaseException):
+    """Leaves the program once there is a result."""
 
 
-@dataclass
-class Program:
-    """One row of the table: one algorithm of a peer, or of "ours"."""
+class Meter:
+    """Counts updates per second of this process's own processor time, after a warm-up of at least
+    three calls. `wait(values)` returns when the updates that `values` come from are over."""
 
-    peer: str
-    title: str
-    algorithm: str
-    networks: str
-    folder: str
-    settings: dict = field(default_factory=dict)  # for peers/drive.py
+    def __init__(self, seconds: float, wait=lambda values: None):
+        self.seconds, self.wait, self.first = seconds, wait, time.process_time()
+        self.calls, self.updates, self.start = 0, 0, None
+
+    def __call__(self, updates: int, values=None):
+        now = time.process_time()
+        self.calls += 1
+        self.updates += updates
+        if self.start is None and self.calls > 3 and now - self.first > self.seconds / 3:
+            self.wait(values)
+            self.start, self.updates = time.process_time(), 0
+        elif self.start is not None and now - self.start > self.seconds:
+            self.wait(values)
+            self.rate = self.updates / (time.process_time() - self.start)
+            raise Measured
 
 
-def recognized(folder: str) -> str:
-    """The name of the peer whose checkout a folder is. Raises InputError."""
-    for name, peer in PEERS.items():
-        if (Path(folder) / peer.file).exists():
-            return name
-    files = ", ".join(peer.file for peer in PEERS.values())
-    raise InputError(f"{folder}: use the folder of a checkout; there is none of {files}")
+def synthetic() -> dict:
+    """Random transitions in episodes of 1,000, with D4RL's names."""
+    draw = np.random.default_rng(0)
+    observations = draw.standard_normal((ROWS, OBS_DIM), np.float32)
+    next_observations = np.roll(observations, -1, 0)
+    last = np.arange(ROWS) % EPISODE == EPISODE - 1
+    next_observations[last] = draw.standard_normal((last.sum(), OBS_DIM), np.float32)
+    return {
+        "observations": observations,
+        "actions": draw.uniform(-0.99, 0.99, (ROWS, ACT_DIM)).astype(np.float32),
+        "rewards": draw.standard_normal(ROWS, np.float32),
+        "next_observations": next_observations,
+        "terminals": last.astype(np.float32),
+    }
 
 
-def programs(args) -> list[Program]:
-    """Everything that is measured, in the order of the table: in each algorithm the peers, then
-    ours in each size of theirs, eager and compiled. Raises InputError."""
-    folders = {recognized(folder): folder for folder in args.checkouts}
-    if not folders:
-        raise InputError("name a checkout, for example: python peers/speed.py ../CORL")
+def start(path, *flags) -> None:
+    """Run a program as its user does, in an empty folder."""
+    os.chdir(tempfile.mkdtemp())
+    sys.argv = [str(path), *flags]
+    sys.path.insert(0, str(Path(path).parent))
+    runpy.run_path(str(path), run_name="__main__")
+
+
+def corl(algorithm, folder, how):
+    """CORL logs after every update."""
+    import torch
+
+    torch.set_num_threads(1)
+    torch.set_float32_matmul_precision(how["precision"])
+    meter = Meter(how["seconds"])
+    stand_ins.put_all(synthetic(), lambda values: meter(1))
+    stand_ins.put_flags(lambda train, Config: train(Config(device="cpu", eval_freq=10**12)))
+    path = folder / "algorithms" / "offline" / f"{algorithm}.py"
+    return meter, lambda: start(path)
+
+
+def with_jax(how, updates):
+    """A Meter for programs that log every `updates` updates. The devices are made here, with one
+    thread, because the programs overwrite XLA_FLAGS."""
+    import jax
+
+    jax.devices()
+    meter = Meter(how["seconds"], jax.block_until_ready)
+    stand_ins.put_all(synthetic(), lambda values: meter(updates, values))
+    return meter
+
+
+def jax_corl(algorithm, folder, how):
+    """JAX-CORL compiles eight updates into one call."""
+    flags = ["eval_interval=1000000000", "log_interval=1"]
+    path = folder / "algos" / f"{algorithm.replace('_', '')}.py"
+    return with_jax(how, 8), lambda: start(path, *flags)
+
+
+def unifloral(algorithm, folder, how):
+    """Unifloral scans over the updates between two evaluations. A step of its TD3+BC has two
+    updates of the critics and one of the actor, as two updates of the other programs have."""
+    steps = 200
+    flags = ["--log", "--eval-interval", str(steps), "--num-updates", str(10**9)]
+    path = folder / "algorithms" / f"{algorithm}.py"
+    updates = 2 * steps if algorithm == "td3_bc" else steps
+    return with_jax(how, updates), lambda: start(path, *flags)
+
+
+def ours(algorithm, folder, how):
+    """This repository's own `train`, with default settings."""
+    import torch
+
+    from common import Data, prepare_device
+    from tools.speed import Stopwatch
+
+    torch.set_num_threads(1)
+    device = prepare_device("cpu", how["precision"])
+    module, meter = importlib.import_module(algorithm), Meter(how["seconds"])
+
+    class Counted(Stopwatch):
+        def loop(self, steps, phase="train"):
+            for t in count(steps // 2):
+                yield t
+                meter(1)
+
+    def run():
+        data = Data(*(torch.from_numpy(x) for x in synthetic().values()))
+        args = module.Args(compile=how["compile"])
+        module.train(Counted(device, None), data, args)
+
+    return meter, run
+
+
+STARTERS = {"CORL": corl, "JAX-CORL": jax_corl, "unifloral": unifloral}
+
+
+def one(algorithm, title, folder, how) -> None:
+    """Measure one program in this process, and print its rate."""
+    make = STARTERS.get(title, ours)
+    meter, run = make(algorithm, Path(folder).resolve(), how)
+    out, sys.stdout = sys.stdout, open(os.devnull, "w")
+    try:
+        run()
+    except Measured:
+        print(meter.rate, file=out)
+
+
+# ---- the table -------------------------------------------------------------------------------
+
+
+def programs(args) -> list[tuple]:
+    """[(algorithm, title, folder)] in the order of the table: in each algorithm the peers, then
+    ours, eager and compiled."""
     found = []
-    for algorithm in args.algorithms:
-        rows = [
-            Program(name, PEERS[name].title, algorithm, size, folder, {"hidden": int(size[:3])})
-            for name, folder in folders.items()
-            for size in PEERS[name].networks.get(algorithm, ())
-        ]
-        for size in dict.fromkeys(row.networks[:7] for row in rows):
-            hidden, layers = int(size[:3]), int(size[-1])
-            for title, compile in (("ours", False), ("ours, compiled", True)):
-                settings = {"hidden": hidden, "layers": layers, "compile": compile}
-                rows.append(Program("ours", title, algorithm, size, str(ROOT), settings))
-        found += rows
+    for algorithm in TITLES:
+        for folder in args.checkouts:
+            for title, (file, algorithms) in PEERS.items():
+                if (Path(folder) / file).exists() and algorithm in algorithms:
+                    found.append((algorithm, title, folder))
+        found += [(algorithm, title, str(ROOT)) for title in OURS]
     return found
 
 
-def measure(program: Program, args, folder: str) -> dict:
-    """One measurement in a process of its own: {"rate": updates per second, "versions": ...}.
-    Raises InputError with the program's last line."""
-    jax = program.peer in PEERS and PEERS[program.peer].jax
-    settings = program.settings | {"seconds": args.seconds, "precision": args.precision}
-    command = [args.jax_python if jax else sys.executable, str(ROOT / "peers" / "drive.py")]
-    command += [program.peer, program.algorithm, program.folder, json.dumps(settings)]
-    environment = {
-        "OMP_NUM_THREADS": "1",
-        "MKL_NUM_THREADS": "1",
-        "XLA_FLAGS": "--xla_cpu_multi_thread_eigen=false",
-        "JAX_PLATFORMS": "cpu",
-        "JAX_COMPILATION_CACHE_DIR": f"{folder}/jax",  # later rounds compile nothing
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-        "TORCHINDUCTOR_CACHE_DIR": f"{folder}/torch",
-        "TQDM_DISABLE": "1",
-        "TMPDIR": folder,
-    }
+def measure(program, args, folder: str) -> float:
+    """Updates per second, in a process of its own. Raises SystemExit with its last line."""
+    _, title, _ = program
+    how = {"seconds": args.seconds, "precision": args.precision, "compile": title == OURS[1]}
+    words = json.dumps([*program, how])
+    python = args.jax_python if title in ("JAX-CORL", "unifloral") else sys.executable
+    command = [python, __file__, "--one", words]
+    environment = {"OMP_NUM_THREADS": "1", "TMPDIR": folder}
+    environment |= {"XLA_FLAGS": "--xla_cpu_multi_thread_eigen=false", "JAX_PLATFORMS": "cpu"}
     finished = subprocess.run(command, env=os.environ | environment, capture_output=True, text=True)
-    if finished.returncode or not finished.stdout.strip():
-        line = (finished.stderr.strip().splitlines() or ["it said nothing"])[-1]
-        raise InputError(f"{program.title}, {program.algorithm}: {line}; run {command[1]} by hand")
-    return json.loads(finished.stdout)
+    if finished.returncode:
+        raise SystemExit(f"{', '.join(program)}: {finished.stderr}")
+    return float(finished.stdout)
 
 
-def table(found: list[Program], rates: list[list[float]]) -> list[str]:
-    """Lines of Markdown. A peer's row compares with ours of the same algorithm and as many layers;
-    `rates` holds the measurements of each program."""
-    medians = [statistics.median(x) for x in rates]
-    ours = {
-        (row.algorithm, row.networks, row.title): median
-        for row, median in zip(found, medians)
-        if row.peer == "ours"
-    }
-    lines = ["| algorithm | code | networks | updates/s | from, to | ours | ours, compiled |"]
-    lines.append("|---" * 7 + "|")
-    for row, median, values in zip(found, medians, rates):
-        cells = [TITLES[row.algorithm], row.title, row.networks, f"{median:.1f}"]
-        cells.append(f"{min(values):.1f}, {max(values):.1f}")
-        for title in ("ours", "ours, compiled"):
-            rate = ours[row.algorithm, row.networks[:7], title]
-            cells.append("" if row.peer == "ours" else f"{rate / median:.2f} x")
-        lines.append(f"| {' | '.join(cells)} |")
-    return lines
+def table(found: list[tuple], rates: list[list[float]]) -> str:
+    """A peer's row compares with ours of the same algorithm; `rates` holds the measurements of each
+    program."""
+    medians = {row[:2]: np.median(x) for row, x in zip(found, rates)}
+    lines = [
+        "| algorithm | code | updates/s | from | to | ours | ours, compiled |",
+        "|---" * 7 + "|",
+    ]
+    for (algorithm, title, _), values in zip(found, rates):
+        median = medians[algorithm, title]
+        line = f"| {TITLES[algorithm]} | {title} | {median:.1f}"
+        line += f" | {min(values):.1f} | {max(values):.1f}"
+        for name in OURS:
+            ratio = medians[algorithm, name] / median
+            line += f" | {ratio:.2f} x" if title in PEERS else " | "
+        lines.append(f"{line} |")
+    return "\n".join(lines)
 
 
 def main(args):
     found = programs(args)
-    if hasattr(os, "sched_setaffinity"):
-        os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
-    rates, versions = [[] for _ in found], {}
+    rates = [[] for _ in found]
     with tempfile.TemporaryDirectory() as folder:
         for number in range(args.rounds):
             for program, values in zip(found, rates):
-                result = measure(program, args, folder)
-                values.append(result["rate"])
-                versions |= result["versions"]
-                line = (
-                    f"round {number + 1}: {program.algorithm}, {program.title}, {program.networks}"
-                )
-                print(f"{line}: {values[-1]:.1f} updates/s", file=sys.stderr, flush=True)
-    print("\n".join(table(found, rates)))
-    packages = [f"{name} {version}" for name, version in versions.items()]
-    places = {row.peer: row.folder for row in found}
-    commits = [f"{name} {commit(place)}" for name, place in places.items()]
-    print(
-        f"\nUpdates per second of processor time; medians of {args.rounds} rounds of "
-        f"{args.seconds:g} s on one core: {processor()}, precision {args.precision}. "
-        f"{', '.join([*packages, *commits])}."
-    )
+                values.append(measure(program, args, folder))
+                print(number + 1, *program[:2], values[-1], file=sys.stderr, flush=True)
+    print(table(found, rates))
+    print("\nCommits:", *(f"{x} {stand_ins.commit(x)}" for x in args.checkouts))
 
 
 if __name__ == "__main__":
-    main(parse(Args, {}, sys.argv[1:])[0])
+    if sys.argv[1:2] == ["--one"]:
+        one(*json.loads(sys.argv[2]))
+    else:
+        main(tyro.cli(Args, description=__doc__))

@@ -25,8 +25,8 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "algorithms")]
 import td3_bc
 
-from common import Adam, InputError, normalize_obs
-from peers import drive
+from common import Adam, normalize_obs
+from peers import stand_ins
 from run import load
 
 ROWS = ("obs", "action", "reward", "next_obs", "terminal")
@@ -39,151 +39,101 @@ NAMES = (
 
 @dataclass
 class Args:
-    corl: str = ""
+    corl: str = "../CORL"
     """checkout of tinkoff-ai/CORL"""
-    env: str = "hopper-replay-demo"
-    """dataset"""
     steps: int = 2_000
     """updates"""
     out: str = "figures/td3_lockstep.png"
     """where the picture goes"""
 
 
-class Ours:
-    """td3_bc.py on `data`; `layers` has (weight (in, out), bias (out,)) of actor and critics."""
+def start_ours(data, args):
+    """(networks, [(weight (in, out), bias (out,))] of actor and critics, update(t, rows)).
+    The update draws rows and then noise, as CORL's is given them."""
+    nets = td3_bc.Nets(data, args).to(data.obs.dtype)
+    layers = list(zip(nets.actor.weights, nets.actor.biases))
+    for j in (0, 1):
+        layers += [(w[j], b[j, 0]) for w, b in zip(nets.q.weights, nets.q.biases)]
+    adams = [Adam(net.parameters(), args.lr) for net in (nets.q, nets.actor)]
+    opt = SimpleNamespace(q=adams[0], actor=adams[1])
 
-    def __init__(self, data, args):
-        self.data = data
-        self.args = args
-        self.nets = td3_bc.Nets(data, args).to(data.obs.dtype)
-        actor = self.nets.actor
-        q = self.nets.q
-        self.layers = list(zip(actor.weights, actor.biases))
-        for j in (0, 1):
-            for w, b in zip(q.weights, q.biases):
-                self.layers.append((w[j], b[j]))
-        self.opt = SimpleNamespace(
-            q=Adam(q.parameters(), args.lr),
-            actor=Adam(actor.parameters(), args.lr),
-        )
+    def update(t, rows):
+        td3_bc.update(nets, opt, data, args, t % args.policy_freq == 0)
 
-    def update(self, t, rows):
-        """Draws rows and then noise, as CORL's update is given them."""
-        td3_bc.update(self.nets, self.opt, self.data, self.args, t % self.args.policy_freq == 0)
+    return layers, update
 
 
-class Corl:
-    """CORL's program, started from `layers`, those of Ours; `moved`: one weight is moved first."""
+def start_corl(program, data, args, layers):
+    """The same of CORL's program, started from `layers`."""
+    s, a = data.obs.shape[1], data.action.shape[1]
+    linear, pairs = [], []
+    for net in (program["Actor"](s, a, 1.0), program["Critic"](s, a), program["Critic"](s, a)):
+        linear += [x for x in net.modules() if isinstance(x, torch.nn.Linear)]
+        pairs += [net, torch.optim.Adam(net.parameters(), args.lr)]
+    for own, (weight, bias) in zip(linear, layers, strict=True):
+        own.weight.data = weight.detach().T.clone()
+        own.bias.data = bias.detach().clone()
+    trainer = program["TD3_BC"](1.0, *pairs, discount=args.gamma, tau=args.polyak)
 
-    def __init__(self, program, data, args, layers, moved=False):
-        self.data = data
-        s = data.obs.shape[1]
-        a = data.action.shape[1]
-        nets = [
-            program["Actor"](s, a, 1.0),
-            program["Critic"](s, a),
-            program["Critic"](s, a),
-        ]
-        linear = []
-        pairs = []
-        for net in nets:
-            linear += [x for x in net.modules() if isinstance(x, torch.nn.Linear)]
-            pairs += [net, torch.optim.Adam(net.parameters(), args.lr)]
-        for own, (weight, bias) in zip(linear, layers, strict=True):
-            own.weight.data = weight.detach().T.clone()
-            own.bias.data = bias.detach().reshape(-1).clone()
-        if moved:
-            first = linear[0].weight.data[0]
-            above = torch.full_like(first[0], 2.0)
-            first[0] = torch.nextafter(first[0], above)
-        self.layers = [(x.weight.T, x.bias) for x in linear]
-        self.program = program["TD3_BC"](
-            1.0,
-            *pairs,
-            discount=args.gamma,
-            tau=args.polyak,
-            policy_noise=args.policy_noise,
-            noise_clip=args.noise_clip,
-            policy_freq=args.policy_freq,
-            alpha=args.alpha,
-        )
+    def update(t, rows):
+        batch = [getattr(data, key)[rows] for key in ROWS]
+        trainer.train([x[:, None] if x.dim() == 1 else x for x in batch])
 
-    def update(self, t, rows):
-        batch = []
-        for key in ROWS:
-            x = getattr(self.data, key)[rows]
-            batch.append(x[:, None] if x.dim() == 1 else x)
-        self.program.train(batch)
+    return [(x.weight.T, x.bias) for x in linear], update
 
 
 def distance(a, b) -> float:
     """|a's parameters - b's| / |a's parameters|."""
-    flat = []
-    for one in (a, b):
-        parts = [p.detach().reshape(-1) for pair in one.layers for p in pair]
-        flat.append(torch.cat(parts))
-    x, y = flat
+    x, y = (torch.cat([p.reshape(-1) for pair in one for p in pair]) for one in (a, b))
     return ((x - y).norm() / x.norm()).item()
 
 
-def lockstep(a, b, args, steps, shown):
+def lockstep(program, name, how, shown):
     """Distances after each of the updates `shown`; both see the same random numbers."""
+    dtype = torch.float64 if "64" in name else torch.float32
+    torch.set_default_dtype(dtype)
+    data, _ = load("hopper-replay-demo", "cpu", "none")
+    normalize_obs(data, eps=1e-3)
+    for key in ROWS:
+        setattr(data, key, getattr(data, key).to(dtype))
+    args = td3_bc.Args(polyak=0.01)  # the preset's; CORL's other defaults are ours, too
+    torch.manual_seed(0)
+    layers, update = start_ours(data, args)
+    theirs, their_update = start_corl(program, data, args, layers)
+    draws_rows = "ours" in name
+    if not draws_rows:
+        layers, update = start_corl(program, data, args, layers)
+        moved = layers[0][0].data[0]
+        moved[0] = torch.nextafter(moved[0], moved[0] + 1)
     found = []
-    for t in range(1, steps + 1):
+    for t in range(1, how.steps + 1):
         torch.manual_seed(t)
         start = torch.get_rng_state()
-        rows = torch.randint(len(a.data.obs), (args.batch_size,))
+        rows = torch.randint(len(data.obs), (args.batch_size,))
         noise = torch.get_rng_state()
-        for one in (a, b):
-            torch.set_rng_state(start if isinstance(one, Ours) else noise)
-            one.update(t, rows)
+        their_update(t, rows)
+        torch.set_rng_state(start if draws_rows else noise)
+        update(t, rows)
         if t in shown:
-            found.append(distance(a, b))
+            found.append(distance(layers, theirs))
     return found
 
 
-def curves(program, how):
-    """(numbers of updates, {name: distances})."""
-    points = {int(10 ** (k / 8)) for k in range(60)}
-    shown = sorted(x for x in points | {how.steps} if x <= how.steps)
-    found = {}
-    for name in NAMES:
-        dtype = torch.float64 if "64" in name else torch.float32
-        torch.set_default_dtype(dtype)
-        data, _ = load(how.env, "cpu", "none")
-        normalize_obs(data, eps=1e-3)
-        for key in ROWS:
-            setattr(data, key, getattr(data, key).to(dtype))
-        args = td3_bc.Args(polyak=0.01)  # the preset's
-        torch.manual_seed(0)
-        ours = Ours(data, args)
-        first = Corl(program, data, args, ours.layers)
-        second = ours
-        if "copies" in name:
-            second = Corl(program, data, args, ours.layers, moved=True)
-        found[name] = lockstep(second, first, args, how.steps, shown)
-    torch.set_default_dtype(torch.float32)
-    return shown, found
-
-
 def main(how):
-    path = Path(how.corl) / "algorithms" / "offline" / "td3_bc.py"
-    if not how.corl or not path.is_file():
-        raise InputError(f"--corl {how.corl or 'is missing'}: name a checkout of tinkoff-ai/CORL")
-    torch.set_num_threads(1)
-    drive.put_all(print)
-    drive.put_flags(lambda train, Config: None)
-    shown, found = curves(runpy.run_path(str(path)), how)
+    stand_ins.put_all({})
+    stand_ins.put_flags(stand_ins.nothing)
+    program = runpy.run_path(f"{how.corl}/algorithms/offline/td3_bc.py")
+    shown = sorted({round(how.steps ** (k / 24)) for k in range(25)})
     figure = matplotlib.figure.Figure((6.4, 4), layout="constrained")
     panel = figure.subplots()
-    for (name, values), style in zip(found.items(), ("C0-", "C1-", "k--")):
-        panel.loglog(shown, values, style, label=name)
+    for name in NAMES:
+        values = lockstep(program, name, how, shown)
+        panel.loglog(shown, values, label=name)
         print(f"{name}: {values[-1]:.1e} after {how.steps} updates")
-    panel.set_xlabel("updates")
-    panel.set_ylabel("relative distance of the parameters")
-    panel.set_title(f"TD3+BC in lockstep, {how.env}", fontsize=11)
+    title = "In float64 our TD3+BC and CORL's are one function"
+    panel.set(xlabel="updates", ylabel="relative distance of the parameters", title=title)
     panel.legend()
-    figure.savefig(how.out, dpi=150)
+    figure.savefig(how.out)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,6 @@
 """arq.py: the clone against closed forms, Eqs. 4 to 6 by hand, phases and their tables."""
 
 import math
-import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import arq
@@ -17,9 +15,6 @@ from torch import nn
 from torch.testing import assert_close
 
 from common import MLP, Adam, Data, InputError, parse
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "figures"))
-import arq_densities  # noqa: E402
 
 INF = math.inf
 
@@ -229,13 +224,50 @@ def off_support(parts, a):
     return 1 - inside.double().mean().item()
 
 
+def modes(s):
+    """Four densities at states s (S,): lists of (weight (S,), distribution)."""
+    left = (s < 0).to(s)
+    right = (s >= 0).to(s)
+    near = lambda center: D.Normal(center, 0.08)
+    arc = 0.9 * (1 - s**2).clamp(min=0).sqrt()
+    band = D.Uniform(0 * s - 0.4, 0.4, validate_args=False)
+    step = [
+        (left, near(0 * s - 0.5)),
+        (right, near(0 * s + 0.5)),
+    ]
+    branches = []
+    for k in (-1, 1):
+        center = k * (0.2 + 0.6 * s.abs())
+        branches.append(((left + right) / 2, near(center)))
+    three = []
+    for k in (-0.6, 0, 0.6):
+        weight = left * (k == 0) + right / 3
+        center = 0 * s + k
+        three.append((weight, near(center)))
+    arcs = [(right / 2, near(k * arc)) for k in (-1, 1)]
+    return {
+        "a step": step,
+        "two branches": branches,
+        "one to three": three,
+        "a band, then an arc": [(left, band), *arcs],
+    }
+
+
+def draw(parts):
+    """One action (S, 1) per state."""
+    weights = torch.stack([weight for weight, _ in parts], 1)
+    k = torch.multinomial(weights, 1)
+    samples = torch.stack([mode.sample() for _, mode in parts], 1)
+    return samples.gather(1, k).clamp(-1, 1)
+
+
 def test_few_samples_are_off_the_support():
-    """The densities of figures/arq_densities.py with their exact scores, 100,000 states each."""
+    """Four densities with their exact scores, 100,000 states each."""
     torch.manual_seed(0)
     s = 2 * torch.rand(100_000).double() - 1
     shares = {}
-    for title, parts in arq_densities.modes(s).items():
-        true = arq_densities.draw(parts)[:, 0]
+    for title, parts in modes(s).items():
+        true = draw(parts)[:, 0]
         mean, std = true.mean(), true.std()
         parts_z = []
         for weight, mode in parts:

@@ -1,6 +1,5 @@
 """benchmark.sh: its commands are understood; runs stop, continue, fail and are reported."""
 
-import csv
 import fnmatch
 import importlib
 import json
@@ -18,10 +17,11 @@ from pathlib import Path
 import h5py
 import numpy as np
 import pytest
+import tyro
 from short_runs import SCRIPTS
 
-from harness.tasks import table as data_table
-from peers import corl
+from readers.tasks import table as data_table
+from peers import train
 from run import main, parse
 from tools import report
 
@@ -91,14 +91,21 @@ def test_every_command_is_understood(table):
         assert wanted <= runs and {e for e, _ in runs} == {e for e, _ in wanted}
 
 
-def test_corl_runs_beside_our_two_files():
-    """The commands of the table corl are understood by peers/corl.py."""
+def test_corl_runs_beside_ours():
+    """The commands of the table corl are understood by peers/train.py."""
     listed = commands("corl", CORL="the checkout", FLAGS="--precision high --compile")
-    assert {command[1] for command in listed} == {"peers/corl.py"}
-    runs = [parse(corl.Args, {}, command[2:])[0] for command in listed]
-    assert {(x.corl, x.out, x.precision) for x in runs} == {("the checkout", "runs", "high")}
-    wanted = {(args.env, a) for _, args in map(parsed, commands("local")) for a in corl.NAMES}
-    assert len(runs) == 6 and {(run.env, run.algorithm) for run in runs} == wanted
+    program, known = train.PROGRAMS["corl_td3_bc"], set()
+    for command in listed:
+        assert command[1] == "peers/train.py"
+        args, words = tyro.cli(train.Args, args=command[2:], return_unknown_args=True)
+        assert (args.program, args.checkout) == ("corl_td3_bc", "the checkout")
+        ours, _ = train.settings(program, words)
+        assert (ours.out, ours.precision) == ("runs", "high")
+        known.add((ours.env, ours.seed))
+    wanted = [
+        args for module, args in map(parsed, commands("local")) if module.__name__ == "td3_bc"
+    ]
+    assert known == {(args.env, args.seed) for args in wanted}
 
 
 def test_local_runs_every_file_on_every_bundled_dataset():
@@ -463,11 +470,7 @@ def test_commands_run_and_are_reported(every, tmp_path, monkeypatch):
         except SystemExit as finished:  # two tables list it
             assert finished.code == 0, (command, finished)
     for table in {table for table, _ in chosen.values()} - {"ablations"}:
-        report.main(report.Args(table=table, mixed=True, figures=False))
-        with open(f"report/{table}.csv", newline="") as f:
-            rows = {(row["dataset"], row["method"]) for row in csv.DictReader(f)}
-        paper = report.paper_table(table)[0]
-        assert {*zip(paper.dataset, paper.method)} <= rows
-        listed = Path(f"report/{table}.md").read_text().split("# Every run")[1].splitlines()[4:]
+        report.main(report.Args(table=table))
+        page = Path(f"report/{table}.md").read_text()
         wanted = {parsed(command)[1].env for name, command in chosen.values() if name == table}
-        assert wanted <= {line.split(" | ")[0].strip("| ") for line in listed}
+        assert all(env in page for env in wanted)

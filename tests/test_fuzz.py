@@ -21,10 +21,10 @@ import h5py
 import numpy as np
 import pytest
 import torch
+from harness.resume import load_tensors, to_bytes
 from short_runs import META, ROOT, folder, outcome, short, start, write_log
 
 from common import InputError
-from harness.resume import load_tensors, to_bytes
 from run import load as load_dataset
 
 CPU = torch.device("cpu")

@@ -20,6 +20,8 @@ import filelock
 import numpy as np
 import pytest
 import torch
+from harness import resume
+from harness.resume import to_bytes
 from short_runs import (
     META,
     ROOT,
@@ -41,8 +43,6 @@ from short_runs import (
 
 import run as page
 from common import InputError, RunArgs, parse
-from harness import resume
-from harness.resume import to_bytes
 
 BC = ROOT / "algorithms" / "bc.py"
 
@@ -54,7 +54,7 @@ def module_name(path) -> str:
     return name.removesuffix(".__init__")
 
 
-FOLDERS = ("harness", "harness/readers", "tools", "peers", "figures")
+FOLDERS = ("harness", "harness/readers", "tools", "data/make", "peers", "figures")
 FILES = [ROOT / "common.py", ROOT / "run.py"]
 FILES += [path for name in FOLDERS for path in sorted((ROOT / name).glob("*.py"))]
 MODULES = {module_name(path): ast.parse(path.read_text()) for path in FILES}

@@ -1,23 +1,21 @@
-"""tools/make_ogbench.py: recipes, recordings that their seed alone decides, files that OGBench's
+"""data/make/ogbench.py: recipes, recordings that their seed alone decides, files that OGBench's
 own loader reads. Recordings are short here; all but the names need the package ogbench."""
 
 import dataclasses
 import importlib.util
 import json
-import os
-import re
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from harness.readers.ogbench import MADE, SETS
+from harness.tasks import table
 
 from common import InputError
-from harness.readers.ogbench import MADE, SETS
-from harness.tasks import INSTALL, table
+from data.make import ogbench as make_ogbench
+from data.make.ogbench import Recipe, recipe_of, record, seed_recording
 from run import load as load_dataset
-from tools import make_ogbench
-from tools.make_ogbench import Recipe, recipe_of, record, seed_recording
 
 ROOT = Path(__file__).resolve().parents[1]
 installed = pytest.mark.skipif(not importlib.util.find_spec("ogbench"), reason="no ogbench")
@@ -104,14 +102,6 @@ def test_every_name_that_can_be_made_has_its_environment():
         assert recipe_of(name).env in gymnasium.registry, name
 
 
-def test_requirements_bound_mujoco_as_the_hint_does():
-    """A newer MuJoCo than the hint names breaks every task, and pip takes the newest."""
-    bound = re.search(r"'mujoco(<[\d.]+)'", INSTALL["ogbench"])[1]
-    for file in ("requirements.txt", "tests/requirements.txt"):
-        lines = [x for x in (ROOT / file).read_text().splitlines() if x.startswith("mujoco")]
-        assert len(lines) == 1 and lines[0].endswith(bound), f"{file}: mujoco{bound}"
-
-
 # ---- recordings ------------------------------------------------------------------------------
 
 
@@ -145,34 +135,6 @@ def test_a_number_gives_a_recording_whatever_was_recorded_before():
 
     first, second, again = (numbered(i) for i in (0, 1, 0))
     assert np.array_equal(first, again) and not np.array_equal(first, second)
-
-
-def test_noise_and_stacking_of_an_arm(monkeypatch):
-    """The noise of the yaw is three times that of a position, the gripper's ten times; one draw of
-    each decides a recording."""
-    asked, info = [], {"privileged/target_task": "cube", "prev_qpos": 0, "prev_qvel": 0}
-    oracle = SimpleNamespace(reset=lambda obs, info: None, done=True)
-    oracle.select_action = lambda obs, info: np.zeros(5)
-    env = SimpleNamespace(reset=lambda: (0, info), left=2000)
-    env.unwrapped = SimpleNamespace(
-        set_new_target=lambda p_stack: asked.append(p_stack) or (0, info)
-    )
-
-    def step(action):
-        env.left -= 1
-        return 0, 0, False, env.left == 0, info
-
-    env.step = step
-    monkeypatch.setattr(make_ogbench, "oracles", lambda *_: {"cube": oracle})
-    recipe = Recipe("cube-double-v0", "noisy", stack=(0.2, 0.3), noise=0.02)
-    state = np.random.get_state()
-    np.random.seed(0)
-    rows = make_ogbench.record_arm(env, None, recipe)
-    np.random.set_state(state)
-    std = np.std([row["actions"] for row in rows], axis=0)
-    np.testing.assert_allclose(std / std[0], [1, 1, 1, 3, 10], rtol=0.08)
-    assert 0 < std[0] < 0.02 and len(rows) == 2000
-    assert len(set(asked)) == 1 and 0.2 < asked[0] < 0.3
 
 
 def test_cells_of_a_maze():
@@ -222,13 +184,6 @@ def test_the_file_does_not_depend_on_workers_and_a_second_command_continues(fold
     assert not parts.exists()
 
 
-def test_recordings_of_another_seed_are_not_continued(tmp_path):
-    parts = tmp_path / "parts"
-    for _ in range(2):
-        make_ogbench.prepare(parts, "seed 0")
-    assert "another seed" in error_of(lambda: make_ogbench.prepare(parts, "seed 1"))
-
-
 @installed
 def test_keys_and_types_are_ogbenchs_and_the_note_says_how_it_was_made(folder):
     recipe = dataclasses.replace(recipe_of("puzzle-3x3-play"), recordings=10, rows=4)
@@ -261,21 +216,6 @@ def test_rows_of_a_made_file_are_those_of_ogbenchs_own_loader(folder):
     assert len(ours.obs) == 10 * 8 and len(validation["observations"]) == 8
     compact = ogbench.utils.load_dataset(str(path), compact_dataset=True)
     assert len(compact["observations"]) == 90 and compact["valids"].sum() == 80
-
-
-@installed
-def test_bytes_are_named_first_and_a_full_folder_is_refused(folder, monkeypatch, capsys):
-    monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=3000))
-    text = error_of(lambda: make(recipe=dataclasses.replace(SHORT, rows=1000)))
-    assert f"{folder} has 0 MB, 1 MB are needed" in text and "OGBENCH_DATASET_DIR" in text
-    assert "11 recordings of 1,000 rows: 1 MB more" in capsys.readouterr().out
-    assert not list(folder.iterdir())
-
-
-@installed
-def test_a_process_without_its_command_stops(folder):
-    make_ogbench.work(MAZE, SHORT, 0, [0], folder, parent=os.getpid())
-    assert not list(folder.iterdir())
 
 
 def test_without_the_package_one_line_says_how_to_install_it(monkeypatch):

@@ -271,10 +271,10 @@ def test_a_second_mirror_is_asked(folder, tmp_path, monkeypatch, capsys):
 def test_a_failed_download_offers_to_make_the_data(folder, monkeypatch):
     monkeypatch.setattr("ogbench.utils.DATASET_URL", "file:///nowhere")
     monkeypatch.setattr(ogbench, "HUB", "file:///nowhere/{file}")
-    command = "python tools/make_ogbench.py cube-single-play"
+    command = "python data/make/ogbench.py cube-single-play"
     assert error_of("cube-single-play-singletask-v0", eval_env="none").endswith(command)
     text = error_of("antmaze-large-navigate-singletask-v0", eval_env="none")
-    assert "cannot download" in text and "make_ogbench" not in text
+    assert "cannot download" in text and "data/make" not in text
 
 
 # ---- published settings ----------------------------------------------------------------------

@@ -1,9 +1,6 @@
-"""report.py: statistics against scipy and by hand, what is averaged, tables, figures, refusals."""
+"""report.py and store.py: what is averaged and what is refused, tables by hand, the picture."""
 
-import csv
 import json
-import os
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -12,568 +9,346 @@ import numpy as np
 import pandas as pd
 import pytest
 import scipy.stats
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from short_runs import ROOT, SCRIPTS
+from short_runs import ROOT, SCRIPTS, folder, rows, start
 
-from harness import resume
-from run import load, score
-from tools import report
-from tools.report import bootstrap, iqm, statistics
+from common import InputError
+from tools import report, store
 
-CODE = {"code of algorithm": "a" * 12, "code of common": "b" * 12, "code of run": "c" * 12}
-OTHERS = {"data": "d" * 16, "version of torch": "2.13", "precision": "highest"}
-HOPPER = "hopper-medium-v0"
+HOPPER, MAZE = "hopper-replay-demo", "pointmaze-stitch-demo"
 
 
-def write_run(root, env=HOPPER, method="bc", seed=0, scores=(1.0, 2.0), **more):
-    """A run's folder as the harness leaves it. In `config`, None removes a key."""
+def write_run(root, env=HOPPER, method="bc", seed=0, scores=(10.0, 20.0), **more):
+    """A run's folder with a score of `scores`' mean. `config` and `args` replace what stands in
+    config.json; `references` are those of summary.json, whose text `summary` replaces."""
     algorithm, _, name = method.partition("-")
-    folder = root / f"{env.replace('/', '-')}__{method}__{seed}"
+    folder = Path(root, f"{Path(env).name}__{method}__{seed}")
     folder.mkdir(parents=True)
-    args = {"env": env, "seed": seed, "name": name, "steps": 10} | more.get("args", {})
-    settings = {key: value for key, value in args.items() if key not in resume.CONTROL}
-    config = {
-        "algorithm": algorithm,
-        "args": args,
-        "settings": settings | CODE | OTHERS | more.get("settings", {}),
-        "task": "Hopper-v5",
-        "commit": "e" * 40,
-        "dirty": False,
-        "precision": "highest",
-        "machine": "x86_64, 2 cores, cpu",
-        "threads": 1,
-    } | more.get("config", {})
-    config = {key: value for key, value in config.items() if value is not None}
+    args = {"env": env, "seed": seed, "name": name, "steps": 1000} | more.get("args", {})
+    config = {"algorithm": algorithm, "args": args, "machine": "x86_64, 2 cores, cpu"}
+    config |= {"code": {"run": "a"}, "dataset_sha256": "d", "versions": {"torch": "2"}}
+    config |= {"task": "Hopper-v5", "precision": "highest", "commit": "c"} | more.get("config", {})
     (folder / "config.json").write_text(json.dumps(config))
-    every = more.get("every", 10)
-    if scores:
-        with open(folder / "eval.csv", "w", newline="") as f:
-            writer = csv.writer(f)
-            writer.writerow(["step", "seconds", "return", "score", "episode_0"])
-            writer.writerows([every * (i + 1), i + 0.5, 0, s, 0] for i, s in enumerate(scores))
-    if more.get("finished", True):
-        last = more.get("averaged", 10)
-        summary = {"score": float(np.mean(scores[-last:])) if scores else None, "averaged": last}
-        summary |= {"evaluations": len(scores), "references": more.get("references", {})}
-        (folder / "summary.json").write_text(json.dumps(summary))
+    lines = [f"{more.get('every', 500) * (i + 1)},{i},0,{x},0" for i, x in enumerate(scores)]
+    text = "\n".join(["step,seconds,return,score,episode_0", *lines, ""])
+    (folder / "eval.csv").write_text(text)
+    found = {"score": float(np.mean(scores)) if scores else None, "averaged": 10}
+    found |= {"evaluations": len(scores), "references": more.get("references", {"data": 21.0})}
+    (folder / "summary.json").write_text(more.get("summary", json.dumps(found)))
     return folder
 
 
-def write_seeds(root, seeds, first=50.0, **more):
-    """One run for each seed; every seed scores one more than the one before it."""
-    for seed in range(seeds):
-        write_run(root, seed=seed, scores=(first + seed,), **more)
-
-
-def main(**args):
-    """What `python tools/report.py` does; without figures, unless they are asked for."""
-    report.main(report.Args(**(dict(figures=False) | args)))
+def write_seeds(root, scores, **more):
+    """One run for each score."""
+    return [write_run(root, seed=seed, scores=(x,), **more) for seed, x in enumerate(scores)]
 
 
 @pytest.fixture
 def here(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    return tmp_path / "runs"
+    return tmp_path
 
 
-def table(name="runs"):
-    """{(dataset, method): row} of the CSV; cells are text."""
-    with open(f"report/{name}.csv", newline="") as f:
-        return {(row["dataset"], row["method"]): row for row in csv.DictReader(f)}
+def page(*folders, **args) -> str:
+    """What the command prints."""
+    report.main(report.Args(folders=folders or ("runs",), **args))
+    return Path("report", f"{args.get('table') or 'runs'}.md").read_text()
 
 
-def page(name="runs"):
-    return Path(f"report/{name}.md").read_text()
+def cells(text, start) -> list[str]:
+    """The cells of the row of a table that begins so."""
+    (line,) = (x for x in text.splitlines() if x.startswith(f"| {start}"))
+    return line[2:-2].split(" | ")
 
 
-def section(title, name="runs"):
-    """The lines of one part of the page."""
-    return page(name).split(f"# {title}\n\n")[1].split("\n\n")[0].splitlines()
-
-
-def refused(*words, **args):
-    with pytest.raises(report.InputError) as error:
-        main(**args)
+def refused(*words, folders=("runs",), **args):
+    with pytest.raises(InputError) as error:
+        page(*folders, **args)
     line = str(error.value)
-    assert "\n" not in line and len(line) < 700, line
-    assert all(word in line for word in words), line
+    assert "\n" not in line and all(word in line for word in words), line
 
 
 # ---- statistics ------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("n", [1, 2, 3, 4, 5, 8, 11, 40])
-def test_iqm_leaves_a_quarter_out_at_both_ends(n):
-    x = np.random.default_rng(n).normal(size=(3, n))
-    assert np.allclose(iqm(x), np.sort(x)[:, n // 4 : n - n // 4].mean(1))
-
-
-def test_bootstrap_of_one_stratum_is_scipys():
+def test_the_interquartile_mean_and_its_interval_are_scipys():
     x = np.random.default_rng(0).normal(3, 2, 30)
-    found = bootstrap([x], lambda v: v.mean(-1), 20_000)
-    other = scipy.stats.bootstrap((x,), np.mean, n_resamples=20_000, method="percentile")
-    assert found == pytest.approx([*other.confidence_interval], abs=0.03)
-
-
-def test_bootstrap_resamples_each_dataset_on_its_own():
-    """Datasets of constant but different scores have no uncertainty; pooled, they would."""
-    assert [*bootstrap([[1.0, 1, 1], [9.0, 9]], lambda v: v.mean(-1), 500)] == [4.2, 4.2]
-
-
-def wins(scores):
-    """{(row, column): probability in %} for {(dataset, method): scores}."""
-    rows = [(*key, x) for key, own in scores.items() for x in own]
-    frame = report.improvements(pd.DataFrame(rows, columns=["dataset", "method", "score"]))
-    return frame.set_index("method").stack().to_dict()
-
-
-def test_probability_of_improvement():
-    rng = np.random.default_rng(1)
-    x, y = rng.normal(0.3, 1, 12).round(1), rng.normal(0, 1, 15).round(1)
-    share = 100 * scipy.stats.mannwhitneyu(x, y).statistic / (12 * 15)
-    first = {("a", "x"): x, ("a", "y"): y}
-    assert wins(first)["x", "y"] == pytest.approx(share)
-    second = {("b", "x"): [2, 2, 2], ("b", "y"): [1, 1, 1, 1], ("b", "few"): [0, 0]}
-    found = wins(first | second)  # datasets count alike, however many seeds they have
-    assert found["x", "y"] == pytest.approx((share + 100) / 2) == 100 - found["y", "x"]
-    assert not any("few" in pair for pair in found), "two seeds say nothing"
-
-
-def test_standard_errors():
-    x = np.random.default_rng(2).normal(size=7)
-    assert statistics([x])["standard error"] == pytest.approx(scipy.stats.sem(x))
-    assert np.isnan(statistics([[1.0, 2], [3.0]])["standard error"])
-    # two datasets: sqrt(sem^2 + sem^2) / 2, with sem 1 and 2 for these seeds
-    found = statistics([[0.0, 2], [0.0, 4]])
-    assert found["standard error"] == pytest.approx(np.sqrt(1 + 4) / 2) and found["mean"] == 1.5
+    assert np.allclose(report.iqm([x, -x]), scipy.stats.trim_mean([x, -x], 0.25, axis=-1))
+    trimmed = lambda v, axis: scipy.stats.trim_mean(v, 0.25, axis=axis)
+    other = scipy.stats.bootstrap((x,), trimmed, n_resamples=10_000, method="percentile")
+    assert report.interval(x, 10_000) == pytest.approx([*other.confidence_interval], abs=0.04)
 
 
 # ---- tables ----------------------------------------------------------------------------------
 
 
-def test_every_run_without_a_table(here):
-    """All numbers of two runs; how long they are stands beside them."""
-    for seed, final in enumerate((10.0, 14.0)):
-        write_run(here, method="fisher_brc-lam1", seed=seed, scores=(0.0, *[final] * 10))
-    write_run(here, env="mujoco/hopper/medium-v0", scores=(7.0,), args={"steps": 300})
-    main(figures=True)
-    row = {name: x for name, x in table()[HOPPER, "fisher_brc-lam1"].items() if x}
-    assert [*row.values()][2:] == "12.0 ± 2.0 (2)|2|12.0|2.0|2.8|12.0|10|11 x 1".split("|")
-    assert section("runs: mean ± standard error (seeds)")[2:] == [
-        "| bc |  | 7.0 (1) | 7.0 (1) | 300 | 1 x 1 |",
-        "| fisher_brc-lam1 | 12.0 ± 2.0 (2) |  | 12.0 ± 2.0 (2) | 10 | 11 x 1 |",
-    ]
-    for axis in ("steps", "seconds"):
-        assert Path(f"report/runs_{axis}.png").read_bytes()[:4] == b"\x89PNG"
+def test_the_table_by_hand(here):
+    """Seeds that differ from the usual number stand in the cell; the error of a mean over datasets
+    is that of independent seeds; bc.py --top does not speak for the whole data."""
+    write_seeds("runs", (0.0, 2.0), method="iql", references={"data": 5.0})
+    write_seeds("runs", (0.0, 4.0), method="iql", env=MAZE)
+    write_seeds("runs", (8.0, 8.0), method="bc-top10", args={"top": 0.1}, references={"data": 99})
+    write_seeds("runs", (7.0,), method="bc-top10", env=MAZE, args={"top": 0.1})
+    text = page()
+    head = cells(text, "method")
+    assert head == ["method", f"`{HOPPER}`, 2 seeds", f"`{MAZE}`, 2 seeds", report.MEAN]
+    assert cells(text, "the data")[1:3] == ["5.0", "21.0"]
+    iql = ["IQL (yours)", "1.0 ± 1.0", "2.0 ± 2.0", f"1.5 ± {5**0.5 / 2:.1f}"]
+    assert cells(text, "IQL (yours) ") == iql
+    assert cells(text, "10% BC") == ["10% BC (yours)", "8.0 ± 0.0", "7.0 (1)", "7.5"]
 
 
-def test_numbers_stand_under_their_names(here):
-    env = "hopper-medium-expert-demo"
-    data, task = load(env)
-    best = score(task, [data.episode_return.max().item()])
-    same = dict(settings={"data": data.digest}, references={"data": 47.2})
-    for seed in range(5):
-        write_run(here, env=env, method="iql", seed=seed, scores=(70.0 + seed**2,), **same)
-    top = dict(args={"top": 0.1}, references={"data": 102.3})  # of the episodes that it clones
-    write_run(here, env=env, method="bc-top10", scores=(80.0,), **same | top)
-    write_run(here, env="walker2d-medium-v0", references={"data": 11.0})
-    main()
-    low, high = bootstrap([[70.0, 71, 74, 79, 86]])
-    row, found = table()[env, "iql"], table()
-    names = ("seeds", "mean", "standard error", "std", "IQM", "IQM low", "IQM high")
-    wanted = f"5 76.0 2.9 6.6 74.7 {low:.1f} {high:.1f}"
-    assert [row[name] for name in names] == wanted.split()
-    assert found[env, "the data, mean of its episodes"]["mean"] == "47.2"
-    assert found[env, "the data, best episode"]["mean"] == f"{best:.1f}"
-    assert found["walker2d-medium-v0", "the data, mean of its episodes"]["mean"] == "11.0"
-    assert ("walker2d-medium-v0", "the data, best episode") not in found, "data is not bundled"
-    assert report.best_episode(env, "another hash") is None
-    assert found[report.ALL, "iql"]["std"] == "", "no deviation over datasets"
-    methods = [line.split(" | ")[1] for line in section("Every dataset")[2:] if f" {env} " in line]
-    data = ["the data, best episode", "the data, mean of its episodes"]
-    assert methods == [data[0], "bc-top10", "iql", data[1]], "the best first"
+def test_a_mean_over_datasets_needs_every_dataset_of_every_method(here):
+    write_seeds("runs", (1.0,), method="iql")
+    write_seeds("runs", (1.0,), method="iql", env=MAZE)
+    assert report.MEAN in page()
+    write_seeds("runs", (1.0,), method="awr", env=MAZE)
+    text = page()
+    assert report.MEAN not in text and cells(text, "AWR") == ["AWR (yours)", "-", "1.0"]
 
 
-def test_every_run_has_its_line(here):
-    """The score that the tables average, and what else is known; unfinished runs come first."""
-    write_run(here, HOPPER, "iql", 1, (4.0, 8.0), config={"dirty": True})
-    clone = {"data": 3.0, "its clone (BC)": 33.25}
-    write_run(here, HOPPER, "brac", 2, (1.0,), references=clone)
-    write_run(here, HOPPER, "iql", 3, (100.0,), finished=False, config={"commit": None})
-    write_run(here, HOPPER, "cql", 0, ())
-    main()
-    clone, rest = "data 3.0, its clone (BC) 33.2", "| x86_64, 2 cores, cpu, threads: 1 |"
-    assert section("Every run")[2:] == [
-        f"| {HOPPER} | iql | 3 |  | 10 | 1 x 1 |  | False | None {rest}",
-        f"| {HOPPER} | brac | 2 | 1.0 | 10 | 1 x 1 | {clone} | True | eeeeeee {rest}",
-        f"| {HOPPER} | cql | 0 |  | 10 | 0 x 0 |  | True | eeeeeee {rest}",
-        f"| {HOPPER} | iql | 1 | 6.0 | 10 | 2 x 1 |  | True | eeeeeee with edits {rest}",
-    ]
-    assert table()[HOPPER, "iql"]["mean"] == "6.0", "an unfinished run is not averaged"
+def test_an_interval_needs_five_runs(here):
+    write_seeds("runs", (1.0, 2.0, 3.0, 4.0, 100.0), method="iql")
+    write_seeds("runs", (1.0, 2.0, 3.0, 4.0), method="awr")
+    *_, line = page().splitlines()
+    low, high = report.interval(np.array([1.0, 2, 3, 4, 100]))
+    assert line == f"| {HOPPER} | IQL (yours) | 5 | 3.0 | {low:.1f} | {high:.1f} |"
+    numbers = pd.read_csv("report/runs.csv").set_index("method")
+    assert numbers.loc["IQL (yours)", ["mean", "IQM"]].tolist() == [22.0, 3.0]
 
 
-def test_beside_the_paper(here):
-    """F-BRC on hopper-medium-v0; the paper's number is read from its table, not from here."""
-    paper = {(r["dataset"], r["method"]): r for r in rows_of("fisher_brc_table1")}
-    row = paper[HOPPER, "F-BRC"]
-    mean, std = float(row["paper"]), float(row["paper std"])
-    write_seeds(here, 3, mean - 4, method="fisher_brc")
-    write_run(here, method="td3_bc")  # not in the table
-    main(table="fisher_brc_table1")
-    found, name = table("fisher_brc_table1"), "fisher_brc_table1"
-    row = found[HOPPER, "F-BRC"]
-    assert float(row["mean"]) == pytest.approx(mean - 3, abs=0.05) and float(row["paper"]) == mean
-    expected = -3 / np.hypot(np.std([0, 1, 2], ddof=1), std)
-    assert float(row["difference / std"]) == pytest.approx(expected, abs=0.05)
-    assert found[HOPPER, "MBOP"]["paper"] and not found[HOPPER, "MBOP"]["mean"]
-    assert paper.keys() <= found.keys() and "td3_bc" not in page(name)
-    assert section(f"{name}: {report.SCORE}", name)[2:] == [
-        f"| {HOPPER} | {mean - 3:.1f} ± 0.6 (3) |",
-        f"| {report.ALL} | {mean - 3:.1f} ± 0.6 (3) |",
-        "| steps | 10 |",
-        "| evaluations x episodes | 1 x 1 |",
-    ]
+def test_stored_runs_stand_beside_yours_on_your_datasets_alone(here):
+    """Of stored methods, those of README's table; what is named is shown."""
+    for method in ("iql", "awr", "iql-lam9", "corl_iql"):
+        write_run("theirs", method=method)
+        write_run("theirs", method=method, env=MAZE)
+    pack("theirs")
+    write_run("runs", method="iql")
+    write_run("runs", method="mine-wide")
+    text = page("results", "runs")
+    titles = [x.split(" | ")[0][2:] for x in text.splitlines() if x.startswith("| ")]
+    assert titles[2:] == ["IQL (yours)", "mine wide (yours)", "AWR", "IQL"], "yours come first"
+    assert MAZE not in text
+    text = page("results", "runs", datasets=(MAZE,), methods=("corl_iql", "iql-lam9"))
+    assert "IQL, CORL's code" in text and "IQL lam9" in text and HOPPER not in text
+    assert MAZE in page("results"), "stored runs alone: all of their datasets"
+    refused("no such run: the datasets are", HOPPER, "mine-wide", methods=("nothing",))
 
 
-@pytest.mark.parametrize("seeds", [1, 2, 3])
-def test_no_certainty_from_two_seeds_or_an_unprinted_deviation(here, seeds):
-    for method in ("fisher_brc", "bc"):  # the paper prints a deviation for F-BRC only
-        write_seeds(here, seeds, method=method)
-    main(table="fisher_brc_table1")
-    ours, clone = (table("fisher_brc_table1")[HOPPER, method] for method in ("F-BRC", "BC"))
-    assert bool(ours["difference / std"]) == bool(ours["IQM low"]) == (seeds == 3)
-    assert clone["paper"] and clone["paper std"] == clone["difference / std"] == ""
+def test_a_log_without_a_simulator_shows_its_fqe(here):
+    judged = {"fqe": 3.5, "fqe_interval": [3, 4], "data_fqe": 1.5}
+    for method in ("bc", "iql"):
+        folder = write_run("runs", "logs/log.npz", method, scores=(), references={"data": 9.0})
+        if method == "iql":
+            (folder / "evaluation.json").write_text(json.dumps(judged))
+    text = page()
+    assert "`log, FQE`, 1 seed" in text and cells(text, "the data")[1] == "1.5"
+    assert cells(text, "IQL (yours)")[1] == "3.5" and "| BC" not in text
+    assert "runs/log.npz__bc__0: python tools/evaluate.py estimates its return" in text
 
 
-def test_one_dataset_with_two_seeds_takes_the_interval_of_all(here):
-    write_seeds(here, 4)
-    write_seeds(here, 2, env="walker2d-medium-v0")
-    main()
-    row = table()[report.ALL, "bc"]
-    names = ("seeds", "mean", "standard error", "std", "IQM", "IQM low", "IQM high")
-    assert [row[name] for name in names] == ["4 or 2", "51.0", "0.4", "", "51.0", "", ""]
+def test_a_summary_of_no_bytes_is_no_finished_run(here):
+    write_run("runs", seed=0)
+    write_run("runs", seed=1, summary="")
+    text = page()
+    assert cells(text, "BC (yours)")[1] == "15.0"
+    assert f"- runs/{HOPPER}__bc__1: not finished" in text
 
 
-def test_second_policy_of_a_run(here):
-    write_run(here, "antmaze-umaze-v0", "arq", scores=(50.0,), references={"implicit policy": 60.0})
-    main(table="arq_table2", figures=True)
-    scores = {m: row["mean"] for (_, m), row in table("arq_table2").items() if row["mean"]}
-    assert scores == {"ARQ+pi_phi": "50.0", "ARQ+s_psi": "60.0"}
-    assert len(section("Every run", "arq_table2")) == 3, "one run"
+# ---- papers ----------------------------------------------------------------------------------
 
 
-def test_faults_of_the_papers_are_told(here):
-    write_run(here, "antmaze-umaze-v2", "itrpo", scores=(90.0,))
-    main(table="itrpo_table3")
-    (fault, *_) = section("Known faults of the paper's table", "itrpo_table3")
-    assert "434.9" in page("itrpo_table3") and fault.startswith("- ") and "418.5" in fault
+def test_runs_beside_a_papers_numbers(here):
+    """Under the paper's names; a second policy of a run; as many evaluations as the paper averages;
+    made data beside the data that they imitate."""
+    env = "antmaze-umaze-v0"
+    write_run("runs", env, "arq", scores=(50.0,), references={"implicit policy": 60.0})
+    text = page(table="arq_table2")
+    assert cells(text, f"{env} | ARQ+s_psi")[2] == "60.0 (1)"
+    assert cells(text, f"{env} | ARQ+pi_phi")[2] == "50.0 (1)"
+    write_run("runs", "pen-human-v1", "fql", scores=tuple(map(float, range(1, 11))))
+    assert cells(page(table="fql_table3"), "pen-human-v1 | FQL")[2] == "10.0 (1)"
+    write_run("runs", "halfcheetah-random-v2-made", "td3_bc", scores=(12.0,))
+    row = cells(page(table="random_v2"), "halfcheetah-random-v2 |")
+    assert row[1:] == ["TD3+BC", "12.0 (1)", "11.0 ± 1.1"]
+    refused("there is no table nine: use one of", "fisher_brc_table1", table="nine")
+    refused("no run of itrpo_table3", table="itrpo_table3")
 
 
-@pytest.mark.parametrize(
-    "name", sorted(p.stem for p in report.PAPERS.glob("*.csv") if p.stem != "faults")
-)
-def test_every_table_is_well_formed(name):
-    rows, faults = rows_of(name), report.paper_table(name)[1].to_dict("records")
-    assert len({(r["dataset"], r["method"]) for r in rows}) == len(rows)
-    scripts = {"", *(path.stem for path in SCRIPTS)}
-    for row in rows:
-        assert all(row[k] == "" or np.isfinite(float(row[k])) for k in ("paper", "paper std"))
-        assert row["last"] in ("", "1", "3")
-        assert row["run"].partition(":")[0].partition("-")[0] in scripts
-    known = {r["dataset"] for r in rows}, {r["method"] for r in rows}
-    for fault in faults:
-        assert fault["dataset"] in known[0] | {""} and fault["method"] in known[1] | {""}
-        assert fault["note"]
+@pytest.mark.parametrize("path", sorted(report.PAPERS.glob("*.csv")), ids=lambda path: path.stem)
+def test_every_table_is_well_formed(path):
+    if path.stem == "faults":
+        return
+    table, faults = report.paper_table(path.stem)
+    assert not table.duplicated(["dataset", "method"]).any()
+    scripts = {"", *(script.stem for script in SCRIPTS)}
+    for row in table.itertuples():
+        assert all(x == "" or np.isfinite(float(x)) for x in (row.mean, row.std))
+        assert row.last in ("", "1", "3")
+        assert row.run.partition(":")[0].partition("-")[0] in scripts
+    for fault in faults.itertuples():
+        assert fault.dataset in {"", *table.dataset} and fault.method in {"", *table.method}
+        assert fault.note
 
 
-@pytest.mark.parametrize("ours, paper", [("ogbench", "fql_table3"), ("modern", "rebrac_tables"),
-                                         ("modern", "fql_table3")])  # fmt: skip
-def test_tables_of_several_papers_repeat_their_numbers(ours, paper):
-    printed = {(r["dataset"], r["method"]): (r["paper"], r["paper std"]) for r in rows_of(paper)}
-    shared = [r for r in rows_of(ours) if (r["dataset"], r["method"]) in printed]
-    if ours == "modern":  # its other columns are of other papers
-        shared = [r for r in shared if r["method"] == {"fql": "FQL", "reb": "ReBRAC"}[paper[:3]]]
-    assert len(shared) > 17
-    for row in shared:
-        assert (row["paper"], row["paper std"]) == printed[row["dataset"], row["method"]], row
+@pytest.mark.parametrize("ours, paper, method", [("ogbench", "fql_table3", ""),
+                         ("modern", "rebrac_tables", "ReBRAC"), ("modern", "fql_table3", "FQL"),
+                         ("random_v2", "rebrac_tables", "ReBRAC"),
+                         ("random_v2", "itrpo_table2", "iTRPO")])  # fmt: skip
+def test_tables_of_several_papers_repeat_their_numbers(ours, paper, method):
+    keys = ["dataset", "method"]
+    both = report.paper_table(ours)[0].merge(report.paper_table(paper)[0], on=keys)
+    both = both[both.method == method] if method else both
+    assert len(both) > 2 and (both.mean_x == both.mean_y).all() and (both.std_x == both.std_y).all()
 
 
-def rows_of(name):
-    return report.paper_table(name)[0].to_dict("records")
-
-
-def test_as_many_evaluations_are_averaged_as_the_paper_does(here):
-    """Of ten evaluations: as many as the run says, or one of FQL's on D4RL."""
-    scores, scene = tuple(float(i) for i in range(1, 11)), "scene-play-singletask-task2-v0"
-    write_run(here, env=scene, method="fql", scores=scores, averaged=3)
-    write_run(here, env="pen-human-v1", method="fql", scores=scores)
-    write_run(here, env="pen-human-v1", method="fql", seed=1, scores=(99.0,), finished=False)
-    main()
-    means = [table()[env, "fql"]["mean"] for env in ("pen-human-v1", scene)]
-    assert means == ["5.5", "9.0"]
-    main(table="fql_table3")
-    means = [table("fql_table3")[env, "FQL"]["mean"] for env in ("pen-human-v1", scene)]
-    assert means == ["10.0", "9.0"]
-
-
-def test_names_that_markdown_and_matplotlib_read_otherwise(here):
-    """Of a run that is still training, which is drawn too."""
-    write_run(here, env="a|b$x_{$.npz", scores=(1.0,), finished=False)
-    main(figures=True)
-    assert r"| a\|b$x_{$ |" in page() and Path("report/runs_steps.png").exists()
-
-
-# ---- what is averaged ------------------------------------------------------------------------
+# ---- what is refused -------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     "change, words",
     [
-        ({"args": {"steps": 20}}, "steps (10 and 20)"),
-        ({"args": {"steps": 20, "lr": 1}}, "steps (10 and 20), lr (unknown and 1)"),
-        ({"args": {"compile": True}}, "compile (unknown and True)"),
-        ({"config": {"precision": "medium"}}, "precision (highest and medium)"),
+        ({"args": {"steps": 20}}, "--steps (1000 and 20)"),
+        ({"config": {"code": {"run": "b"}}}, "code run (a and b)"),
+        ({"config": {"dataset_sha256": "e"}}, "dataset_sha256 (d and e)"),
         ({"config": {"task": "Hopper-v4"}}, "task (Hopper-v5 and Hopper-v4)"),
-        ({"settings": {"clone": "f"}, "args": {"clone": "x"}}, "clone (unknown and f)"),
-        ({"settings": {"data": "0"}}, f"data ({'d' * 16} and 0)"),
-        ({"settings": {"version of torch": "3"}}, "version of torch (2.13 and 3)"),
-        ({"settings": {"version of mujoco": "3.3"}}, "version of mujoco (unknown and 3.3)"),
-        *[({"settings": {part: "f"}}, f"{part} ({CODE[part]} and f)") for part in CODE],
+        ({"config": {"versions": {"torch": "3"}}}, "versions torch (2 and 3)"),
+        ({"config": {"versions": {}}}, "versions torch (2 and unknown)"),
+        ({"config": {"machine": "x86_64, 2 cores, cuda"}}, "device (cpu and cuda)"),
+        ({"config": {"precision": "medium"}}, "precision (highest and medium)"),
     ],
 )
-def test_runs_that_differ_are_refused_or_listed(here, change, words):
-    write_run(here, seed=0)
-    write_run(here, seed=1)
-    write_run(here, seed=2, **change)
-    line = f"runs/{HOPPER}__bc__0 and runs/{HOPPER}__bc__2 differ in {words}"
-    refused(f"{line}: add --mixed to average them, or move one away")
-    main(mixed=True)
-    assert section("Averaged although they differ") == [f"- {line}"]
-    titles = [x for x in page().splitlines() if x.startswith("# ")]
-    assert titles[0] == "# Averaged although they differ", "above the tables"
-    assert table()[HOPPER, "bc"]["seeds"] == "3"
-    assert table()[HOPPER, "bc"]["steps"] == ("10 or 20" if "steps" in words else "10")
+def test_runs_that_differ_are_not_averaged(here, change, words):
+    write_run("runs", seed=0)
+    write_run("runs", seed=1, **change)
+    names = [f"runs/{HOPPER}__bc__{seed}" for seed in (0, 1)]
+    refused(f"{names[0]} and {names[1]} differ in {words}: give one of them a --name")
 
 
-def test_what_may_differ(here):
-    """Other methods and datasets; and, between seeds, what changes no number."""
-    write_run(here, seed=0, args={"device": "cpu", "log_every": 1, "clone": "here"})
-    more = {"commit": "f" * 40, "dirty": True}
-    write_run(here, seed=1, args={"device": "cuda", "log_every": 2, "clone": "there"}, config=more)
-    write_run(here, method="iql", settings={"code of algorithm": "f" * 12})
-    write_run(here, env="other", settings={"data": "0" * 16})
-    main()
-    assert table()[HOPPER, "bc"]["seeds"] == "2"
+def test_what_changes_no_number_may_differ(here):
+    free = {"config": {"commit": "f", "dirty": True}, "args": {"device": "cuda", "out": "b"}}
+    write_run("runs", seed=0)
+    write_run("runs", seed=1, **free)
+    write_run("runs", method="iql", config={"code": {"run": "b"}})
+    assert cells(page(), "BC (yours)")[1] == "15.0 ± 0.0"
 
 
-def test_a_seed_counts_once_and_a_run_that_is_found_twice_too(here):
-    write_run(here / "a")
-    write_run(here / "b")
-    for mixed in (False, True):
-        words = f"runs/a/{HOPPER}__bc__0 and runs/b/{HOPPER}__bc__0 are the same seed"
-        refused(words, mixed=mixed)
-    write_run(here / "c", seed=1)
-    main(folders=("runs/a", "runs/c", "runs/c"))
-    assert table()[HOPPER, "bc"]["seeds"] == "2"
+def test_a_seed_counts_once_and_a_folder_that_is_named_twice_too(here):
+    write_run("runs/a")
+    assert cells(page("runs/a", "runs"), "BC (yours)")[1] == "15.0"
+    write_run("runs/b")
+    refused(f"runs/a/{HOPPER}__bc__0 and runs/b/{HOPPER}__bc__0 are the same seed")
 
 
-# ---- figures ---------------------------------------------------------------------------------
+@pytest.mark.parametrize("name", ["config.json", "eval.csv", "summary.json", "evaluation.json"])
+@pytest.mark.parametrize("content", [b"{", b"3", b"\xff", b"[" * 99_999])
+def test_a_damaged_file_is_named_in_one_line(here, name, content):
+    (write_run("runs") / name).write_bytes(content)
+    if (name, content) != ("evaluation.json", b"3"):
+        refused(f"runs/{HOPPER}__bc__0 cannot be read (", "--overwrite")
 
 
-def fake(steps, seeds):
-    """Runs of three datasets and fifteen methods."""
-    methods = [*list(report.STYLES)[:9], *(f"fisher_brc-lam{i}" for i in range(6))]
-    draw, steps = np.random.default_rng(0), np.array(steps, float)
-
-    def curve():
-        columns = {"steps": steps, "seconds": steps / 90, "score": draw.normal(size=len(steps))}
-        return pd.DataFrame(columns)
-
-    datasets = ("hopper-medium-expert-demo", "hopper-replay-demo", "pointmaze-stitch-demo")
-    rows = [(d, m, curve()) for d in datasets for m in methods for _ in range(seeds)]
-    return pd.DataFrame(rows, columns=["dataset", "method", "curve"])
-
-
-def drawn(runs, axis="steps"):
-    """(figure, its renderer) with everything in its place."""
-    figure = report.curves(runs, axis)
-    canvas = FigureCanvasAgg(figure)
-    canvas.draw()
-    return figure, canvas.get_renderer()
-
-
-@pytest.mark.parametrize(
-    "axis, last",
-    [("steps", 1), ("steps", 200_000), ("seconds", 30_000), ("seconds", 1_000_000)],
-)
-def test_labels_do_not_collide(axis, last):
-    figure, renderer = drawn(fake(np.linspace(0, last, 21)[1:], 3), axis)
-    ends = []
-    for panel in figure.axes:
-        low, high = panel.get_xlim()
-        ticks = [t for t in panel.xaxis.get_major_ticks() if low <= t.get_loc() <= high]
-        boxes = [t.label1.get_window_extent(renderer) for t in ticks]
-        assert len(boxes) > 2 and low == 0
-        for left, right in zip(boxes, boxes[1:]):
-            assert left.x1 + 4 < right.x0, [t.label1.get_text() for t in ticks]
-        ends += [boxes[0], boxes[-1]]
-        if axis == "steps" and last == 200_000:
-            assert "100k" in [t.label1.get_text() for t in ticks]
-    for left, right in zip(ends[1::2], ends[2::2]):
-        assert left.x1 < right.x0, "labels of neighboring panels"
-
-
-def test_three_panels_are_legible_at_800_pixels():
-    figure, renderer = drawn(fake(range(1, 21), 3))
-    texts = [x for x in figure.findobj(lambda x: hasattr(x, "get_fontsize")) if x.get_text()]
-    assert len(texts) > 30
-    smallest = min(text.get_fontsize() for text in texts)
-    assert smallest / 72 * 800 / figure.get_figwidth() > 9.5, "pixels of a letter's height"
-    for text in (figure.legends[0], figure._suptitle):
-        box = text.get_window_extent(renderer)
-        assert box.x0 >= 0 and box.x1 <= figure.bbox.width, "cut at the edge"
-    panel = figure.axes[0].get_window_extent(renderer)
-    assert not panel.overlaps(figure.legends[0].get_window_extent(renderer))
-
-
-def test_one_legend_names_every_method_once_and_one_style_is_its_own():
-    runs = fake(range(1, 21), 3)
-    figure, _ = drawn(runs)
-    assert len(figure.legends) == 1 and not any(panel.get_legend() for panel in figure.axes)
-    methods, styles = sorted(runs.method.unique()), {}
-    assert sorted(text.get_text() for text in figure.legends[0].get_texts()) == methods
-    for panel in figure.axes:
-        for line, method in zip(panel.lines, methods, strict=True):
-            style = (line.get_color(), str(line._dash_pattern))
-            assert styles.setdefault(method, style) == style, "the same in every panel"
-            assert line.get_marker() == "o", "a single evaluation is visible"
-    assert len(set(styles.values())) == len(methods) == 15
-
-
-@pytest.mark.parametrize("seeds", [1, 2, 3])
-def test_a_band_needs_three_seeds(seeds):
-    runs = fake(range(1, 5), seeds)
-    figure, _ = drawn(runs)
-    assert "interval, from 3 seeds on" in figure._suptitle.get_text()
-    assert bool(figure.axes[0].collections) == (seeds == 3)
-    one = runs[(runs.dataset == "hopper-replay-demo") & (runs.method == "awr")]
-    scores = np.array([run.score for run in one.curve])  # (seeds, T)
-    lines = [line.get_ydata() for line in figure.axes[1].lines]
-    assert any(np.allclose(line, scores.mean(0)) for line in lines)
-    for band in figure.axes[1].collections:  # the mean of resampled seeds lies between the seeds
-        heights = band.get_paths()[0].vertices[:, 1]
-        assert len(set(heights)) > 4, "an interval for each step"
-
-
-def test_no_two_methods_look_alike():
-    assert {path.stem for path in SCRIPTS} <= report.STYLES.keys()
-    for count in (0, 1, 3, 30, 100):
-        variants = [f"iql-alpha{i}" for i in range(count)]
-        styles = report.styles_of([*report.STYLES, *variants])
-        assert len(set(styles.values())) == len(report.STYLES) + count == len(styles)
-        assert len({styles[variant][0] for variant in variants}) == count, "colors, not lines alone"
-
-
-def test_seeds_without_a_common_step_have_no_curve(here):
-    write_run(here, seed=0, every=10)
-    write_run(here, seed=1, every=7, finished=False)
-    main(figures=True)
-    assert not report.curves(report.read_runs(["runs"]), "steps").axes[0].lines
-
-
-# ---- refusals --------------------------------------------------------------------------------
-
-
-def test_no_runs_or_no_table(here):
+def test_no_run_is_one_line(here):
     refused("there is no folder runs")
-    here.mkdir()
-    refused("no run below runs")
-    write_run(here, method="td3_bc")
-    refused("none of the runs below runs is in", "fisher_brc_table1", table="fisher_brc_table1")
-    hint = "local, ablations and everything else are shown without --table"
-    refused("there is no table nine: use one of", "fisher_brc_table1", hint, table="nine")
+    Path("runs").mkdir()
+    refused("no run below runs: train something first")
 
 
-def test_numbers_are_read_to_the_last_bit(here):
-    scores = [0.1 + 0.2, *np.random.default_rng(0).normal(size=50).tolist()]
-    write_run(here, scores=scores)
-    assert report.read_runs(["runs"]).curve[0].score.tolist() == scores
+# ---- the picture -----------------------------------------------------------------------------
 
 
-DEEP = b"[" * 100_000 + b"]" * 100_000
-CONTENTS = [b"", b"[]", b"3", b"{}", b"\xff", b'{"score": 1.5}', DEEP, b'{"args": 3}']
-CONTENTS += [
-    b'{"evaluations": 2, "averaged": 10, "references": %s, "score": %s}' % pair
-    for pair in [(b"{}", x) for x in (b'"x"', b"NaN", b"1e999", b"1" + b"0" * 400)]
-    + [(x, b"1.5") for x in (b"[]", b'{"a": "x"}', b'{"a": ' + b"[" * 900 + b"]" * 900 + b"}")]
-]
+def test_the_picture_has_yours_in_red_above_the_others_sorted_by_mean(here):
+    for method, scores in {"iql": (1.0, 3.0), "awr": (8.0, 9.0), "bc": (4.0,)}.items():
+        write_seeds("theirs", scores, method=method)
+        write_seeds("theirs", scores, method=method, env=MAZE)
+    pack("theirs")
+    write_seeds("runs", (5.0, 6.0), method="iql")
+    runs = report.chosen(report.read_runs(["results", "runs"]), report.Args())
+    (panel,) = report.picture(runs, "a title").axes
+    labels = panel.get_yticklabels()
+    assert [x.get_text() for x in labels] == ["IQL", "BC", "AWR", "IQL (yours)"]
+    assert [x.get_color() for x in labels] == ["black"] * 3 + ["tab:red"]
+    dots = [x for x in panel.lines if x.get_marker() == "o"]
+    assert [[*x.get_xdata()] for x in dots] == [[1, 3], [4], [8, 9], [5, 6]]
+    assert [x.get_color() for x in dots] == ["0.35"] * 3 + ["tab:red"]
+    bars = [x.get_xdata()[0] for x in panel.lines if x.get_lw() == 2]
+    assert bars == [2.0, 4.0, 8.5, 5.5]
 
 
-@pytest.mark.parametrize(
-    "name, old, new, words",
-    [
-        ("eval.csv", b".+", b"", "cut short"),
-        ("eval.csv", b"(?<=^s).+", b"", "cut short"),
-        ("eval.csv", rb"..\Z", b"", "cut short"),
-        ("eval.csv", b"20,[^\n]*\n", b"", "eval.csv has 1 evaluations"),
-        ("eval.csv", b"10,.*", b"", "eval.csv has 0 evaluations"),
-        ("eval.csv", b",2.0,", b",7.0,", "eval.csv has 2 evaluations, and the score 4"),
-        ("eval.csv", b",2.0,", b",nan,", "no finite number"),
-        ("eval.csv", b",2.0,0", b",2.0", "a value is missing"),
-        ("eval.csv", b"\r\n20,", b"\r\n10,", "steps do not grow"),
-        ("eval.csv", b"\r\n20,", b"\r\ninf,", "no finite number"),
-        ("eval.csv", b"score", b"scare", "score"),
-        *[(name, b".+", x, name) for name in ("config.json", "summary.json") for x in CONTENTS],
-        ("config.json", b'"hopper-medium-v0"', b'["x"]', "config.json"),
-        ("config.json", b'"hopper-medium-v0"', b"3", "config.json"),
-        ("config.json", b'"seed": 0', b'"seed": null', "config.json"),
-        ("config.json", b'"seed": 0', b'"seed": Infinity', "config.json"),
-        ("config.json", b'"algorithm": "bc"', b'"algorithm": ["bc"]', "config.json"),
-        ("config.json", b'"settings": {[^}]*}', b'"settings": ["x"]', "config.json"),
-    ],
-)
-def test_damaged_files(here, name, old, new, words):
-    path = write_run(here) / name
-    content, count = re.subn(old, lambda _: new, path.read_bytes(), count=1, flags=re.DOTALL)
-    assert count
-    path.write_bytes(content)
-    refused("cannot be read", words, "--overwrite", "--resume")
+def test_panels_share_the_axis_of_scores_and_show_a_papers_runs(here):
+    write_run("runs", "halfcheetah-random-v2", "rebrac", scores=(90.0,))
+    write_run("runs", "hopper-random-v2", "rebrac", scores=(-20.0,))
+    paper, _ = report.paper_table("random_v2")
+    runs = report.runs_of(paper, report.read_runs(["runs"]))
+    one, two = report.picture(runs, "a title", paper).axes
+    assert one.get_xlim() == two.get_xlim() and one.get_xlim()[0] < -20
+    blue = [x for x in one.lines if x.get_color() == "tab:blue"]
+    assert [len(x.get_xdata()) for x in blue] == [10, 1] and blue[1].get_xdata()[0] == 29.5
 
 
-def test_settings_nested_as_deeply_as_json_can_be_read(here):
-    """json.loads takes this; comparing or printing it must not overflow the stack."""
-    for seed in (0, 1):
-        path = write_run(here, seed=seed, args={"note": None}) / "config.json"
-        deep = "[" * (900 + seed) + "]" * (900 + seed)
-        path.write_text(path.read_text().replace("null", deep))
-    refused()
-
-
-def test_a_pipe_is_not_waited_for(here):
-    for name in ("eval.csv", "summary.json"):
-        path = write_run(here, seed=len(name)) / name
-        path.unlink()
-        os.mkfifo(path)
-        refused(f"{name} cannot be read", "it is not a file")
-        path.unlink()
-        (path.parent / "config.json").unlink()
-
-
-def test_out_that_takes_no_file(here):
-    write_run(here)
-    (here.parent / "report").mkdir()
-    for name in ("runs_steps.png", "runs.csv", "runs.md"):
-        (here.parent / "report" / name).unlink(missing_ok=True)
-        (here.parent / "report" / name).symlink_to("/dev/full")
-        words = "--out report: No space left on device; use another folder"
-        refused(words, figures=name.endswith("png"))
-    refused("use another folder", out="report/runs.md/report")  # below a file
-
-
-def test_from_another_folder(here):
-    write_run(here, env="own", scores=(3.0,))
-    command = [sys.executable, str(ROOT / "tools" / "report.py"), "runs", "--no-figures"]
+def test_from_another_folder_with_names_that_matplotlib_reads_otherwise(here):
+    write_run("runs", "own/a$x_{$.npz", scores=(3.0,))
+    command = [sys.executable, str(ROOT / "tools" / "report.py")]
     found = subprocess.run(command, capture_output=True, text=True)
-    assert found.returncode == 0, found.stderr
-    assert found.stderr == "" and "| 3.0 (1) |" in found.stdout
-    assert found.stdout.splitlines()[-1].startswith("written to report/runs.")
+    assert (found.returncode, found.stderr) == (0, "")
+    assert found.stdout.endswith("written to report/runs.*\n") and "| 3.0 |" in found.stdout
+    assert Path("report/runs.png").read_bytes()[:4] == b"\x89PNG"
+
+
+# ---- stored runs -----------------------------------------------------------------------------
+
+
+def pack(runs="runs", out="results"):
+    store.main(store.Args(runs=str(runs), out=str(out)))
+
+
+def test_every_value_comes_back_from_the_three_files(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    from short_runs import write_log
+
+    write_log("log.npz")
+    for name in ("", "wide"):
+        start("fisher_brc", name=name, eval_env=None, eval_every=10)
+    pack()
+    lines, _, metrics = store.stored(tmp_path / "results")
+    stored = report.read_runs(["results"]).set_index("method")
+    for line, method in zip(lines, ("fisher_brc", "fisher_brc-wide"), strict=True):
+        path = folder(method)
+        whole = json.loads((path / "config.json").read_text())
+        assert line["config"] == whole | {"command": line["config"]["command"]}
+        assert line["summary"] == json.loads((path / "summary.json").read_text())
+        own = report.read_run(path)
+        curve = stored.loc[method].curve
+        assert curve.score.tolist() == own["curve"].score.tolist() and len(curve) == 2
+        assert stored.loc[method].identity == own["identity"]
+        for phase in ("behavior", "train"):
+            found = metrics[(metrics.variant == method[11:]) & (metrics.phase == phase)]
+            found = {(x.step, x.metric): x.value for x in found.itertuples()}
+            written = {(row["step"], name): x for row in rows(path / f"{phase}.csv")
+                       for name, x in row.items() if name != "step"}  # fmt: skip
+            assert found == written
+
+
+def test_a_run_that_comes_again_is_replaced_and_others_stay(here):
+    first, second = write_seeds("runs", (1.0, 2.0))
+    write_run("runs", seed=2, summary="")
+    pack()
+    before = [path.read_bytes() for path in sorted(Path("results").iterdir())]
+    pack()
+    assert [path.read_bytes() for path in sorted(Path("results").iterdir())] == before
+    (second / "eval.csv").write_text("step,seconds,return,score\n7,0,0,5.5\n")
+    pack(runs=second)
+    stored = report.read_runs(["results"]).sort_values("seed")
+    assert stored.seed.tolist() == [0, 1], "an unfinished run is not stored"
+    assert [x.score.tolist() for x in stored.curve] == [[1.0], [5.5]]
+    with pytest.raises(InputError, match="no finished run below none: train something first"):
+        pack("none")
+
+
+def test_no_path_of_the_machine_is_stored(here):
+    command = f"{here}/algorithms/x.py --env {here}/log.npz --clone={here}/c.pt --seed 1"
+    args = {"out": str(here / "elsewhere"), "env": str(here / "log.npz")}
+    write_run("runs", config={"command": command}, args=args)
+    pack()
+    text = Path("results/runs.jsonl").read_text()
+    assert str(here) not in text and '"x.py --env log.npz --clone=c.pt --seed 1"' in text
+    assert '"out": "elsewhere"' in text and '"env": "log.npz"' in text

@@ -12,10 +12,10 @@ import mujoco
 import numpy as np
 import pytest
 from conftest import ROOT
-
-from common import InputError
 from harness.readers import d4rl
 from harness.tasks import find_row
+
+from common import InputError
 
 sys.path.append(str(ROOT / "data" / "make"))
 from d4rl import Args, main, record, returns_of  # noqa: E402

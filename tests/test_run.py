@@ -178,7 +178,8 @@ BAD = {  # what is done to log.npz, or its metadata; --eval-env; what the messag
     "many bounds": (META | {"action_low": [-2, -2]}, None, "log.npz"),
     "typed task": ({}, "Pendulm-v1", "Pendul"),
     "typed module": ({}, "nonsense:Pendulum-v1", "nonsense"),
-    "other sizes": ({}, "MountainCarContinuous-v0", "is not of the task MountainCarContinuous-v0"),
+    "other sizes": (META, "Wide-v0", "is not of the task Wide-v0: their (observation size"),
+    "other bounds": ({}, "MountainCarContinuous-v0", "beyond the bounds [-1.] to [1.]"),
     "discrete": ({}, "CartPole-v1", "low"),
 }
 
@@ -215,12 +216,10 @@ def test_bounds_limit_and_references_are_those_of_the_task_or_of_the_file(here):
     rewrite({}, {"env_id": "Pendulum-v1"} | references)
     data, task = load("log.npz")
     assert data.action_high.tolist() == [2] and score(task, [-500, 0]) == 75
-    gymnasium.register("Other-v0", Paying)
-    for eval_env, due in (("Pendulum-v0", None), ("Other-v0", -250), ("none", None)):
-        if eval_env == "Pendulum-v0":
-            continue  # not registered
-        _, task = load("log.npz", "cpu", eval_env)
-        assert (task is None) if due is None else score(task, [-500, 0]) == due
+    rewrite({}, META | {"env_id": "Pendulum-v0"} | references)
+    for eval_env, due in (("Pendulum-v1", 75), ("Other-v0", -250)):
+        assert score(load("log.npz", "cpu", eval_env)[1], [-500, 0]) == due
+    assert load("log.npz", "cpu", "none")[1] is None
     with np.load("log.npz") as file:
         kept = {key: file[key] for key in file if key not in ("timeouts", "final_observations")}
     kept["terminals"] = np.zeros(120)
@@ -273,7 +272,13 @@ class Paying(gymnasium.Env):
         return np.full(3, self.t, np.float32), float(self.seed), self.t == self.length, False, {}
 
 
+class Wide(Paying):
+    observation_space = gymnasium.spaces.Box(-1, 1, (4,), np.float32)
+
+
 gymnasium.register("Paying-v0", Paying)
+gymnasium.register("Wide-v0", Wide)
+gymnasium.register("Other-v0", Paying)
 gymnasium.register("Limited-v0", Paying, max_episode_steps=40)
 
 

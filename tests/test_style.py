@@ -15,7 +15,7 @@ from short_runs import ROOT, SCRIPTS, tracked
 
 from common import RunArgs, number_type
 
-FOLDERS = ("algorithms", "harness", "harness/readers", "tools", "peers", "figures")
+FOLDERS = ("algorithms", "harness", "harness/readers", "tools", "data/make", "peers", "figures")
 PAGES = [ROOT / "common.py", ROOT / "run.py"]
 PRODUCT = [*PAGES, *(path for folder in FOLDERS for path in tracked(folder))]
 PAPERS = ("env", "seed", "steps", "batch_size", "eval_every")  # the first fields of every Args

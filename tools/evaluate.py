@@ -36,8 +36,9 @@ from torch.overrides import TorchFunctionMode
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "algorithms")]
-from common import CountOrZero, Data, Flags, InputError, Seed, ShareBelow1, prepare_device
 from harness.resume import load_tensors, read_json, write_atomic
+
+from common import CountOrZero, Data, Flags, InputError, Seed, ShareBelow1, prepare_device
 from run import evaluate, load, make, parse, score
 from tools import fqe
 

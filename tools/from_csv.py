@@ -24,14 +24,15 @@ import tyro
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "algorithms")]
-from common import Flags, InputError, Number, in_one_line
-from harness.readers import read
 from harness.resume import write_atomic
-from harness.tasks import near, require
+
+from common import Flags, InputError, Number, in_one_line
+from readers import read
+from readers.tasks import near, require
 from run import parse
 
 SKIPS = 1.5  # times the usual rise of --step: more is a hole
-ROUNDING = 1e-5  # of the range of an action, as in harness/readers
+ROUNDING = 1e-5  # of the range of an action, as in run.py
 PLAIN = "write it with commas between columns and points in numbers"
 
 

@@ -1,4 +1,4 @@
-"""Many runs in three files, instead of a folder for each.
+"""Keep many runs in three files, instead of a folder for each; maintainers fill results/ with it.
 
     python tools/store.py runs results     # puts all finished runs below runs/ into results/
 
@@ -12,9 +12,7 @@ written, to the digit; of absolute paths in commands and flags, only the last pa
 again replace those that are stored. tools/report.py reads both forms.
 """
 
-import gzip
 import json
-import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,17 +21,15 @@ import pandas as pd
 import tyro
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "algorithms")]
-from common import Flags, InputError, in_one_line
-from harness.resume import read_json, write_atomic
-from run import FILES, parse
+sys.path[:0] = [str(ROOT)]
+from common import InputError
 
 KEY = ["method", "variant", "dataset", "seed"]
 AT = [*KEY, "phase", "step", "seconds"]
 
 
 @dataclass
-class Args(Flags):
+class Args:
     runs: tyro.conf.Positional[str] = "runs"
     """folder of runs, searched at any depth"""
     out: tyro.conf.Positional[str] = "results"
@@ -43,18 +39,24 @@ class Args(Flags):
 def key_of(config) -> dict:
     """What tells the run of a config.json from others, as text."""
     args = config["args"]
-    is_file = re.search(FILES, args["env"], re.IGNORECASE)
-    dataset = Path(args["env"]).stem if is_file else args["env"]
-    method = config["algorithm"]
-    if args.get("version") == "acml":  # until 0.2 one file had both versions of BRAC+
-        method = "brac_plus_acml"
-    values = method, args["name"], dataset, str(args["seed"])
-    return dict(zip(KEY, values, strict=True))
+    path = Path(args["env"])
+    is_file = path.suffix in (".npz", ".hdf5", ".h5")
+    dataset = path.stem if is_file else args["env"]
+    values = config["algorithm"], args["name"], dataset, str(args["seed"])
+    return dict(zip(KEY, values))
 
 
-def key_in(line) -> tuple:
-    """The key of a line of runs.jsonl."""
-    return tuple(key_of(line["config"]).values())
+def portable(word):
+    """A word of a command line, or a flag's value, where a path of this machine is cut to its last
+    part."""
+    if not isinstance(word, str):
+        return word
+    flag, equals, value = "", "", word
+    if word.startswith("--"):
+        flag, equals, value = word.rpartition("=")
+    if Path(value).is_absolute():
+        value = Path(value).name
+    return flag + equals + value
 
 
 def read_csv(source) -> pd.DataFrame:
@@ -62,30 +64,30 @@ def read_csv(source) -> pd.DataFrame:
     return pd.read_csv(source, dtype=str, keep_default_na=False)
 
 
-def portable(word):
-    """A word of a command line, or a flag's value, where a path of this machine is cut to its last
-    part."""
-    flag, equals, value = str(word).rpartition("=") if str(word)[:2] == "--" else ("", "", word)
-    whole = isinstance(value, str) and Path(value).is_absolute()
-    return flag + equals + Path(value).name if whole else word
+def summary_of(folder: Path):
+    """The summary of a finished run; None where there is none, or an empty file."""
+    path = folder / "summary.json"
+    text = path.read_text() if path.is_file() else ""
+    return json.loads(text) if text.strip() else None
 
 
 def of_folder(folder: Path):
     """(line of runs.jsonl, rows of scores.csv, rows of metrics.csv.gz) of one run."""
-    config = read_json(folder / "config.json")
+    config = json.loads((folder / "config.json").read_text())
     for name in {"args", "settings"} & config.keys():
         config[name] = {flag: portable(value) for flag, value in config[name].items()}
-    if "command" in config:
-        config["command"] = " ".join(map(portable, config["command"].split(" ")))
-    line = {"config": config, "summary": read_json(folder / "summary.json")}
+    words = config.get("command", "").split(" ")
+    config["command"] = " ".join(map(portable, words))
+    line = {"config": config, "summary": summary_of(folder)}
     scores, metrics = [], []
     for path in sorted(folder.glob("*.csv")):
         table = read_csv(path)
-        phase = "train" if path.stem == "eval" else path.stem
-        where = key_of(config) | {"phase": phase}
+        own = path.stem == "eval"
+        where = key_of(config)
+        where["phase"] = "train" if own else path.stem
         for i, (name, value) in enumerate(where.items()):
             table.insert(i, name, value)
-        if path.stem == "eval":
+        if own:
             scores.append(table)
         else:
             metrics.append(table.melt(AT, var_name="metric", value_name="value"))
@@ -103,52 +105,34 @@ def stored(folder: Path):
     return lines, scores, read_csv(folder / "metrics.csv.gz")
 
 
-def files_of(folder: Path):
-    """[(name, {file of a run: its text})] of the stored runs: config.json, summary.json, eval.csv.
-    Raises what damaged files raise."""
-    lines, scores, _ = stored(folder)
-    cells, found = dict(list(scores.groupby(KEY))), []
-    for line in lines:
-        key = key_of(line["config"])
-        files = {f"{name}.json": json.dumps(line[name]) for name in ("config", "summary")}
-        rows = cells.get(tuple(key.values()))
-        if rows is not None:
-            rows = rows.drop(columns=[*KEY, "phase"])
-            files["eval.csv"] = rows.loc[:, (rows != "").any()].to_csv(index=False)
-        variant = f"-{key['variant']}" if key["variant"] else ""
-        name = f"{key['dataset']}__{key['method']}{variant}__{key['seed']}"
-        found.append((f"{folder}/{name}", files))
-    return found
+def joined(old, new, keys) -> pd.DataFrame:
+    """The old rows, those of the runs `keys` replaced by lists of new tables."""
+    again = pd.MultiIndex.from_frame(old[KEY]).isin(keys)
+    table = pd.concat([old[~again], *sum(new, [])])
+    return table.fillna("").sort_values(KEY, kind="stable")
 
 
 def main(args):
-    folders = [path.parent for path in sorted(Path(args.runs).rglob("summary.json"))]
-    if not folders:
+    found = [path.parent for path in sorted(Path(args.runs).rglob("summary.json"))]
+    new = [of_folder(folder) for folder in found if summary_of(folder)]
+    if not new:
         raise InputError(f"no finished run below {args.runs}: train something first")
     out = Path(args.out)
-    with in_one_line(out, "repair or move the file that it names"):
-        lines, scores, metrics = stored(out)
-        new = [of_folder(folder) for folder in folders]
-    added, *tables = zip(*new)
+    lines, scores, metrics = stored(out)
+    added, new_scores, new_metrics = zip(*new)
+    key_in = lambda line: tuple(key_of(line["config"]).values())
     keys = set(map(key_in, added))
-    lines = [line for line in lines if key_in(line) not in keys]
-    lines = sorted([*lines, *added], key=key_in)
-    joined = []
-    for old, parts in zip((scores, metrics), tables):
-        known = zip(*(old[name] for name in KEY))
-        kept = old[[key not in keys for key in known]]
-        table = pd.concat([kept, *sum(parts, [])]).fillna("")
-        joined.append(table.sort_values(KEY, kind="stable"))
-    scores, metrics = joined
-    with in_one_line(out, "use another folder"):
-        out.mkdir(parents=True, exist_ok=True)
-        text = "".join(f"{json.dumps(line)}\n" for line in lines)
-        write_atomic(out / "runs.jsonl", text.encode())
-        write_atomic(out / "scores.csv", scores.to_csv(index=False).encode())
-        packed = gzip.compress(metrics.to_csv(index=False).encode(), mtime=0)
-        write_atomic(out / "metrics.csv.gz", packed)
+    lines = {key_in(line): line for line in [*lines, *added]}
+    scores = joined(scores, new_scores, keys)
+    metrics = joined(metrics, new_metrics, keys)
+    out.mkdir(parents=True, exist_ok=True)
+    text = "".join(f"{json.dumps(lines[key])}\n" for key in sorted(lines))
+    (out / "runs.jsonl").write_text(text)
+    scores.to_csv(out / "scores.csv", index=False)
+    packing = {"method": "gzip", "mtime": 0}  # equal numbers, equal files
+    metrics.to_csv(out / "metrics.csv.gz", index=False, compression=packing)
     print(f"{len(lines)} runs in {out}: {len(scores)} evaluations, {len(metrics)} logged numbers")
 
 
 if __name__ == "__main__":
-    main(parse(Args, {}, sys.argv[1:])[0])
+    main(tyro.cli(Args, description=__doc__))

@@ -28,8 +28,8 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from common import Flags, InputError, Seed, parse
-from harness.readers import d4rl
-from harness.tasks import find_row, near
+from readers import d4rl
+from readers.tasks import find_row, near
 
 ROWS, LIMIT = 1_000_000, 1_000
 OBSERVATIONS = "observations", "next_observations"

@@ -120,7 +120,7 @@ class Case:
                 itrpo.gaussian(self.nets.actor, s2),
                 itrpo.gaussian(self.nets.behavior, s2),
             )
-            _, rho = itrpo.evaluate(self.nets.q_target, s2, pi, behavior, self.args)
+            _, rho = itrpo.q_and_ratio(self.nets.q_target, s2, pi, behavior, self.args)
         return rho.mean()
 
     def step(self, t):
@@ -191,7 +191,7 @@ def first_target(name, record):
             itrpo.pre_tanh(a, args), itrpo.gaussian(nets.actor, s), itrpo.gaussian(nets.behavior, s)
         )
         pi2, behavior2 = itrpo.gaussian(nets.actor, s2), itrpo.gaussian(nets.behavior, s2)
-        q2, rho2 = itrpo.evaluate(nets.q_target, s2, pi2, behavior2, args)
+        q2, rho2 = itrpo.q_and_ratio(nets.q_target, s2, pi2, behavior2, args)
         y = itrpo.target_value(r, terminal, rho, itrpo.value(q2, rho2, args), args)
         errors = (nets.q(s, a) - y).square().mean(1)
     yield f"{name}, y", y, record["first"]["target"]

@@ -1,6 +1,6 @@
 """Make data for OGBench's tasks where the published files cannot be downloaded.
 
-    python tools/make_ogbench.py cube-single-play
+    python data/make/ogbench.py cube-single-play
     python algorithms/fql.py --env cube-single-play-singletask-v0
 
 OGBench's own files of cubes, scenes, puzzles and point mazes were recorded by scripted oracles,
@@ -16,7 +16,6 @@ beside the target until all are there; the same command continues after Ctrl-C o
 cube-single-play takes 1.4 hours of one core.
 """
 
-import dataclasses
 import importlib.util
 import io
 import json
@@ -36,11 +35,13 @@ import gymnasium
 import numpy as np
 import tyro
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from common import Count, Flags, InputError, Seed, parse
-from harness.readers import ogbench
+HERE = Path(__file__).resolve().parent  # leaves the path: its ogbench.py is not the package
+sys.path[:] = [str(HERE.parents[1]), *(x for x in sys.path if x != str(HERE))]
 from harness.resume import write_atomic
-from harness.tasks import INSTALL, near, require, table
+
+from common import Count, Flags, InputError, Seed, parse
+from readers import ogbench
+from readers.tasks import INSTALL, near, require, table
 
 MORE_RECORDINGS = {"triple": 3000, "4x5": 3000, "quadruple": 5000, "4x6": 5000}
 STACKS = {"single": (0, 0), "double": (0, 0.25), "triple": (0.05, 0.35), "quadruple": (0.1, 0.5)}
@@ -324,23 +325,6 @@ def join(target, parts, indices, note: str) -> None:
     os.replace(partial, target)
 
 
-def reserve(folder, recipe, total: int, there: int) -> None:
-    """Print how many bytes `total` recordings need, of which `there` exist. Raises InputError where
-    the folder has no space for them."""
-    short = dataclasses.replace(recipe, rows=2)
-    env = make_env(short)
-    arrays = record(env, env.action_space, short).values()
-    size = sum(x.nbytes for x in arrays) / short.rows * recipe.rows / 1e6
-    needed, free = size * (2 * total - there), shutil.disk_usage(folder).free / 1e6
-    print(
-        f"{total:,} recordings of {recipe.rows:,} rows: {needed:,.0f} MB more are needed in "
-        f"{folder}, of which at most {size * total:,.0f} MB stay",
-        flush=True,
-    )
-    fix = "free some space, or set OGBENCH_DATASET_DIR to another folder"
-    require(needed < free, f"{folder} has {free:,.0f} MB, {needed:,.0f} MB are needed: {fix}")
-
-
 def prepare(parts, note: str) -> None:
     """Make the folder of recordings. Raises InputError where it holds others."""
     parts.mkdir(exist_ok=True)
@@ -360,13 +344,12 @@ def make(name: str, recipe: Recipe, args) -> list[Path]:
         args.overwrite or finished(parts) or not exists,
         f"{' and '.join(exists)} would be replaced: add --overwrite, or set OGBENCH_DATASET_DIR",
     )
-    note = {"made_by": "StayClose, tools/make_ogbench.py", "name": name, "seed": args.seed}
+    note = {"made_by": "StayClose, data/make/ogbench.py", "name": name, "seed": args.seed}
     note |= {"recipe": vars(recipe), "versions": {x: version(x) for x in PACKAGES}}
     note = json.dumps(note)
     total = recipe.recordings + recipe.recordings // 10
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        reserve(folder, recipe, total, len(finished(parts)))
         prepare(parts, note)
         record_all(name, recipe, args, parts, total)
         join(validation, parts, range(recipe.recordings, total), note)

@@ -1,7 +1,7 @@
 """Make a D4RL-style offline dataset for any Gymnasium task with continuous actions.
 
-    python tools/collect.py --env Hopper-v5 --level medium-replay --flat hopper-medium-replay.npz
-    python algorithms/td3_bc.py --env hopper-medium-replay.npz
+    python data/make/collect.py --env Hopper-v5 --level medium-replay --flat hopper.npz
+    python algorithms/td3_bc.py --env hopper.npz
 
 Most levels need an online agent, SAC (Haarnoja et al., arXiv:1812.05905), which is trained as far
 as the level asks:
@@ -25,17 +25,14 @@ good paths must be stitched together from pieces. Half of the walks lead towards
 the task starts, so a clone comes home again. The way leads right, up, left, up and
 right, so a clone of the walks that reach the goal, which begin beyond its turns, meets a wall.
 
-Ctrl-C saves the agent; the same command continues. With --agent FILE the agent is kept, and other
-levels can be cut from it without training again.
+With --agent FILE the trained agent is kept, and other levels are cut from it without training
+again.
 """
 
 import copy
-import io
 import json
 import math
-import re
 import shlex
-import signal
 import sys
 from dataclasses import dataclass
 from functools import partial
@@ -43,12 +40,14 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Literal
 
+import gymnasium
 import numpy as np
 import torch
 from torch import nn
 from tqdm import tqdm
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+HERE = Path(__file__).resolve().parent  # leaves the path: its ogbench.py is not the package
+sys.path[:] = [str(HERE.parents[1]), *(x for x in sys.path if x != str(HERE))]
 from common import (
     MLP,
     Adam,
@@ -60,14 +59,12 @@ from common import (
     ScalarMLP,
     Seed,
     graphed,
-    in_one_line,
     minimize,
     polyak,
     prepare_device,
     sample_tanh_normal,
 )
-from harness.resume import load_tensors, to_bytes, write_atomic
-from harness.tasks import reference_scores, register
+from readers.tasks import reference_scores, register
 from run import evaluate, parse
 
 START, GOAL, LIMIT = (6, 5), (2, 5), 300  # of the maze's task: two cells (row, column), and steps
@@ -75,7 +72,7 @@ HOMING, RESTS = 0.5, (1, 6)  # the share of homing walks; steps of a rest, the s
 WITHOUT_AGENT = ("random", "homing")
 COLUMNS = ("obs", "action", "reward", "next_obs", "terminal", "cut")
 GAMMA, POLYAK, LR, BATCH = 0.99, 0.005, 3e-4, 256  # SAC's own settings
-EVAL_EVERY, EVAL_EPISODES, SAVE_EVERY = 5_000, 10, 20_000
+EVAL_EVERY, EVAL_EPISODES = 5_000, 10
 
 
 @dataclass
@@ -106,12 +103,10 @@ class Args(Flags):
     """online step, a multiple of 5,000, after which the agent is "expert"; None: --train-steps"""
     seed: Seed = 0
     """seeds networks, environment and sampling"""
-    flat: str = ""
-    """write one compressed .npz file (algorithms read it with --env FILE)"""
-    dataset_id: str = ""
-    """write a local Minari dataset of this id, for example hopper/medium-replay-v0"""
+    flat: str = "data.npz"
+    """the .npz file to write (algorithms read it with --env FILE)"""
     agent: str = ""
-    """file that keeps the agent for other levels; empty: beside the dataset, removed at the end"""
+    """file that keeps the trained agent for other levels"""
     overwrite: bool = False
     """replace an existing dataset"""
     device: str = "auto"
@@ -189,7 +184,7 @@ class Collector:
     """The environment, the agent and everything that a later start continues from."""
 
     def __init__(self, args):
-        self.args, self.stopped = args, False
+        self.args = args
         self.device = prepare_device(args.device, args.precision)
         seed(args.seed)
         self.kwargs = {}  # of the task, for gymnasium.make
@@ -207,15 +202,13 @@ class Collector:
         if self.device.type == "cpu":
             self.update = graphed(update, self.nets, self.opt, compile=args.compile)
         self.returns, self.snapshots = [], {}  # of the agent every EVAL_EVERY steps
-        beside = args.flat or args.dataset_id.replace("/", "-")
-        self.path = Path(args.agent or f"{beside}.agent.pt")
         same = dict(env=args.env, seed=args.seed, random_steps=args.random_steps)
         self.settings = json.dumps(same)  # the others may change on the way
         if args.level not in WITHOUT_AGENT:
             self.replay = Recorder(*self.dims, args.train_steps)
             self.eval_envs = [make_env(args.env) for _ in range(EVAL_EPISODES)]
-            if self.path.exists():
-                self.restore(load_tensors(self.path))
+            if args.agent and Path(args.agent).exists():
+                self.restore(torch.load(args.agent, weights_only=True))
 
     def act(self, actor, obs, deterministic=False):
         """Observations (n, S) -> actions (n, A) in [-1, 1]."""
@@ -259,11 +252,9 @@ class Collector:
             bar.update()
             if t % EVAL_EVERY == 0:
                 self.evaluate(t, bar)
-            reached_now = t % EVAL_EVERY == 0 and self.returns[-1][1] >= goal
-            if reached_now or t % SAVE_EVERY == 0 or t == last_step or self.stopped:
+            if t == last_step or (t % EVAL_EVERY == 0 and self.returns[-1][1] >= goal):
                 self.save()
-            if reached_now:
-                return t
+                return t if self.returns[-1][1] >= goal else None
 
     def evaluate(self, t, bar):
         """Keep the agent's policy and its deterministic return after step t."""
@@ -290,15 +281,10 @@ class Collector:
         obs = self.env.reset(seed=self.args.seed)[0]
         for _ in progress(self.args.steps):
             obs = self.step(recorder, obs, actor)
-            self.leave_if_stopped()
         recorder.close()
 
-    def leave_if_stopped(self, state="the recording is lost; the same command starts it again"):
-        if self.stopped:
-            print(f"\nstopped; {state}", flush=True)
-            raise SystemExit(130)
-
     def save(self):
+        """Keep the agent and its transitions where --agent asks for it."""
         state = {
             "settings": self.settings,
             "nets": self.nets.state_dict(),
@@ -308,19 +294,14 @@ class Collector:
             "snapshots": self.snapshots,
             "rng": torch.get_rng_state(),
         }
-        saved = f"saved to {self.path}"
-        try:
-            write_atomic(self.path, to_bytes(state))
-        except OSError as error:
-            saved = f"{self.path} not saved ({error.strerror}): free some space"
-            print(saved, file=sys.stderr)
-        self.leave_if_stopped(f"{saved}; the same command continues")
+        if self.args.agent:
+            torch.save(state, self.args.agent)
 
     def restore(self, state):
         if state["settings"] != self.settings:
             raise InputError(
-                f"{self.path} holds another agent ({state['settings']}): repeat its command, use "
-                "another --agent, or delete the file"
+                f"{self.args.agent} holds another agent ({state['settings']}): use another "
+                "--agent, or delete the file"
             )
         self.nets.load_state_dict(state["nets"])
         for optimizer, saved in zip(vars(self.opt).values(), state["opt"]):
@@ -374,10 +355,9 @@ def paths_from(maze, start):
     return paths
 
 
-def drive_maze(env, steps: int, seed: int, after_step, homing: float = HOMING) -> Recorder:
+def drive_maze(env, steps: int, seed: int, homing: float = HOMING) -> Recorder:
     """`steps` transitions of the noisy controller in a gymnasium-robotics point maze, where the
-    share `homing` of the walks ends nearer to the cell START. `after_step()` is called after
-    each."""
+    share `homing` of the walks ends nearer to the cell START."""
     point, rng = env.unwrapped, np.random.default_rng(seed)
     to_home = {cell: len(path) for cell, path in paths_from(point.maze.maze_map, START).items()}
     recorder = Recorder(*env.observation_space.shape, 2, steps)
@@ -409,7 +389,6 @@ def drive_maze(env, steps: int, seed: int, after_step, homing: float = HOMING) -
             cut = bool(timeout or (rest <= 0 and not terminal))
             recorder.add(obs, action, reward, next_obs, terminal, cut)
             bar.update()
-            after_step()
             obs = next_obs
             if terminal or cut:
                 break
@@ -423,24 +402,22 @@ def maze_position(point):
 
 def make_env(env_id, **kwargs):
     """The task with flat float32 observations; InputError for what SAC cannot act in."""
-    import gymnasium as gym
-
     register(env_id)
     try:
-        env = gym.make(env_id, **kwargs)
-    except (gym.error.Error, ImportError) as error:
+        env = gymnasium.make(env_id, **kwargs)
+    except (gymnasium.error.Error, ImportError) as error:
         line = str(error).splitlines()[0]
         raise InputError(f"--env {env_id}: {line} Use the id of a task of Gymnasium") from None
-    if not isinstance(env.action_space, gym.spaces.Box):
+    if not isinstance(env.action_space, gymnasium.spaces.Box):
         raise InputError(
             f"--env {env_id} has {env.action_space} actions: use a task whose actions "
             "are continuous (a Box)"
         )
     if not np.isfinite([env.action_space.low, env.action_space.high]).all():
         raise InputError(f"--env {env_id} has unbounded actions: wrap it with bounds first")
-    flat = isinstance(env.observation_space, gym.spaces.Box)
+    flat = isinstance(env.observation_space, gymnasium.spaces.Box)
     if not flat or len(env.observation_space.shape) != 1:
-        env = gym.wrappers.FlattenObservation(env)
+        env = gymnasium.wrappers.FlattenObservation(env)
     return env
 
 
@@ -454,38 +431,7 @@ def write_flat(path, recorder, to_bounds, metadata):
         "timeouts": rows["cut"].bool(),
         "final_observations": rows["next_obs"][last],
     }
-    buffer = io.BytesIO()
-    np.savez_compressed(buffer, metadata=json.dumps(metadata), **arrays)
-    write_atomic(Path(path), buffer.getbuffer())
-
-
-def write_minari(dataset_id, recorder, to_bounds, metadata, env):
-    import minari
-
-    buffer = []
-    for e in recorder.episodes():
-        obs = torch.cat([recorder.obs[e], recorder.next_obs[e.stop - 1 : e.stop]])
-        buffer.append(
-            minari.data_collector.EpisodeBuffer(
-                observations=list(obs.numpy()),
-                actions=list(to_bounds(recorder.action[e]).numpy()),
-                rewards=recorder.reward[e].tolist(),
-                terminations=recorder.terminal[e].bool().tolist(),
-                truncations=recorder.cut[e].bool().tolist(),
-            )
-        )
-    if dataset_id in minari.list_local_datasets():  # --overwrite: the old one goes last
-        minari.delete_dataset(dataset_id)
-    minari.create_dataset_from_buffers(
-        dataset_id,
-        buffer=buffer,
-        env=env,
-        algorithm_name="SAC",
-        author="StayClose collect.py",
-        description=json.dumps(metadata),
-        ref_min_score=metadata["ref_min_score"],
-        ref_max_score=metadata["ref_max_score"],
-    )
+    np.savez_compressed(path, metadata=json.dumps(metadata), **arrays)
 
 
 def step_of_medium(job, args, goal):
@@ -496,8 +442,8 @@ def step_of_medium(job, args, goal):
     step = job.train(args.train_steps, goal)
     if step is None:
         raise InputError(
-            f"no policy reached a return of {goal:.0f} in {args.train_steps:,} steps (the agent is "
-            f"in {job.path}): raise --train-steps or lower --medium-return"
+            f"no policy reached a return of {goal:.0f} in {args.train_steps:,} steps: raise "
+            "--train-steps or lower --medium-return"
         )
     return step
 
@@ -511,7 +457,7 @@ def record_maze(job, args):
     env = make_env(args.env, maze_map=anywhere, continuing_task=False)
     job.kwargs = {"maze_map": maze_with(maze, [START], GOAL), "continuing_task": False}
     job.kwargs["max_episode_steps"] = LIMIT
-    return drive_maze(env, args.steps, args.seed, job.leave_if_stopped)
+    return drive_maze(env, args.steps, args.seed)
 
 
 def record(job, args, goal):
@@ -542,23 +488,18 @@ def check(args):
     """InputError for flags that do not work together or a dataset that could not be written in the
     end; returns the return that is "medium"."""
     make_env(args.env).close()
-    if bool(args.flat) == bool(args.dataset_id):
-        raise InputError("use --flat FILE.npz or --dataset-id NAMESPACE/NAME-v0, one of the two")
     for flag in ("train_steps", "medium_step", "expert_step"):
         value = getattr(args, flag)
         if args.level not in WITHOUT_AGENT and value and value % EVAL_EVERY:
             flag = flag.replace("_", "-")
             raise InputError(f"--{flag} is {value}: use a multiple of {EVAL_EVERY:,}")
-    for flag in ("agent", "flat"):
-        path = getattr(args, flag)
-        if path and not Path(path).absolute().parent.is_dir():
-            raise InputError(f"--{flag} {path}: use a file's name in a folder that exists")
-    if args.flat and Path(args.flat).suffix != ".npz":
+    for path in (args.flat, args.agent):
+        if not Path(path).absolute().parent.is_dir():
+            raise InputError(f"{path}: use a file's name in a folder that exists")
+    if Path(args.flat).suffix != ".npz":
         raise InputError(f"--flat {args.flat}: use a name ending in .npz")
-    if args.dataset_id and not re.fullmatch(r"([\w-]+/)*[\w-]+-v\d+", args.dataset_id):
-        raise InputError(f"--dataset-id {args.dataset_id}: use one like hopper/medium-replay-v0")
-    if exists(args) and not args.overwrite:
-        raise InputError(f"{args.flat or args.dataset_id} exists: add --overwrite or another name")
+    if Path(args.flat).exists() and not args.overwrite:
+        raise InputError(f"{args.flat} exists: add --overwrite or use another name")
     ref_min, ref_max = reference_scores(args.env)
     goal = args.medium_return
     if goal is None and args.level.startswith("medium") and not args.medium_step:
@@ -568,22 +509,10 @@ def check(args):
     return goal
 
 
-def exists(args) -> bool:
-    if args.flat:
-        return Path(args.flat).exists()
-    import minari
-
-    return args.dataset_id in minari.list_local_datasets()
-
-
 def collect(args):
     """Train and roll out as the level asks, then write the dataset."""
-    import gymnasium
-
     goal = check(args)
     job = Collector(args)
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: setattr(job, "stopped", True))
     recorder = record(job, args, goal)
     ref_min, ref_max = reference_scores(args.env)
     metadata = {
@@ -597,20 +526,13 @@ def collect(args):
         "ref_min_score": ref_min,
         "ref_max_score": ref_max,
         "agent_returns": job.returns,
-        "command": shlex.join(["python", "tools/collect.py", *sys.argv[1:]]),
+        "command": shlex.join(["python", "data/make/collect.py", *sys.argv[1:]]),
         "versions": {"torch": torch.__version__, "gymnasium": gymnasium.__version__},
     }
-    name = args.flat or args.dataset_id
-    with in_one_line(name, "free some space and repeat the command, which has kept the agent"):
-        if args.flat:
-            write_flat(name, recorder, job.to_bounds, metadata)
-        else:
-            write_minari(name, recorder, job.to_bounds, metadata, job.env)
-    if not args.agent:
-        job.path.unlink(missing_ok=True)
+    write_flat(args.flat, recorder, job.to_bounds, metadata)
     returns = [float(recorder.reward[e].sum()) for e in recorder.episodes()]
     print(
-        f"{name}: {recorder.size:,} transitions, {len(returns):,} "
+        f"{args.flat}: {recorder.size:,} transitions, {len(returns):,} "
         f"episodes, return mean {np.mean(returns):.0f}, best {np.max(returns):.0f}"
     )
 

@@ -1,0 +1,122 @@
+"""What is probably wrong in data that no rule forbids, one line each: what is seen, why it matters,
+what to do. A copy without this file trains as well, and gives no notes.
+
+The notes know no task, so their limits are wide: robots that fall and points that hit walls are
+no mistake. Fewer than ten ends are too few to judge.
+"""
+
+import difflib
+
+import numpy as np
+
+ROWS = 300_000  # that are looked at: more only take longer
+FEW = 10
+KNOWN = set(
+    "env_id env_kwargs max_episode_steps ref_min_score ref_max_score action_low action_high".split()
+)
+
+
+def notes(columns: dict, meta: dict) -> list[str]:
+    """Lines on columns of N rows, with D4RL's keys, and on their metadata. Both are as they lie in
+    the file, after the checks that refuse one."""
+    columns = {key: np.asarray(x)[:ROWS] for key, x in columns.items()}
+    obs = columns["observations"].astype("float32")
+    none = 0 * columns["rewards"]
+    marks = {key: columns.get(key, none) != 0 for key in ("terminals", "timeouts")}
+    end, jump = ends(columns, obs, **marks), jumps(obs)
+    if (end | (jump > 3)).sum() < FEW:
+        return []
+    return [
+        *of_order(obs, end, jump, marks),
+        *of_limits(end, **marks),
+        *of_numbers(columns, meta),
+    ]
+
+
+def ends(columns, obs, terminals, timeouts):
+    """Whether an episode ends after each row (N,), by whatever shows it."""
+    end = terminals | timeouts
+    end[-1] = True
+    for key in ("step", "episode"):
+        rise = np.diff(columns.get(key, 0 * end))
+        end[:-1] |= rise != np.median(rise)
+    follows = np.roll(obs, -1, 0)
+    end |= ~np.isclose(columns.get("next_observations", follows), follows, 1e-3).all(1)
+    return end
+
+
+def jumps(obs):
+    """How far the next row is (N,), in usual steps: the geometric mean of all columns, as a
+    logarithm, in deviations above its median."""
+    step = np.abs(np.roll(obs, -1, 0) - obs)
+    usual = np.median(step, 0) + 0.1 * obs.std(0) + 1e-30
+    size = np.log(step / usual + 0.1).mean(1)
+    return (size - np.median(size)) / (size.std() + 1e-9)
+
+
+def of_order(obs, end, jump, marks):
+    """Lines on marks and rows that stand in the wrong place; one mistake explains what follows."""
+    for key, mark in marks.items():
+        before, here, after = (mark @ np.roll(jump, k) / (mark.sum() + 1) for k in (1, 0, -1))
+        if mark.mean() > 0.5:
+            yield (
+                f"{mark.mean():.0%} of the rows are {key}, so hardly any row learns from the next: "
+                "invert the column if its 1 means that the episode goes on"
+            )
+            return
+        if mark.sum() >= FEW and max(before, after) > here + 2:
+            yield (
+                f"{key} stand a row too {'late' if before > after else 'early'}: observations jump "
+                "beside them, so two episodes share a transition; move the column by a row"
+            )
+            return
+    least = max(3, 0.7 * np.median(jump[end]))
+    rest = jump * ~end
+    far, near = np.flatnonzero(rest > least), (rest > 0.75 * least).sum()
+    later = [np.abs(obs[k:] - obs[:-k]).mean(0) for k in range(1, 9)]
+    if (later[0] >= 0.9 * np.max(later, 0)).all():
+        yield (
+            "rows do not follow each other, so next observations and returns are wrong: sort them "
+            "by episode and time"
+        )
+    elif len(far) >= max(FEW, near / 1.5):
+        yield (
+            f"observations jump after {len(far)} rows that nothing marks, first after row "
+            f"{far[0]}, so two episodes share a transition there; set timeouts in these rows"
+        )
+
+
+def of_limits(end, terminals, timeouts):
+    """Lines on terminals where a time limit ended the episode."""
+    last = np.flatnonzero(end)
+    length = np.diff(last, prepend=-1)
+    limit = timeouts[last] | (length == length.max())
+    count = (limit & terminals[last]).sum()
+    others = np.bincount(length[~limit])[length.max() // 2 :]
+    if count >= np.max(3 * others, initial=FEW):
+        yield (
+            f"{count} terminals come with timeouts or after {length.max()} rows, the longest "
+            "episode, but after a time limit the future counts: make them timeouts alone"
+        )
+
+
+def of_numbers(columns, meta):
+    """Lines on actions that hardly move, on types that lose numbers, and on the metadata."""
+    width = np.subtract(meta.get("action_high", 1), meta.get("action_low", -1))
+    used = np.ptp(columns["actions"], 0) / width
+    for j in np.flatnonzero(used < 0.05):
+        yield (
+            f"action {j} uses {used[j]:.1%} of its bounds, so nearly nothing is learned of it: "
+            "correct its unit or the bounds, or leave it out if it never changes"
+        )
+    for key in ("observations", "rewards"):
+        x = columns[key]
+        if x.dtype.str[1:] in "i1 u1 u2 u4 u8 f2" and len(np.unique(x)) > 4:
+            if (np.diff(x, axis=0) == 0).mean() > 0.01:  # real numbers seldom stand still
+                yield f"{key} are {x.dtype}, which has lost digits or signs: write float32"
+    for key in meta.keys() - KNOWN:
+        for near in difflib.get_close_matches(key, KNOWN, 1):
+            yield f"metadata {key} has no effect: rename it if you mean {near}"
+    low, high = (meta.get(key) or 0 for key in ("ref_min_score", "ref_max_score"))
+    if 0 < high - low < 1e-4 * abs(high):
+        yield "scores mean nothing, because both references are nearly equal: correct them"
