@@ -103,7 +103,7 @@ def main(args) -> None:
     if path.exists() and not args.overwrite:
         raise InputError(f"{path} exists: add --overwrite to make it again")
     gymnasium.logger.min_level = gymnasium.logger.ERROR  # -v4 is out of date on purpose
-    env = d4rl.own_task(find_row("d4rl_tasks.csv", name)).open().unwrapped
+    env = d4rl.task(find_row("d4rl_tasks.csv", name))["make"]().unwrapped
     try:
         columns = record(env, ROWS, args.seed)
         returns = returns_of(columns)
