@@ -449,7 +449,7 @@ class Run:
             machine=f"{os.cpu_count()} cores, {self.device}",
             threads=torch.get_num_threads(),
         )
-        self.save("config.json", json.dumps(config, indent=2, default=str).encode())
+        write_whole(self.folder / "config.json", json.dumps(config, indent=2, default=str).encode())
         size = f"{len(data.obs):,} transitions, {len(returns):,} episodes"
         print(f"data:   {data.name}, {size}, {self.unit} {self.references['data']:.1f}")
         print(f"preset: {self.preset or 'none'}")
@@ -547,7 +547,7 @@ class Run:
         writer = csv.DictWriter(text, list(dict.fromkeys(key for row in table for key in row)))
         writer.writeheader()
         writer.writerows(table)
-        self.save(f"{name}.csv", text.getvalue().encode())
+        write_whole(self.folder / f"{name}.csv", text.getvalue().encode())
         folder = {"eval": "charts", "train": "losses"}.get(name, name)
         for key, x in values.items():
             self.board.add_scalar(f"{folder}/{key}", x, t)
@@ -586,7 +586,7 @@ class Run:
         self.board.close()
         if scores:
             self.draw(scores)
-        self.save("summary.json", json.dumps(summary, indent=2).encode())
+        write_whole(self.folder / "summary.json", json.dumps(summary, indent=2).encode())
         for old in self.folder.glob("kept-*.pt"):
             old.unlink()
         told = [f"{label} {value:.1f}" for label, value in self.references.items()]
@@ -610,16 +610,10 @@ class Run:
 
     # ---- checkpoints -------------------------------------------------------------------------
 
-    def save(self, name: str, content: bytes):
-        """Write a file of the run, whole or not at all."""
-        temporary = self.folder / f"{name}.tmp"
-        temporary.write_bytes(content)
-        temporary.replace(self.folder / name)
-
     def save_tensors(self, name: str, content):
         buffer = io.BytesIO()
         torch.save(content, buffer)
-        self.save(name, buffer.getvalue())
+        write_whole(self.folder / name, buffer.getvalue())
 
     def optimizer_state(self) -> list:
         return [x for optimizer in vars(self.opt).values() for x in optimizer.state()]
@@ -679,6 +673,13 @@ class Run:
             weights = {k.removeprefix(start): x for k, x in saved["nets"].items() if start in k}
             module.load_state_dict(weights)
         print(f"clone: read from {path}", flush=True)
+
+
+def write_whole(path: Path, content: bytes):
+    """Write a file, whole or not at all."""
+    temporary = path.with_name(f"{path.name}.tmp")
+    temporary.write_bytes(content)
+    temporary.replace(path)
 
 
 def load_tensors(path):

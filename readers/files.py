@@ -49,8 +49,8 @@ def open_hdf5(path: Path):
 
 
 def read(path: Path) -> tuple[dict, dict]:
-    """(columns, metadata) of an HDF5 file: the arrays under D4RL's keys as they are stored, and the
-    keys of its metadata that are not null. Raises InputError."""
+    """(columns, metadata) of an HDF5 file: the arrays under D4RL's keys as they are stored.
+    Raises InputError."""
     with open_hdf5(path) as file:
         require("episode_0" not in file, f"{path} is a Minari file: use its Minari id")
         found = {key: x for key, x in file.items() if isinstance(x, h5py.Dataset)}
@@ -62,14 +62,12 @@ def read(path: Path) -> tuple[dict, dict]:
 
 
 def metadata(path, file, stored) -> dict:
-    """The keys that are not null of the JSON text in the array, or attribute, `metadata`."""
-    size = stored.nbytes if stored else 0
-    text = file.attrs.get("metadata", "{}")
-    if stored and size <= TEXT:
-        text = stored[()]
-        size = len(text)
-    require(size <= TEXT, f"{path}: metadata takes {size} bytes; store at most {TEXT}")
+    """The JSON text in the array, or attribute, `metadata`."""
+    large = f"{path}: metadata takes more than {TEXT} bytes; store less"
+    require(not stored or stored.nbytes <= TEXT, large)
     try:
-        return {key: x for key, x in dict(json.loads(text)).items() if x is not None}
+        text = stored[()] if stored else file.attrs.get("metadata", "{}")
+        require(len(text) <= TEXT, large)
+        return dict(json.loads(text))
     except (ValueError, TypeError, RecursionError):
         require(False, f"{path}: metadata is not a JSON object; write it with json.dumps")

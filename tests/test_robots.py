@@ -12,10 +12,10 @@ import mujoco
 import numpy as np
 import pytest
 from conftest import ROOT
-from harness.readers import d4rl
-from harness.tasks import find_row
 
 from common import InputError
+from readers import d4rl
+from readers.tasks import find_row
 
 sys.path.append(str(ROOT / "data" / "make"))
 from d4rl import Args, main, record, returns_of  # noqa: E402
@@ -26,7 +26,7 @@ NAMES["ant"] = "Ant-v4"
 
 
 def restored(name):
-    return d4rl.own_task(find_row("d4rl_tasks.csv", name)).open().unwrapped
+    return d4rl.task(find_row("d4rl_tasks.csv", name))["make"]().unwrapped
 
 
 def velocity(env, state, action):

@@ -36,15 +36,13 @@ from torch.overrides import TorchFunctionMode
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "algorithms")]
-from harness.resume import load_tensors, read_json, write_atomic
-
-from common import CountOrZero, Data, Flags, InputError, Seed, ShareBelow1, prepare_device
-from run import evaluate, load, make, parse, score
+from common import CountOrZero, Data, InputError, Seed, ShareBelow1
+from run import evaluate, load, load_tensors, make, prepare_device, score, write_whole
 from tools import fqe
 
 
 @dataclasses.dataclass
-class Args(Flags):
+class Args:
     runs: tyro.conf.Positional[tuple[str, ...]] = ()
     """folders of runs that have reached their last phase, on the same data and task"""
     env: str = ""
@@ -113,7 +111,7 @@ def load_run(folder, eval_env: str | None = None, env: str = "", with_data: bool
     `with_data`, neither data nor task is looked for. Raises InputError."""
     folder = Path(folder)
     try:
-        config = read_json(folder / "config.json")
+        config = json.loads((folder / "config.json").read_text())
         name, values, digest = config["algorithm"], dict(config["args"]), config["dataset_sha256"]
     except (FileNotFoundError, NotADirectoryError):
         raise InputError(f"{folder} is no run: use a folder with a config.json") from None
@@ -165,7 +163,7 @@ def blank_data(state) -> Data:
 def write(path, content) -> None:
     """Raises InputError where the file cannot be written, on a full disk say."""
     try:
-        write_atomic(Path(path), content)
+        write_whole(Path(path), content)
     except OSError as error:
         line = f"{path} cannot be written ({error.strerror})"
         raise InputError(f"{line}: free some space or use another place") from None
@@ -393,7 +391,7 @@ def save(folder, found: dict) -> None:
     """Write evaluation.json, beside what it has for the same checkpoint, flags and task."""
     path = Path(folder) / "evaluation.json"
     try:
-        old = read_json(path)
+        old = json.loads(path.read_text())
         same = all(old[key] == found[key] for key in ("step", "seed", "gamma", "task"))
         found = old | found if same else found
     except (OSError, ValueError, TypeError, KeyError):  # none, or damaged
@@ -442,4 +440,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    main(parse(Args, {}, sys.argv[1:])[0])
+    main(tyro.cli(Args, description=__doc__))

@@ -24,12 +24,9 @@ import tyro
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "algorithms")]
-from harness.resume import write_atomic
-
-from common import Flags, InputError, Number, in_one_line
-from readers import read
+from common import InputError, Number
 from readers.tasks import near, require
-from run import parse
+from run import in_one_line, load, write_whole
 
 SKIPS = 1.5  # times the usual rise of --step: more is a hole
 ROUNDING = 1e-5  # of the range of an action, as in run.py
@@ -37,7 +34,7 @@ PLAIN = "write it with commas between columns and points in numbers"
 
 
 @dataclass
-class Args(Flags):
+class Args:
     log: tyro.conf.Positional[str] = ""
     """the table: a .csv file in UTF-8, whose first line names the columns"""
     obs: tuple[str, ...] = ()
@@ -264,10 +261,10 @@ def main(args):
         metadata=json.dumps({"action_low": low, "action_high": high}),
     )
     with in_one_line(args.out, "use another folder"):
-        write_atomic(Path(args.out), file.getvalue())
-    read(args.out)
+        write_whole(Path(args.out), file.getvalue())
+    load(args.out)
     print(f"{args.out} is written; next: python algorithms/iql.py --env {args.out} --steps 20000")
 
 
 if __name__ == "__main__":
-    main(parse(Args, {}, sys.argv[1:])[0])
+    main(tyro.cli(Args, description=__doc__))

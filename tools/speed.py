@@ -30,12 +30,13 @@ from pathlib import Path
 from typing import Literal
 
 import torch
+import tyro
 from torch.utils.flop_counter import FlopCounterMode
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "algorithms")]
-from common import Count, Data, Flags, InputError, Positive, in_one_line, prepare_device
-from run import parse
+from common import Count, Data, InputError, Positive
+from run import in_one_line, parse, prepare_device
 
 PROFILED = 120  # updates in the tables of --operations
 SHOWN = ("algorithm", "phase", "batch_size", "updates_per_second", "minutes_per_million")
@@ -44,7 +45,7 @@ SHAPES = ((256, 32, 256), (256, 256, 256), (1024, 256, 256))  # rows, inputs, ou
 
 
 @dataclass
-class Args(Flags):
+class Args:
     algorithms: tuple[str, ...] = ()
     """files of algorithms/ to measure; none given: all of them"""
     env: str = ""
@@ -270,4 +271,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    main(parse(Args, {}, sys.argv[1:])[0])
+    main(tyro.cli(Args, description=__doc__))

@@ -37,11 +37,10 @@ import tyro
 
 HERE = Path(__file__).resolve().parent  # leaves the path: its ogbench.py is not the package
 sys.path[:] = [str(HERE.parents[1]), *(x for x in sys.path if x != str(HERE))]
-from harness.resume import write_atomic
-
-from common import Count, Flags, InputError, Seed, parse
+from common import Count, InputError, Seed
 from readers import ogbench
 from readers.tasks import INSTALL, near, require, table
+from run import write_whole
 
 MORE_RECORDINGS = {"triple": 3000, "4x5": 3000, "quadruple": 5000, "4x6": 5000}
 STACKS = {"single": (0, 0), "double": (0, 0.25), "triple": (0.05, 0.35), "quadruple": (0.1, 0.5)}
@@ -51,7 +50,7 @@ PACKAGES = "ogbench", "mujoco", "gymnasium", "numpy", "scipy"  # versions that d
 
 
 @dataclass
-class Args(Flags):
+class Args:
     name: tyro.conf.Positional[str] = "cube-single-play"
     """the data to make, for example cube-single-play"""
     seed: Seed = 0
@@ -282,7 +281,7 @@ def work(name, recipe, seed, indices, parts, parent) -> None:
         buffer = io.BytesIO()
         np.savez(buffer, **record(env, space, recipe))
         try:
-            write_atomic(parts / f"{index:05}.npz", buffer.getbuffer())
+            write_whole(parts / f"{index:05}.npz", buffer.getbuffer())
         except OSError as error:
             raise InputError(f"{parts}: {error.strerror}; free some space") from None
 
@@ -331,7 +330,7 @@ def prepare(parts, note: str) -> None:
     told = parts / "made_by.json"
     same = not told.exists() or told.read_text() == note
     require(same, f"{parts} has recordings of another seed or version; delete it to start again")
-    write_atomic(told, note.encode())
+    write_whole(told, note.encode())
 
 
 def make(name: str, recipe: Recipe, args) -> list[Path]:
@@ -372,4 +371,4 @@ def main(args) -> None:
 
 
 if __name__ == "__main__":
-    main(parse(Args, {}, sys.argv[1:])[0])
+    main(tyro.cli(Args, description=__doc__))
