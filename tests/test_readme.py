@@ -81,7 +81,6 @@ def test_the_worked_diff_makes_an_algorithm(tmp_path):
     shutil.copy(ROOT / "algorithms" / "awac.py", tmp_path / "algorithms" / "crr.py")
     shutil.copy(ROOT / "common.py", tmp_path)
     shutil.copy(ROOT / "run.py", tmp_path)
-    shutil.copytree(ROOT / "harness", tmp_path / "harness")
     (tmp_path / "data").symlink_to(ROOT / "data")
     (tmp_path / "crr.diff").write_text(diff)
     patch = ["git", "apply", "--unidiff-zero", "crr.diff"]

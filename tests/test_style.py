@@ -15,7 +15,7 @@ from short_runs import ROOT, SCRIPTS, tracked
 
 from common import RunArgs, number_type
 
-FOLDERS = ("algorithms", "harness", "harness/readers", "tools", "data/make", "peers", "figures")
+FOLDERS = ("algorithms", "readers", "tools", "data/make", "peers", "figures")
 PAGES = [ROOT / "common.py", ROOT / "run.py"]
 PRODUCT = [*PAGES, *(path for folder in FOLDERS for path in tracked(folder))]
 PAPERS = ("env", "seed", "steps", "batch_size", "eval_every")  # the first fields of every Args
@@ -110,7 +110,7 @@ def test_a_reader_meets_the_equations_soon(path):
 
 @algorithm
 def test_nothing_of_the_project_is_imported_but_common(path):
-    project = {"run", "harness", "tools", "peers", "figures", *(p.stem for p in SCRIPTS)}
+    project = {"run", "readers", "tools", "peers", "figures", *(p.stem for p in SCRIPTS)}
     guard = dict(names(path))["__main__"]
     inside = {id(node) for node in ast.walk(guard)}
     for node in ast.walk(tree(path)):
@@ -298,11 +298,11 @@ def imported(path, top=False):
 
 
 def test_arrows_go_one_way():
-    """algorithms/* -> common.py; run.py -> common.py, and harness/* by name inside its functions;
-    harness/* -> common.py; tools/* and figures/* -> all of these; nothing -> peers/*."""
+    """algorithms/* -> common.py; run.py -> common.py, and readers/* by name inside its functions;
+    readers/* -> common.py; tools/* and figures/* -> all of these; nothing -> peers/*."""
     above = {"algorithms", "tools", "figures", "peers", *(path.stem for path in SCRIPTS)}
-    not_for = {"common.py": above | {"run", "harness"}, "run.py": above | {"harness"}}
-    not_for |= dict.fromkeys(("harness", "readers"), above | {"run"})
+    not_for = {"common.py": above | {"run", "readers"}, "run.py": above}
+    not_for |= {"readers": above | {"run"}}
     for path in PRODUCT:
         found = {name.split(".")[0] for name in imported(path)}
         forbidden = not_for.get(path.name) or not_for.get(path.parent.name) or {"peers"}
