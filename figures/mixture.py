@@ -29,8 +29,8 @@ import tyro
 sys.path.insert(0, str(Path(__file__).parents[1] / "algorithms"))
 import bc
 
-from common import Data, prepare_device
-from run import evaluate, load, make, score
+from common import Data
+from run import evaluate, load, make, prepare_device, score
 
 EXPERT = "the expert's"
 MEDIUM = "the mid-level agent's"

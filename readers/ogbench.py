@@ -25,7 +25,7 @@ from readers.tasks import HEAVY, make, near, register, require, table
 SETS = "ogbench_sets.csv"
 # A copy that a colleague of OGBench's author keeps, for when the host of the package is down.
 HUB = "https://huggingface.co/datasets/zhouzypaul/ogbench_datasets/resolve/main/{file}"
-MADE = ("pointmaze", *HEAVY)  # begin the names of data that tools/make_ogbench.py can make
+MADE = ("pointmaze", *HEAVY)  # begin the names of data that data/make/ogbench.py can make
 IMAGES = ("visual-", "powderworld-")
 DAMAGED = (OSError, EOFError, ValueError, LookupError, zipfile.BadZipFile, zlib.error)
 
@@ -132,10 +132,10 @@ def fetch(data: str) -> Path:
     try:
         return download(f"{data}-v0", "OGBENCH", path.parent, path.name, mirrors, row)
     except InputError as error:
-        hint = f", or make another draw of it: python tools/make_ogbench.py {data}"
+        hint = f", or make another draw of it: python data/make/ogbench.py {data}"
         raise InputError(f"{error}{hint if data.startswith(MADE) else ''}") from None
 
 
 def is_made(path: Path) -> bool:
-    """Whether tools/make_ogbench.py wrote the file."""
+    """Whether data/make/ogbench.py wrote the file."""
     return zipfile.is_zipfile(path) and "made_by.npy" in zipfile.ZipFile(path).namelist()

@@ -9,8 +9,8 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from harness.readers.ogbench import MADE, SETS
-from harness.tasks import table
+from readers.ogbench import MADE, SETS
+from readers.tasks import table
 
 from common import InputError
 from data.make import ogbench as make_ogbench

@@ -43,6 +43,7 @@ from typing import Literal
 import gymnasium
 import numpy as np
 import torch
+import tyro
 from torch import nn
 from tqdm import tqdm
 
@@ -53,7 +54,6 @@ from common import (
     Adam,
     Count,
     CountOrZero,
-    Flags,
     InputError,
     Number,
     ScalarMLP,
@@ -61,11 +61,10 @@ from common import (
     graphed,
     minimize,
     polyak,
-    prepare_device,
     sample_tanh_normal,
 )
 from readers.tasks import reference_scores, register
-from run import evaluate, parse
+from run import evaluate, prepare_device
 
 START, GOAL, LIMIT = (6, 5), (2, 5), 300  # of the maze's task: two cells (row, column), and steps
 HOMING, RESTS = 0.5, (1, 6)  # the share of homing walks; steps of a rest, the second excluded
@@ -76,7 +75,7 @@ EVAL_EVERY, EVAL_EPISODES = 5_000, 10
 
 
 @dataclass
-class Args(Flags):
+class Args:
     env: str = "Hopper-v5"
     """Gymnasium id of the task"""
     level: Literal[
@@ -538,4 +537,4 @@ def collect(args):
 
 
 if __name__ == "__main__":
-    collect(parse(Args, {}, sys.argv[1:])[0])
+    collect(tyro.cli(Args, description=__doc__))

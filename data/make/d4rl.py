@@ -27,7 +27,7 @@ import tyro
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from common import Flags, InputError, Seed, parse
+from common import InputError, Seed
 from readers import d4rl
 from readers.tasks import find_row, near
 
@@ -42,7 +42,7 @@ REAL = {  # of the published file: episodes (None: not known), smallest and larg
 
 
 @dataclass
-class Args(Flags):
+class Args:
     name: tyro.conf.Positional[str] = "halfcheetah-random-v2"
     """the data to make: halfcheetah-, hopper- or walker2d-random-v2"""
     seed: Seed = 0
@@ -124,4 +124,4 @@ def main(args) -> None:
 
 
 if __name__ == "__main__":
-    main(parse(Args, {}, sys.argv[1:])[0])
+    main(tyro.cli(Args, description=__doc__))

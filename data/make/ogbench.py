@@ -37,9 +37,8 @@ import tyro
 
 HERE = Path(__file__).resolve().parent  # leaves the path: its ogbench.py is not the package
 sys.path[:] = [str(HERE.parents[1]), *(x for x in sys.path if x != str(HERE))]
-from harness.resume import write_atomic
 
-from common import Count, Flags, InputError, Seed, parse
+from common import Count, InputError, Seed
 from readers import ogbench
 from readers.tasks import INSTALL, near, require, table
 
@@ -51,7 +50,7 @@ PACKAGES = "ogbench", "mujoco", "gymnasium", "numpy", "scipy"  # versions that d
 
 
 @dataclass
-class Args(Flags):
+class Args:
     name: tyro.conf.Positional[str] = "cube-single-play"
     """the data to make, for example cube-single-play"""
     seed: Seed = 0
@@ -60,9 +59,6 @@ class Args(Flags):
     """processes that record"""
     overwrite: bool = False
     """replace existing files"""
-
-    def resolve(self):
-        self.name = self.name.removesuffix("-v0")
 
 
 @dataclass
@@ -270,6 +266,13 @@ def finished(parts) -> set[int]:
     return {int(path.stem) for path in parts.glob("*.npz")}
 
 
+def write_whole(path, content) -> None:
+    """A file that is there is whole, also after a kill."""
+    temporary = path.with_name(f"{path.name}.part")
+    temporary.write_bytes(content)
+    temporary.replace(path)
+
+
 def work(name, recipe, seed, indices, parts, parent) -> None:
     """One process's share of the recordings. It stops when the process `parent` has ended."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -281,10 +284,7 @@ def work(name, recipe, seed, indices, parts, parent) -> None:
         seed_recording(env, space, name, seed, index)
         buffer = io.BytesIO()
         np.savez(buffer, **record(env, space, recipe))
-        try:
-            write_atomic(parts / f"{index:05}.npz", buffer.getbuffer())
-        except OSError as error:
-            raise InputError(f"{parts}: {error.strerror}; free some space") from None
+        write_whole(parts / f"{index:05}.npz", buffer.getbuffer())
 
 
 def record_all(name, recipe, args, parts, total: int) -> None:
@@ -331,7 +331,7 @@ def prepare(parts, note: str) -> None:
     told = parts / "made_by.json"
     same = not told.exists() or told.read_text() == note
     require(same, f"{parts} has recordings of another seed or version; delete it to start again")
-    write_atomic(told, note.encode())
+    write_whole(told, note.encode())
 
 
 def make(name: str, recipe: Recipe, args) -> list[Path]:
@@ -361,10 +361,11 @@ def make(name: str, recipe: Recipe, args) -> list[Path]:
 
 
 def main(args) -> None:
-    recipe = recipe_of(args.name)
+    name = args.name.removesuffix("-v0")
+    recipe = recipe_of(name)
     require(importlib.util.find_spec("ogbench"), f"OGBench is not installed: {INSTALL['ogbench']}")
     try:
-        for path in make(args.name, recipe, args):
+        for path in make(name, recipe, args):
             print(path)
     except KeyboardInterrupt:
         print("\nstopped; the same command continues", flush=True)
@@ -372,4 +373,4 @@ def main(args) -> None:
 
 
 if __name__ == "__main__":
-    main(parse(Args, {}, sys.argv[1:])[0])
+    main(tyro.cli(Args, description=__doc__))
