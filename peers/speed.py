@@ -162,7 +162,8 @@ def ours(algorithm, folder, how):
     """This repository's own `train`, with default settings."""
     import torch
 
-    from common import Data, prepare_device
+    from common import Data
+    from run import prepare_device
     from tools.speed import Stopwatch
 
     torch.set_num_threads(1)

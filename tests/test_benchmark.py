@@ -20,8 +20,8 @@ import pytest
 import tyro
 from short_runs import SCRIPTS
 
-from readers.tasks import table as data_table
 from peers import train
+from readers.tasks import table as data_table
 from run import main, parse
 from tools import report
 

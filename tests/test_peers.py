@@ -29,7 +29,9 @@ def here(tmp_path, monkeypatch):
         monkeypatch.setitem(sys.modules, name, None)
     monkeypatch.setattr(sys, "path", [*sys.path])
     monkeypatch.setattr(sys, "argv", ["peers/train.py"])
-    return tmp_path
+    yield tmp_path
+    for name in ("jax", "flax", "learner"):  # of the test below
+        sys.modules.pop(name, None)
 
 
 def checkout(folder, file, program) -> str:
@@ -205,14 +207,13 @@ def test_corl_is_on_our_rows_in_our_evaluation_and_in_our_format(here, capsys):
         "corl_td3_bc",
         corl(here / "CORL"),
         "--env",
-        "pointmaze-stitch-demo".replace("pointmaze-stitch", "hopper-replay"),
+        "hopper-replay-demo",
         "--out",
         here / "r",
     )
     assert "this is not shown" not in capsys.readouterr().out
     data, task = load("hopper-replay-demo")
     assert_same_rows(data, "seen.npz")
-    ours, _ = parse(train.importlib.import_module("td3_bc").Args, {}, [])
     module = importlib.import_module("td3_bc")
     ours, _ = parse(module.Args, module.PRESETS, ["--env", "hopper-replay-demo"])
     given = json.loads(Path("flags.json").read_text())
@@ -293,8 +294,6 @@ def test_iqls_authors_program_is_on_our_rows_and_in_our_evaluation(here, monkeyp
     place = checkout(here / "IQL", "train_offline.py", IQL)
     checkout(place, "learner.py", LEARNER)
     checkout(place, "common.py", "theirs = True")
-    for name in ("jax", "flax", "learner"):
-        monkeypatch.delitem(sys.modules, name, raising=False)
     sys.path.insert(0, str(fakes))
     monkeypatch.setattr(train.importlib.metadata, "version", lambda name: "1")
     run("iql_authors", place, "--env", "hopper-replay-demo")
