@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from common import InputError
-from readers import files
+from readers import files, maze2d
 from readers.fetch import download
 from readers.tasks import (
     ROBOTS,
@@ -32,6 +32,7 @@ D4RL_MIRRORS = (
     "http://rail.eecs.berkeley.edu/datasets/offline_rl/{path}",
 )
 MADE = "halfcheetah-random-v2", "hopper-random-v2", "walker2d-random-v2"  # data/make/d4rl.py
+MADE += "maze2d-umaze-v1", "maze2d-medium-v1", "maze2d-large-v1"
 
 
 def read(name: str, eval_env: str | None) -> tuple[dict, dict]:
@@ -45,7 +46,9 @@ def read(name: str, eval_env: str | None) -> tuple[dict, dict]:
         for line in filter(None, (row["note"], meta.get("robot"))):
             print(f"note: {name}: {line}")
     columns, _ = files.read(fetch(name) if name == base else made_file(base))
-    if row["maze"]:  # v0's timeouts are out of step; an ant moves less than 1 m in one
+    if row["env_id"].startswith(
+        "AntMaze"
+    ):  # v0's timeouts are out of step; an ant moves less than 1 m in one
         place = columns["observations"][:, :2].astype(np.float32)
         jump = np.linalg.norm(np.diff(place, axis=0, append=place[-1:]), axis=1) > 1
         columns["timeouts"] = jump | (columns["timeouts"] != 0)
@@ -57,8 +60,11 @@ def read(name: str, eval_env: str | None) -> tuple[dict, dict]:
 
 def task(row: dict) -> dict:
     """Metadata of the task of a row of d4rl_tasks.csv."""
-    env_id, maze = row["env_id"], row["maze"]
-    kwargs = {"max_episode_steps": int(row["max_episode_steps"])}
+    env_id, maze, limit = row["env_id"], row["maze"], int(row["max_episode_steps"])
+    kwargs = {"max_episode_steps": limit}
+    if env_id.startswith("maze2d"):
+        built = partial(maze2d.make, maze, "dense" in env_id, limit)
+        return {"env_id": env_id, "env_kwargs": kwargs, "make": built}
     if maze:  # upside down: D4RL's y grows with the row, gymnasium-robotics' falls
         cells = [[int(c) if c in "01" else c for c in line] for line in maze.split()]
         kwargs |= {"maze_map": cells[::-1], "continuing_task": False}
@@ -98,6 +104,6 @@ def made_file(name: str) -> Path:
         made = json.loads(file.attrs.get("made_by", "{}"))
         right = (made.get("name"), made.get("rows")) == (name, len(file["rewards"]))
     require(right, f"{path} is not a whole file made for {name}; make it again: {command}")
-    told = {key: made.get(key) for key in ("episodes", "seed", "versions")}
+    told = {key: made.get(key) for key in ("found", "seed", "versions")}
     print(f"note: {name}-made is not D4RL's file, but made in its manner: {told}")
     return path

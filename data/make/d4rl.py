@@ -1,16 +1,20 @@
-"""Make D4RL's random locomotion data, which need no published file: their actions are uniform.
+"""Make data in the manner of D4RL's where the published files cannot be downloaded.
 
     python data/make/d4rl.py halfcheetah-random-v2
     python algorithms/td3_bc.py --env halfcheetah-random-v2-made
 
-The recipe is that of D4RL's -v1 and -v2 random sets (Fu et al., arXiv:2004.07219;
-scripts/generation/mujoco/collect_data.py --random in its repository): 1,000,000 rows of uniform
-actions. An episode ends by the task, or at its 1,000th step, which is then a time limit also where
-the task ended there. The last episode is cut after the last row. The robot is the one of D4RL's
-recordings (docs/robots.md).
+halfcheetah-, hopper- and walker2d-random-v2 need no published file, because their actions are
+uniform. The recipe is D4RL's (Fu et al., arXiv:2004.07219; in its repository
+scripts/generation/mujoco/collect_data.py --random): 1,000,000 rows; an episode ends by the task, or
+at its 1,000th step, which is then a time limit also where the task ended there; the last episode is
+cut after the last row. The robot is the one of D4RL's recordings (docs/robots.md).
 
-The file is another draw from the same law, and not the published one: it has a name of its own,
-NAME-made.hdf5 in D4RL's folder, and its attribute made_by (JSON text) says how it was made.
+maze2d-umaze-, -medium- and -large-v1 are made by D4RL's controller of mazes (maze2d.py, beside this
+file). For umaze, the counts that are printed are near those of D4RL's file. For large they are far
+from them, and why is not known.
+
+The file is another draw and not the published one: it has a name of its own, NAME-made.hdf5 in
+D4RL's folder, and its attribute made_by (JSON text) says how it was made.
 """
 
 import json
@@ -27,6 +31,8 @@ import tyro
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+import maze2d
+
 from common import InputError, Seed
 from readers import d4rl
 from readers.tasks import find_row, near
@@ -34,17 +40,21 @@ from readers.tasks import find_row, near
 ROWS, LIMIT = 1_000_000, 1_000
 OBSERVATIONS = "observations", "next_observations"
 PACKAGES = "mujoco", "gymnasium", "numpy"  # versions that decide the numbers
-REAL = {  # of the published file: episodes (None: not known), smallest and largest return
-    "halfcheetah-random-v2": (1_000, -525.98, -85.57),
-    "hopper-random-v2": (45_240, 2.698, 292.554),
-    "walker2d-random-v2": (48_908, -17.006, 75.035),
+REAL = {  # what is known of the published files
+    "halfcheetah-random-v2": "1,000 episodes, returns from -525.98 to -85.57",
+    "hopper-random-v2": "45,240 episodes, returns from 2.70 to 292.55",
+    "walker2d-random-v2": "48,908 episodes, returns from -17.01 to 75.04",
+    "maze2d-umaze-v1": "12,459 targets, 1,566 paths of 96 to 3,993 steps",
+    "maze2d-medium-v1": "nothing",
+    "maze2d-large-v1": "1,062 paths of 67 to 30,470 steps",
 }
 
 
 @dataclass
 class Args:
     name: tyro.conf.Positional[str] = "halfcheetah-random-v2"
-    """the data to make: halfcheetah-, hopper- or walker2d-random-v2"""
+    """the data to make: one of halfcheetah-, hopper- and walker2d-random-v2, and of maze2d-umaze-,
+    -medium- and -large-v1"""
     seed: Seed = 0
     """seeds actions and start states; another seed is another draw"""
     overwrite: bool = False
@@ -103,23 +113,29 @@ def main(args) -> None:
     if path.exists() and not args.overwrite:
         raise InputError(f"{path} exists: add --overwrite to make it again")
     gymnasium.logger.min_level = gymnasium.logger.ERROR  # -v4 is out of date on purpose
-    env = d4rl.task(find_row("d4rl_tasks.csv", name))["make"]().unwrapped
+    row = find_row("d4rl_tasks.csv", name)
+    env = d4rl.task(row)["make"]().unwrapped
+    made_by = {"made_by": "StayClose, data/make/d4rl.py", "name": name, "seed": args.seed}
+    made_by |= {"rows": ROWS, "versions": {package: version(package) for package in PACKAGES}}
     try:
-        columns = record(env, ROWS, args.seed)
-        returns = returns_of(columns)
-        made_by = {"made_by": "StayClose, data/make/d4rl.py", "name": name, "seed": args.seed}
-        made_by |= {"rows": ROWS, "episodes": len(returns)}
-        made_by["versions"] = {package: version(package) for package in PACKAGES}
-        write(path, columns, made_by)
+        if name.startswith("maze2d"):
+            columns = maze2d.record(env, ROWS, int(row["max_episode_steps"]), args.seed)
+            paths = maze2d.visits(columns)
+            found = f"{columns['timeouts'].sum():,} targets, "
+            found += f"{len(paths):,} paths of {paths.min():,} to {paths.max():,} steps"
+        else:
+            columns = record(env, ROWS, args.seed)
+            returns = returns_of(columns)
+            found = f"{len(returns):,} episodes, "
+            found += f"returns from {returns.min():.2f} to {returns.max():.2f}"
+        write(path, columns, made_by | {"found": found})
     except KeyboardInterrupt:
         print("\nstopped, nothing is written", flush=True)
         raise SystemExit(130) from None
     except OSError as error:
         raise InputError(f"{path} cannot be written ({error.strerror}): set D4RL_DATASET_DIR")
-    episodes, low, high = REAL[name]
-    print(f"episodes: {len(returns):,} here, {episodes:,} in D4RL's file")
-    print(f"smallest return: {returns.min():.2f} here, {low:.2f} in D4RL's file")
-    print(f"largest return: {returns.max():.2f} here, {high:.2f} in D4RL's file")
+    print(f"made here:      {found}")
+    print(f"D4RL's file:    {REAL[name]}{' is known' * (REAL[name] == 'nothing')}")
     print(f"{path}\npython algorithms/td3_bc.py --env {name}-made")
 
 
