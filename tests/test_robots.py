@@ -150,7 +150,7 @@ def test_another_file_under_the_name_is_refused(folder):
     whole = path.read_bytes()
     for content in (whole[: len(whole) // 2], b"", b"no HDF5"):
         path.write_bytes(content)
-        with pytest.raises(InputError, match="not a whole file made for hopper-random-v2"):
+        with pytest.raises(InputError, match="hopper-random-v2-made.hdf5 cannot be read"):
             d4rl.read("hopper-random-v2-made", "none")
     path.write_bytes(whole)
     path.rename(folder / "walker2d-random-v2-made.hdf5")
