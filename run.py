@@ -668,8 +668,8 @@ class Run:
         with in_one_line(path, "use the checkpoint.pt of a finished clone of equal networks"):
             self.compare(saved, ("data", "normalize_obs"), path)
             first = next(iter(self.args.phases))
-            done = saved["phase"] != first or saved["step"] == saved["steps"]
-            require(done, f"{path}: its clone is not finished: finish that run with --resume")
+            whole = saved["phase"] != first or saved["step"] == saved["steps"]
+            require(whole, f"{path}: its clone is not finished: finish that run with --resume")
             weights = {k.removeprefix(start): x for k, x in saved["nets"].items() if start in k}
             module.load_state_dict(weights)
         print(f"clone: read from {path}", flush=True)
