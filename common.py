@@ -15,6 +15,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tyro.constructors import PrimitiveConstructorSpec
 
+
+class InputError(SystemExit):
+    """Bad input: a message that names the cause and the fix. Uncaught, it is printed, and the
+    process ends with status 1."""
+
+
 # ---- data on the device ----------------------------------------------------------------------
 
 
@@ -416,11 +422,6 @@ def graphed(update, *inputs, compile: bool = False):
 # ---- flags -----------------------------------------------------------------------------------
 
 
-class InputError(SystemExit):
-    """Bad input: a message that names the cause and the fix. Uncaught, it is printed, and the
-    process ends with status 1."""
-
-
 def number(kind, low: float, high: float, text: str):
     """The type of a flag: a number from `low` to `high`, both included, which `text` describes.
     1e5 is a whole number, too."""
@@ -431,10 +432,8 @@ def number(kind, low: float, high: float, text: str):
             raise ValueError(f"use {text}")
         return kind(value)
 
-    def is_instance(x):
-        return type(x) in (int, kind)
-
-    return Annotated[kind, PrimitiveConstructorSpec(1, text, read, is_instance, lambda x: [str(x)])]
+    fits = lambda x: type(x) in (int, kind)
+    return Annotated[kind, PrimitiveConstructorSpec(1, text, read, fits, lambda x: [str(x)])]
 
 
 # TINY is the smallest normal number, because smaller ones count as 0 (see run.py).

@@ -142,11 +142,15 @@ def load(name: str, device="cpu", eval_env: str | None = None):
         if meta.get("env_id", "none") == "none":
             return rows(columns, meta, name, device), None
         env = make(meta)
-        low, high = env.action_space.low, env.action_space.high
+        space, first, again = env.action_space, *(flat(env.reset(seed=0)[0]) for _ in range(2))
+        require(space.dtype.kind == "f", f"the actions of {meta['env_id']} are {space}, not floats")
+        if not np.array_equal(first, again):
+            print("note: a seed does not repeat the task's start, so no evaluation can be repeated")
+        low, high = space.low, space.high
         limit = env.spec and env.spec.max_episode_steps
         defaults = {"action_low": low, "action_high": high, "max_episode_steps": limit}
         data = rows(columns, defaults | meta, name, device)
-        own = [flat(env.observation_space.sample()).size, *low, *high]
+        own = [first.size, *low, *high]
         found = [data.obs.shape[1], *data.action_low.tolist(), *data.action_high.tolist()]
         alike = len(found) == len(own) and np.allclose(found, own)
         sizes = f"(observation size, action bounds) are {found} and {own}"
@@ -668,8 +672,8 @@ class Run:
         with in_one_line(path, "use the checkpoint.pt of a finished clone of equal networks"):
             self.compare(saved, ("data", "normalize_obs"), path)
             first = next(iter(self.args.phases))
-            done = saved["phase"] != first or saved["step"] == saved["steps"]
-            require(done, f"{path}: its clone is not finished: finish that run with --resume")
+            whole = saved["phase"] != first or saved["step"] == saved["steps"]
+            require(whole, f"{path}: its clone is not finished: finish that run with --resume")
             weights = {k.removeprefix(start): x for k, x in saved["nets"].items() if start in k}
             module.load_state_dict(weights)
         print(f"clone: read from {path}", flush=True)

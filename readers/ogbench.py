@@ -47,21 +47,12 @@ def split(name: str) -> tuple[str, str]:
     one of a single task with states as observations."""
     state = name.removeprefix("visual-")  # the same tasks, with states instead of images
     data, _, number = re.sub(r"(-oraclerep)?-v\d+$", "", state).partition("-singletask")
-    row, cause = table(SETS).get(data), ""
-    if name.startswith(IMAGES):
-        cause = "has images as observations; only OGBench's states can be read"
-    elif "-singletask" not in name:
-        cause = "has goals and no rewards"
-    elif not re.fullmatch(r".*-singletask(-task[1-5])?-v0", name):
-        cause = "is none of the tasks 1 to 5"
-    if row is None:
-        other = near(state, names()) or "; use another task, such as cube-single-play-singletask-v0"
-        raise InputError(f"{name} {cause or 'is no data of OGBench'}{other}")
-    task = f"{data}-singletask"
+    right = data in table(SETS) and re.fullmatch(r".*-singletask(-task[1-5])?-v0", state)
+    hint = near(f"{data}-singletask-v0", names()) or " such as cube-single-play-singletask-v0"
     require(
-        not cause,
-        f"{name} {cause}; use {task}-v0, which is task {row['default_task']}, or {task}-task1-v0 "
-        f"to {task}-task5-v0",
+        right and name == state,
+        f"{name} is not one of OGBench's single tasks{hint}; its images, and its data with goals "
+        "in place of rewards, cannot be read",
     )
     return data, f"{data.rpartition('-')[0]}-singletask{number}-v0"
 

@@ -29,8 +29,8 @@ import torch
 from stand_in import PlainRun
 from torch.overrides import TorchFunctionMode
 
-from common import Data, prepare_device
-from run import parse
+from common import Data
+from run import parse, prepare_device
 from tools import speed
 
 COMPILED = ("td3_bc", "iql", "cql", "fisher_brc")  # half a minute each

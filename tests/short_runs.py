@@ -62,10 +62,22 @@ def write_log(path, metadata=META, seed=0, scale=1.0) -> str:
     return str(path)
 
 
-def is_whole(annotation) -> bool:
-    """Whether a flag of this type takes whole numbers."""
-    parts = (annotation, *typing.get_args(annotation))
-    return any(part is int or typing.get_args(part)[:1] == (int,) for part in parts)
+def number_type(annotation):
+    """int, float or None: the numbers of a flag of this type; and a function that tells which of
+    them are in its range, or None where all are."""
+    for part in (annotation, *typing.get_args(annotation)):
+        kind, *notes = typing.get_args(part) or (part,)
+        spec = next((x for x in notes if hasattr(x, "instance_from_str")), None)
+        if kind in (int, float) and (spec or part is kind):
+            return kind, spec and (lambda x: in_range(spec, x))
+    return None, None
+
+
+def in_range(spec, x) -> bool:
+    try:
+        return spec.instance_from_str([str(x)]) == x
+    except ValueError:
+        return False
 
 
 def short(Args) -> dict:
@@ -74,7 +86,7 @@ def short(Args) -> dict:
     own = {
         name: 10
         for name, field in fields.items()
-        if is_whole(field.type) and (field.default or 0) >= 1000
+        if number_type(field.type)[0] is int and (field.default or 0) >= 1000
     }
     if "sample_steps" in fields:
         own |= {name: value for name, value in SMALL.items() if name in fields}

@@ -14,7 +14,8 @@ from stand_in import PlainRun
 from torch import nn
 from torch.testing import assert_close
 
-from common import MLP, Adam, Data, InputError, parse
+from common import MLP, Adam, Data, InputError
+from run import parse
 
 INF = math.inf
 

@@ -19,8 +19,9 @@ from PIL import Image
 from short_runs import SCRIPTS, start, write_log
 from torch.testing import assert_close
 
-from common import Data, InputError, transitions
+from common import Data, InputError
 from run import make, parse
+from run import rows as transitions
 from tools import evaluate as judge
 from tools import fqe
 
@@ -284,7 +285,7 @@ import sys, torch
 policy, sampler = (torch.export.load(f"{name}.pt2").module() for name in ("td3_bc", "fql"))
 obs, noise = torch.load("inputs.pt")
 torch.save((policy(obs), sampler(obs, noise)), "actions.pt")
-assert not {"common", "harness", "gymnasium", "td3_bc", "fql"} & sys.modules.keys()
+assert not {"common", "run", "gymnasium", "td3_bc", "fql"} & sys.modules.keys()
 """
 
 

@@ -26,7 +26,8 @@ from stand_in import PlainRun
 from torch import nn
 from torch.testing import assert_close
 
-from common import Adam, Data, ScalarMLP, orthogonal_, parse
+from common import Adam, Data, ScalarMLP, orthogonal_
+from run import parse
 
 EPS = 1e-6  # actions are clipped to +-(1 - EPS) where the density is evaluated
 

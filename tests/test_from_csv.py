@@ -9,7 +9,8 @@ import pytest
 import torch
 from test_readme import block
 
-from common import InputError, parse
+from common import InputError
+from run import parse
 from run import load
 from tools import from_csv
 

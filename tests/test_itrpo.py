@@ -15,7 +15,8 @@ from stand_in import PlainRun
 from torch import nn
 from torch.testing import assert_close
 
-from common import Adam, Data, InputError, ScalarMLP, orthogonal_, parse
+from common import Adam, Data, InputError, ScalarMLP, orthogonal_
+from run import parse
 
 INF = math.inf
 NAMES = ("kl_coef", "shape_coef", "bonus", "lam", "ratio_min", "ratio_max")

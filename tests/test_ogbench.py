@@ -67,29 +67,21 @@ def error_of(name, eval_env=None) -> str:
 @pytest.mark.parametrize(
     ("name", "said"),
     [
-        (f"{NAME}-task7-v0", [f"{NAME}-task5-v0", "none of the tasks 1 to 5"]),
-        (f"{NAME}-task0-v0", [f"{NAME}-task5-v0"]),
-        (f"{NAME}-v1", [f"{NAME}-v0"]),
-        ("cube-singel-play-singletask-v0", ["cube-single-play-singletask-v0"]),
-        (
-            "visual-cube-single-play-singletask-task1-v0",
-            ["images", "use cube-single-play-singletask-v0", "-play-singletask-task5-v0"],
-        ),
-        (
-            "visual-antmaze-medium-navigate-v0",
-            ["images", "use antmaze-medium-navigate-singletask-v0"],
-        ),
-        ("visual-cube-singel-play-v0", ["images", "cube-single-play-singletask-v0"]),
-        ("powderworld-easy-play-v0", ["images", "such as cube-single-play-singletask-v0"]),
-        ("cube-singel-play-v0", ["unknown dataset", "cube-single-play-singletask-v0"]),
-        ("cube-double-play-v0", ["cube-double-play-singletask-v0, which is task 2", "-task5-v0"]),
-        ("puzzle-3x3-play-oraclerep-v0", ["puzzle-3x3-play-singletask-v0, which is task 4"]),
-        ("antmaze-giant-explore-v0", ["unknown dataset"]),
+        (f"{NAME}-task7-v0", f"{NAME}-v0"),
+        (f"{NAME}-task0-v0", f"{NAME}-v0"),
+        (f"{NAME}-v1", f"{NAME}-v0"),
+        ("cube-singel-play-singletask-v0", "cube-single-play-singletask-v0"),
+        ("visual-cube-single-play-singletask-task1-v0", "cube-single-play-singletask-v0"),
+        ("visual-antmaze-medium-navigate-v0", "antmaze-medium-navigate-singletask-v0"),
+        ("powderworld-easy-play-v0", "its images"),
+        ("cube-singel-play-v0", "cube-single-play-singletask-v0"),
+        ("cube-double-play-v0", "cube-double-play-singletask-v0"),
+        ("puzzle-3x3-play-oraclerep-v0", "puzzle-3x3-play-singletask-v0"),
+        ("antmaze-giant-explore-v0", "unknown dataset"),
     ],
 )
 def test_a_wrong_name_is_one_line_that_names_the_right_one(name, said):
-    text = error_of(name)
-    assert all(part in text for part in said), text
+    assert said in error_of(name)
 
 
 def test_a_d4rl_name_is_not_taken_for_ogbench(tmp_path, monkeypatch):

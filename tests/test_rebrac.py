@@ -24,7 +24,8 @@ from stand_in import PlainRun
 from torch import nn
 from torch.testing import assert_close
 
-from common import Adam, Data, InputError, parse
+from common import Adam, Data, InputError
+from run import parse
 
 
 @pytest.fixture
