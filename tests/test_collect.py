@@ -10,11 +10,12 @@ import gymnasium
 import numpy as np
 import pytest
 import torch
+import tyro
 from short_runs import ROOT, outcome
 
 from common import InputError
 from data.make import collect
-from run import load, make, parse
+from run import load, make
 
 STEPS = SimpleNamespace(count=0)  # of all Walks
 
@@ -55,7 +56,7 @@ def run(line):
     """collect.py with the words of `line` as its flags; the steps that it took."""
     STEPS.count = 0
     words = f"--device cpu --precision highest --seed 3 {line}".split()
-    collect.collect(parse(collect.Args, {}, words)[0])
+    collect.collect(tyro.cli(collect.Args, args=words))
     return STEPS.count
 
 
