@@ -165,8 +165,9 @@ def read(name, eval_env):
     places = HERE / "data" / f"{name}.npz", HERE / f"{name}.npz", Path(name)
     path = next((x for x in places if x.is_file()), None)
     if not path or path.suffix != ".npz":
-        public = "names of public data and other files need the folder readers/ beside run.py"
-        require((HERE / "readers").is_dir(), f"there is no file {name}.npz; {public}")
+        public = (HERE / "readers").is_dir() and name[-4:] != ".npz"
+        needs = "names of public data and other files need the folder readers/ beside run.py"
+        require(public, f"there is no file {name}; {needs}")
         return importlib.import_module("readers").read(name, eval_env)
     with np.load(path, allow_pickle=False) as file:
         np.empty(sum(x.file_size for x in file.zip.infolist()), bool)  # MemoryError, if too large

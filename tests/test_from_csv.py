@@ -7,10 +7,10 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+import tyro
 from test_readme import block
 
 from common import InputError
-from run import parse
 from run import load
 from tools import from_csv
 
@@ -41,7 +41,7 @@ def save(table, **options):
 def convert(flags=ALL, out="logs.npz"):
     """The arrays that the command writes, and its metadata."""
     words = ["log.csv", *flags.split(), "--out", out]
-    from_csv.main(parse(from_csv.Args, {}, words)[0])
+    from_csv.main(tyro.cli(from_csv.Args, args=words))
     with np.load(out) as file:
         arrays = dict(file)
     return arrays, json.loads(arrays.pop("metadata").item())
