@@ -1,13 +1,17 @@
 """tools/from_csv.py: the README's file from the README's table; what is cut, shown and refused."""
 
 import json
+import os
 import re
+import subprocess
+import sys
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
 import tyro
+from short_runs import ROOT
 from test_readme import block
 
 from common import InputError
@@ -48,7 +52,9 @@ def convert(flags=ALL, out="logs.npz"):
 
 
 def assert_same(one, other):
-    assert one[0].keys() == other[0].keys() and one[1] == other[1]
+    assert one[0].keys() == other[0].keys()
+    bounds = [{k: x for k, x in meta.items() if k != "columns"} for _, meta in (one, other)]
+    assert bounds[0] == bounds[1]
     for key, x in one[0].items():
         y = other[0][key]
         assert (x.dtype, x.shape) == (y.dtype, y.shape), key
@@ -141,7 +147,8 @@ def test_a_person_sees_ranges_bounds_and_columns_that_say_nothing(log, capsys):
     assert re.search(r"\nx +observation +0 +254.5 +509 *\n", said), said
     assert re.search(r"\nu +action .* 2 +0.0% +5.0%\n", said), said
     assert "note: constant, so of no use in --obs: v\n" in said
-    assert "too coarse for observations column 2" in said
+    assert "too coarse in float32, which training uses: big;" in said
+    assert "note: 6 episodes are too few" in said
     assert "lowest action: typed as --low\n" in said
 
 
@@ -150,6 +157,11 @@ def test_bounds_are_typed_or_those_of_the_data(log, capsys):
     save(log)
     two = FLAGS.replace("--actions u", "--actions u w")
     _, meta = convert(f"{two} --low -2 -10")
+    assert meta.pop("columns") == {
+        "observations": ["x", "v"],
+        "actions": ["u", "w"],
+        "reward": "reward",
+    }
     assert meta == {"action_low": [-2, -10], "action_high": [2, 10]}
     assert "highest action: the data's, because --high is not given\n" in capsys.readouterr().out
     _, meta = convert(two)
@@ -170,7 +182,7 @@ REFUSED = {
     "u is named twice": (ALL.replace("x v", "x u"), None),
     "--low has 2 numbers": (f"{FLAGS} --low -2 -2", None),
     "line 5: u is 2, not in -1.95 to 1.95": (f"{FLAGS} --low -1.95 --high 1.95", None),
-    "line 4: v is 'err', not a number": (ALL, lambda x: x.astype({"v": str}).replace(
+    "line 4: v is 'err': write numbers": (ALL, lambda x: x.astype({"v": str}).replace(
         {"v": {str(x.v[2]): "err"}})),
     "line 5: episode 0 goes on after": (ALL, lambda x: swap(x, 4, 15)),
     "line 4: t does not rise after 1.5": (ALL, lambda x: swap(x, 4, 5)),
@@ -204,10 +216,26 @@ def test_what_cannot_be_right_is_one_line(log, said):
         ),
         (b"x,v,u,reward,episode\n1,2,3,4,5\n1,2,3,4,5,6\n", "line 3"),
         (b"x,v,u,x,reward,episode\n1,2,3,4,5,6\n", "log.csv has two columns x"),
+        (b'x,v,u,reward,episode\n1,2,3,4,"5\n1,2,3,4,5\n', "and close every quote"),
+        (b'x,v,u,reward,episode\n1,2,3,4,"5\n1,2,3,4,"\n', "line 2: a value goes on in the next"),
+        (b"x,v,u,reward,episode\n" + b"9" * 400 + b",2,3,4,5\n", "no row has a value"),
+        (bytes(range(256)), "'CSV UTF-8'"),
         ("x,v\n1,2\n".encode("utf-16"), "'CSV UTF-8'"),
         (None, "No such file"),
     ],
-    ids=["empty", "semicolons", "commas", "long", "twice", "utf-16", "absent"],
+    ids=[
+        "empty",
+        "semicolons",
+        "commas",
+        "long",
+        "twice",
+        "quote",
+        "quotes",
+        "huge",
+        "bytes",
+        "utf-16",
+        "absent",
+    ],
 )
 def test_a_file_that_is_no_table_is_one_line(tmp_path, monkeypatch, content, said):
     monkeypatch.chdir(tmp_path)
@@ -216,3 +244,80 @@ def test_a_file_that_is_no_table_is_one_line(tmp_path, monkeypatch, content, sai
     with pytest.raises(InputError, match=re.escape(said)) as error:
         convert(FLAGS)
     assert "\n" not in str(error.value) and not (tmp_path / "logs.npz").exists()
+
+
+# ---- logs of plants --------------------------------------------------------------------------
+
+
+def test_a_clock_counts_seconds_since_its_first_time(log, capsys):
+    """Across a change of the clock, where the offset is written; a missing minute is a hole."""
+    start = pd.Timestamp("2026-10-25T02:59:50+02:00")
+    clock = [(start + pd.Timedelta(seconds=k)).tz_convert("Europe/Berlin") for k in range(60)]
+    log["t"] = [x.isoformat() for x in clock]
+    save(log.drop(index=[3, 4]))
+    arrays, _ = convert()
+    said = capsys.readouterr().out
+    assert "t rises by 1; a rise above 1.5 is a hole\nholes: 1, " in said
+    assert list(np.flatnonzero(arrays["timeouts"])) == [2, 7, 27, 47]
+    log.loc[7, "t"] = "25.10.2026 3:00"
+    save(log)
+    with pytest.raises(InputError, match="line 9: t is '25.10.2026 3:00': write times as 2026-"):
+        convert()
+
+
+def test_a_last_row_without_action_is_the_state_after_the_last_action(log, capsys):
+    """With the failure in it or in the row before. After a hole it is known whose it is not."""
+    log = log.astype({"x": float})
+    log.loc[[9, 19, 29, 39], ["u", "reward"]] = np.nan
+    log.loc[39, "failed"], log.loc[38, "failed"] = 0, 1
+    save(log.drop(index=28))
+    arrays, _ = convert()
+    assert "final states, without an action: 4: lines 11, 21, 30, 40\n" in capsys.readouterr().out
+    ends = arrays["terminals"] | arrays["timeouts"]
+    assert list(np.flatnonzero(arrays["terminals"])) == [17, 34, 54]
+    assert list(arrays["final_observations"][:, 0]) == pytest.approx(
+        [9, 109, np.nan, 309, np.nan, np.nan], nan_ok=True
+    )
+    assert ends.sum() == 6 and len(ends) == 55
+    data, _ = load("logs.npz")
+    assert data.next_obs[:9, 0].tolist() == list(range(1, 10))  # it bootstraps at the time limit
+    assert len(data.obs) == 55 - 2  # of episodes 2 and 4
+
+
+def test_episodes_of_19_digits_stay_apart(log):
+    for first in (10**18, 9 * 10**19):  # beyond a float's digits, and an integer's
+        save(log.assign(episode=[str(first + x) for x in log.episode]))
+        arrays, _ = convert()
+        assert list(np.unique(arrays["episode"])) == [0, 1, 2, 3, 4, 5]
+
+
+def test_an_older_file_is_replaced_by_a_good_one_alone(log):
+    convert()
+    old = open("logs.npz", "rb").read()
+    save(log[:60:10])  # no row has a successor
+    with pytest.raises(InputError, match="no row has a next observation"):
+        convert(FLAGS)
+    assert open("logs.npz", "rb").read() == old
+
+
+def test_a_pipe_is_not_waited_for(log, tmp_path):
+    os.unlink("log.csv")
+    os.mkfifo("log.csv")
+    with pytest.raises(InputError, match="log.csv is a folder, a pipe or a device"):
+        convert()
+
+
+def test_a_terminal_column_that_never_changes_is_noted(log, capsys):
+    save(log.assign(failed=0))
+    convert()
+    assert "note: failed is 0 in every row, so failures do not count" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("code", ["ascii", "latin-1"])
+def test_names_that_a_terminal_cannot_show(log, code):
+    save(log.rename(columns={"x": "\u03b8"}))
+    words = ["log.csv", *ALL.replace("x v", "\u03b8 v").split()]
+    line = [sys.executable, "-X", "utf8=0", ROOT / "tools" / "from_csv.py", *words]
+    env = os.environ | {"PYTHONIOENCODING": code}
+    done = subprocess.run(line, env=env, capture_output=True)
+    assert done.returncode == 0 and b"\\u03b8" in done.stdout, done.stderr

@@ -4,7 +4,8 @@
     python tools/from_csv.py log.csv ... --step t --terminal failed --low -2 --high 2
 
 A row holds what was observed, the action that was then taken, and the reward that followed. Rows of
-an episode stand together, in the order of time. A row that lacks a number is cut, and what stood
+an episode stand together, in the order of time. The last row of an episode may hold what was
+observed at the end, without an action. Any other row that lacks a number is cut, and what stood
 before and after it never becomes a transition; the same holds where --step skips. Everything else
 that cannot be right is refused with its line in the file. What is printed says which lines are not
 used and why, then what the columns hold, so that a wrong column or unit is seen before training.
@@ -26,9 +27,11 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "algorithms")]
 from common import InputError, Number
 from readers.tasks import near, require
-from run import in_one_line, load, write_whole
+from run import in_one_line, rows, write_whole
 
 SKIPS = 1.5  # times the usual rise of --step: more is a hole
+FEW = 20  # episodes: fewer get a note
+LARGEST = 1e38
 ROUNDING = 1e-5  # of the range of an action, as in run.py
 PLAIN = "write it with commas between columns and points in numbers"
 
@@ -46,9 +49,11 @@ class Args:
     episode: str = ""
     """column with a number or name for each episode"""
     step: str = ""
-    """column that rises evenly inside an episode, in any unit: a larger rise is a hole"""
+    """column that rises evenly inside an episode, in any unit, or a clock (ISO 8601): a larger rise
+    is a hole"""
     terminal: str = ""
-    """column that is 1 in the row after which the task itself ended, as by a failure, and else 0"""
+    """column that is 1 in an episode's last row where the task itself ended, as by a failure, and
+    else 0"""
     low: tuple[Number, ...] = ()
     """lowest possible action, one number for all or one for each; left out: the data's lowest"""
     high: tuple[Number, ...] = ()
@@ -76,27 +81,36 @@ class Args:
 def read_table(args) -> pd.DataFrame:
     """The columns that the flags name. The index is the line in the file. Raises InputError."""
     path = args.log
+    other = Path(path).exists() and not Path(path).is_file()
+    require(not other, f"{path} is a folder, a pipe or a device: use the path of a file")
     used = [*args.obs, *args.actions, args.reward, args.episode, args.step, args.terminal]
     used = list(dict.fromkeys(filter(None, used)))
     fix = f"if it is a table, {PLAIN}, as 'CSV UTF-8'"
     form = {"encoding": "utf-8-sig"}  # drops Excel's mark
-    with in_one_line(path, fix), warnings.catch_warnings():
+    with in_one_line(path, f"{fix}, and close every quote"), warnings.catch_warnings():
         with open(path, newline="", **form) as file:
             head = [name.strip() for name in next(csv.reader(file), [])]
         check_head(path, head, used)
         warnings.simplefilter("error", pd.errors.ParserWarning)
         form |= {"names": range(len(head)), "index_col": False, "skiprows": 1}
         form |= {"skipinitialspace": True, "skip_blank_lines": False, "low_memory": False}
+        form["dtype"] = {head.index(args.episode): str}  # a float would join numbers of 19 digits
         try:
             rows = pd.read_csv(path, **form)
         except pd.errors.ParserWarning:
             raise ValueError("its rows have more values than its header has names") from None
     require(len(rows), f"{path} has a header and no rows: write the rows below it")
     rows.index += 2
+    text = rows.select_dtypes(exclude=["number", "bool"]).astype(str)
+    long = text.apply(lambda column: column.str.contains("[\r\n]")).any(axis=1)
+    for line in rows.index[long.astype(bool)][:1]:
+        raise InputError(f"{path} line {line}: a value goes on in the next line: close its quote")
     table = rows[[head.index(name) for name in used]].set_axis(used, axis=1)
     for name in used:
-        if name != args.episode:
-            table[name] = numbers(path, table[name])
+        if name == args.episode:
+            table[name] = labels(table[name].str.strip())
+        else:
+            table[name] = numbers(path, table[name], name == args.step)
     return table
 
 
@@ -112,15 +126,29 @@ def check_head(path, head, used):
         require(head.count(name) == 1, f"{path} has two columns {name}: rename one of them")
 
 
-def numbers(path, column) -> pd.Series:
-    """A column as float64, NaN where there is no finite number. Raises InputError for text."""
-    found = pd.to_numeric(column, errors="coerce").astype(float)
+def labels(column) -> pd.Series:
+    """Episodes as whole numbers, where a float holds them all; else as text."""
+    found = pd.to_numeric(column, errors="coerce")
+    whole = found.isna().eq(column.isna()) & (
+        found.isna() | (found % 1 == 0) & (abs(found) < 2**53)
+    )
+    return found if whole.all() else column
+
+
+def numbers(path, column, clock=False) -> pd.Series:
+    """A column as float64, NaN where there is no number that float32 holds; a clock as seconds
+    since its first time. Raises InputError for other text."""
+    plain = column.astype(str) if column.dtype == object else column  # of more digits than a float
+    found, form = pd.to_numeric(plain, errors="coerce"), "numbers with a decimal point"
+    if clock and (found.isna() & column.notna()).any():
+        times = pd.to_datetime(column, format="ISO8601", utc=True, errors="coerce")
+        found, form = (times - times.min()).dt.total_seconds(), "times as 2026-11-24T09:30:00"
     for line in column.index[found.isna() & column.notna()][:1]:
         raise InputError(
-            f"{path} line {line}: {column.name} is {column[line]!r:.40}, not a number: write "
-            "numbers with a decimal point, and nothing where one is missing"
+            f"{path} line {line}: {column.name} is {column[line]!r:.40}: write {form}, and nothing "
+            "where one is missing"
         )
-    return found.where(np.isfinite(found))
+    return found.astype(float).where(found.abs() < LARGEST)
 
 
 # ---- episodes --------------------------------------------------------------------------------
@@ -132,21 +160,25 @@ def some(lines) -> str:
     return f"line{'s' * (len(lines) > 1)} {', '.join(map(str, lines[:5]))}{more}"
 
 
-def complete_rows(table, terminal) -> pd.DataFrame:
-    """The rows that have a value in every column but `terminal`; prints which are cut."""
-    needed = table.drop(columns=terminal or [])
+def complete_rows(args, table) -> pd.DataFrame:
+    """The rows that have a value in every column but --terminal, and the final states, which have
+    no action; prints which are cut."""
+    actions, label = list(args.actions), table[args.episode]
+    state = ~label.duplicated(keep="last") & table[actions].isna().all(axis=1)
+    needed = table.drop(columns=args.terminal or [])
+    needed.loc[state, [*actions, args.reward]] = 0
     for name in needed:
-        lines = table.index[table[name].isna()]
+        lines = table.index[needed[name].isna()]
         if len(lines):
             print(f"cut for want of {name}: {len(lines)} of {len(table)} rows: {some(lines)}")
     table = table[needed.notna().all(axis=1)]
-    require(len(table), "no row has a value in every column: leave out the column that lacks them")
+    rows = table[actions].notna().all(axis=1).any()
+    require(rows, "no row has a value in every column: leave out the column that lacks them")
     return table
 
 
-def marks(args, table):
-    """(episode, terminal, timeout) of each row (N,): a number for its episode, whether the task
-    ended, and whether the recording stopped or a row is missing after it. Raises InputError."""
+def holes(args, table):
+    """Whether a row is missing after each row (N,) of an episode. Raises InputError."""
     path, lines, label = args.log, table.index, table[args.episode]
     begins = label.ne(label.shift()).to_numpy()
     last = np.append(begins[1:], True)
@@ -166,6 +198,35 @@ def marks(args, table):
             )
         hole |= rise > SKIPS * usual
         print(f"{args.step} rises by {usual:g}; a rise above {SKIPS * usual:g} is a hole")
+    hole &= ~last
+    if hole.any():
+        print(f"holes: {hole.sum()}, before each a row without a known successor: "
+              f"{some(lines[hole])}")  # fmt: skip
+    return hole
+
+
+def final_states(args, table, hole):
+    """(table, holes, observations after each row (N, S)): rows without an action join the rows
+    before them, with the end that they tell of. Other observations are NaN."""
+    state, label = table[args.actions[0]].isna().to_numpy(), table[args.episode].to_numpy()
+    i = np.flatnonzero(state[1:] & (label[1:] == label[:-1]) & ~hole[:-1])
+    obs = table[list(args.obs)].to_numpy()
+    after = np.full_like(obs, np.nan)
+    after[i] = obs[i + 1]
+    if state.any():
+        print(f"final states, without an action: {state.sum()}: {some(table.index[state])}")
+    if args.terminal:
+        ends = table[args.terminal].to_numpy(copy=True)
+        ends[i] = np.fmax(ends[i], ends[i + 1])
+        table = table.assign(**{args.terminal: ends})
+    return table[~state], hole[~state], after[~state]
+
+
+def marks(args, table, hole, after):
+    """(episode, terminal, timeout) of each row (N,): a number for its episode, whether the task
+    ended, and whether the recording stopped or a row is missing after it. Raises InputError."""
+    path, lines, label = args.log, table.index, table[args.episode]
+    last = np.append(label.ne(label.shift())[1:], True)
     terminal = np.zeros(len(table), bool)
     if args.terminal:
         x = table[args.terminal]
@@ -178,19 +239,20 @@ def marks(args, table):
                 f"{path} line {line}: {args.terminal} is 1, but episode {label[line]} goes on: "
                 "write 1 in its last row alone"
             )
-    hole &= ~last
-    if hole.any():
-        print(f"holes: {hole.sum()}, before each a row without a known successor: "
-              f"{some(lines[hole])}")  # fmt: skip
-    stopped = last & ~terminal
-    if args.terminal:
         print(f"terminal: {terminal.sum()} of {last.sum()} episodes")
+        if not terminal.any():
+            print(f"note: {args.terminal} is 0 in every row, so failures do not count: correct "
+                  "it, or leave out --terminal if none failed")  # fmt: skip
+    stopped = last & ~terminal & np.isnan(after).all(1)
     if stopped.any():
         print(f"stopped: {stopped.sum()} episodes, whose last row has no known successor: "
               f"{some(lines[stopped])}")  # fmt: skip
-    numeric = pd.api.types.is_numeric_dtype(label) and (label % 1 == 0).all()
-    episode = label.astype(float) if numeric else pd.factorize(label)[0]
-    return np.asarray(episode, float), terminal, stopped | hole
+    if last.sum() < FEW:
+        print(f"note: {last.sum()} episodes are too few to tell good policies from lucky ones: "
+              f"record {FEW} or more")  # fmt: skip
+    numeric = pd.api.types.is_numeric_dtype(label)
+    episode = label if numeric else pd.factorize(label)[0]
+    return np.array(episode, float), terminal, (last & ~terminal) | hole
 
 
 def bounds(args, actions):
@@ -237,34 +299,45 @@ def show(args, table, episode, low, high):
     constant = [name for name in args.obs if x[name].min() == x[name].max()]
     if constant:
         print(f"note: constant, so of no use in --obs: {', '.join(constant)}")
+    coarse = [
+        name for name in args.obs if x[name].astype(np.float32).nunique() < x[name].nunique() / 2
+    ]
+    if coarse:
+        print(f"note: too coarse in float32, which training uses: {', '.join(coarse)}; subtract a "
+              "constant")  # fmt: skip
 
 
 def main(args):
     require(args.log, "no table: python tools/from_csv.py log.csv --obs x v --actions u ...")
     whole = read_table(args)
     print(f"{args.log}: {len(whole)} rows")
-    table = complete_rows(whole, args.terminal)
-    episode, terminal, timeout = marks(args, table)
+    table = complete_rows(args, whole)
+    table, hole, after = final_states(args, table, holes(args, table))
+    episode, terminal, timeout = marks(args, table, hole, after)
     print(f"kept: {len(table)} rows in {len(set(episode))} episodes")
     actions = table[list(args.actions)]
     low, high = bounds(args, actions)
     show(args, table, episode, low, high)
-    file = io.BytesIO()
-    np.savez(
-        file,
-        observations=table[list(args.obs)].to_numpy(),
-        actions=actions.to_numpy(),
-        rewards=table[args.reward].to_numpy(),
+    arrays = dict(
+        observations=np.array(table[list(args.obs)]),
+        actions=np.array(actions),
+        rewards=np.array(table[args.reward]),
         terminals=terminal,
         timeouts=timeout,
         episode=episode,
-        metadata=json.dumps({"action_low": low, "action_high": high}),
     )
+    if np.isfinite(after).any():
+        arrays["final_observations"] = after[terminal | timeout]
+    names = {"observations": args.obs, "actions": args.actions, "reward": args.reward}
+    meta = {"action_low": low, "action_high": high, "columns": names}
+    rows(arrays, meta, args.out, "cpu")  # raises before an older file is replaced
+    file = io.BytesIO()
+    np.savez(file, **arrays, metadata=json.dumps(meta))
     with in_one_line(args.out, "use another folder"):
         write_whole(Path(args.out), file.getvalue())
-    load(args.out)
     print(f"{args.out} is written; next: python algorithms/iql.py --env {args.out} --steps 20000")
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="backslashreplace")  # names that a terminal cannot show
     main(tyro.cli(Args, description=__doc__))
