@@ -33,6 +33,7 @@ import hashlib
 import importlib
 import importlib.metadata
 import json
+import os
 import runpy
 import sys
 import tempfile
@@ -51,7 +52,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "algorithms")]
 from common import InputError, Scaling, normalize_obs
 from peers import stand_ins
-from run import evaluate, load, make, parse, score
+from run import CONTROL, evaluate, load, make, parse, score
 from tools.store import portable, summary_of
 
 ROWS = dict(observations="obs", actions="action", rewards="reward", terminals="terminal")
@@ -217,17 +218,14 @@ def run_iql(path, rows, theirs, judge, ours, scaling):
 def described(args, ours, path, data, task) -> dict:
     """config.json."""
     packages = {"torch", "gymnasium", "mujoco", "jax"} & sys.modules.keys()
-    versions = {name: importlib.metadata.version(name) for name in packages}
-    digest = hashlib.sha256(path.read_bytes() + Path(__file__).read_bytes())
-    return {
-        "algorithm": args.program,
-        "args": {name: portable(x) for name, x in vars(ours).items()},
-        "program": stand_ins.commit(path.parent),
-        "code": digest.hexdigest()[:12],
-        "dataset_sha256": data.digest,
-        "task": task["env_id"],
-        "versions": versions,
-    }
+    settings = {f"version of {x}": importlib.metadata.version(x) for x in packages}
+    settings |= {"data": data.digest, "program": stand_ins.commit(path.parent)}
+    for file in (path, Path(__file__)):
+        settings[f"code of {file.name}"] = hashlib.sha256(file.read_bytes()).hexdigest()[:12]
+    flags = {name: portable(x) for name, x in vars(ours).items()}
+    settings |= {name: x for name, x in flags.items() if name not in CONTROL}
+    config = {"algorithm": args.program, "args": flags, "settings": settings}
+    return config | {"task": task["env_id"], "machine": f"{os.cpu_count()} cores, cpu"}
 
 
 def main(args, words):

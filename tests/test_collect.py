@@ -15,7 +15,7 @@ from short_runs import ROOT, outcome
 
 from common import InputError
 from data.make import collect
-from run import load, make
+from run import flat, load, make
 
 STEPS = SimpleNamespace(count=0)  # of all Walks
 
@@ -197,7 +197,7 @@ def test_the_mazes_pieces():
     for a, b in zip(starts, ends):
         paths = collect.paths_from(maze.maze_map, cells[a])
         assert max(len(paths[cell]) for cell in cells[a : b + 1]) <= 4
-    start, goal = cell_of(obs[:2]), cell_of(env.unwrapped.goal)
+    start, goal = cell_of(flat(obs)[:2]), cell_of(env.unwrapped.goal)
     assert (start, goal) == (collect.START, collect.GOAL)
     assert len(collect.paths_from(maze.maze_map, start)[goal]) == 8
     assert env.spec.max_episode_steps == collect.LIMIT
