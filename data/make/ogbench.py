@@ -26,7 +26,6 @@ import signal
 import sys
 import time
 import warnings
-import zipfile
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -309,20 +308,12 @@ def record_all(name, recipe, args, parts, total: int) -> None:
 
 
 def join(target, parts, indices, note: str) -> None:
-    """Write recordings into one npz file, a key at a time: a set can be larger than the memory."""
-    paths = [parts / f"{index:05}.npz" for index in indices]
-    partial = target.with_name(f"{target.name}.part")
-    with zipfile.ZipFile(partial, "w") as file:
-        for key in [*np.load(paths[0]), "made_by"]:
-            if key == "made_by":
-                array = np.array(note)
-            else:
-                array = np.concatenate([np.load(path)[key] for path in paths])
-            entry = zipfile.ZipInfo(f"{key}.npy")  # has a fixed date: equal data, equal files
-            entry.compress_type = zipfile.ZIP_DEFLATED
-            with file.open(entry, "w", force_zip64=True) as out:
-                np.lib.format.write_array(out, array, allow_pickle=False)
-    os.replace(partial, target)
+    """Write recordings into one npz file."""
+    recordings = [dict(np.load(parts / f"{index:05}.npz")) for index in indices]
+    arrays = {key: np.concatenate([x[key] for x in recordings]) for key in recordings[0]}
+    buffer = io.BytesIO()
+    np.savez_compressed(buffer, **arrays, made_by=note)
+    write_whole(target, buffer.getbuffer())
 
 
 def prepare(parts, note: str) -> None:
