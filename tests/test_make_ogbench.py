@@ -9,12 +9,12 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from readers.ogbench import MADE, SETS
-from readers.tasks import table
 
 from common import InputError
 from data.make import ogbench as make_ogbench
 from data.make.ogbench import Recipe, recipe_of, record, seed_recording
+from readers.ogbench import MADE, SETS
+from readers.tasks import table
 from run import load as load_dataset
 
 ROOT = Path(__file__).resolve().parents[1]
