@@ -375,7 +375,7 @@ def draw(panel, rows, paper) -> None:
     panel.set_yticks(range(len(rows)), [title for title, _, _ in rows])
     for label, (_, _, own) in zip(panel.get_yticklabels(), rows):
         label.set_color("tab:red" if own else "black")
-    panel.set_ylim(-0.7, len(rows) - 0.3)
+    panel.set_ylim(-0.7, max(len(rows), 5) - 0.3)
     panel.tick_params(axis="y", length=0)
 
 
