@@ -34,7 +34,7 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from common import InputError
-from run import load, score
+from run import CONTROL, load, score
 from tools import report, store
 from tools.report import PEERS, TITLES, markdown, mean_text
 
@@ -135,7 +135,7 @@ def name_of(cells, env, method) -> str:
         return report.title_of(method)
     base = counterpart(cells, env, method)
     own, other = (cells[env, name].args.iloc[0] for name in (method, base))
-    shared = sorted(own.keys() & other.keys() - report.FREE)
+    shared = sorted(own.keys() & other.keys() - {*report.FREE, *CONTROL})
     whats = [f"`{x}` {short(own[x])}, not {short(other[x])}" for x in shared if own[x] != other[x]]
     file, _, variant = base.partition("-")
     return f"{TITLES[file]}{variant and f', `{variant}`,'} with {', '.join(whats)}"

@@ -9,13 +9,16 @@ from types import SimpleNamespace
 import numpy as np
 
 
+def nothing(*_, **__):
+    pass
+
+
 class Space:
+    seed = nothing
+
     def __init__(self, size):
         self.shape, self.high = (size,), np.ones(size, np.float32)
         self.low = -self.high
-
-    def seed(self, seed):
-        pass
 
     def sample(self):
         return np.zeros(self.shape, np.float32)
@@ -25,6 +28,7 @@ class Task:
     """An environment of which sizes and bounds are read; its episodes have no step. Actions are in
     [-1, 1], as our loader gives them."""
 
+    seed = close = nothing
     spec = SimpleNamespace(max_episode_steps=0)
     change = None  # a program's normalization of observations
 
@@ -35,17 +39,11 @@ class Task:
         self.single_observation_space = self.observation_space
         self.single_action_space = self.action_space
 
-    def seed(self, seed):
-        pass
-
     def reset(self):
         return self.observation_space.sample()
 
     def step(self, action):
         return self.reset(), 0.0, True, {}
-
-    def close(self):
-        pass
 
     def get_normalized_score(self, value):
         return value
@@ -56,10 +54,6 @@ def put(name: str, **content):
     module = types.ModuleType(name)
     vars(module).update(content)
     sys.modules[name] = module
-
-
-def nothing(*_, **__):
-    pass
 
 
 def put_all(rows, log=nothing) -> None:

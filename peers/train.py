@@ -36,7 +36,6 @@ import json
 import runpy
 import sys
 import tempfile
-import time
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -51,7 +50,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "algorithms")]
 from common import InputError, Scaling, normalize_obs
 from peers import stand_ins
-from run import evaluate, load, make, parse, score
+from run import CONTROL, evaluate, load, make, parse, score
 from tools.store import portable, summary_of
 
 ROWS = dict(observations="obs", actions="action", rewards="reward", terminals="terminal")
@@ -116,7 +115,6 @@ def settings(program, words):
 def judge_of(ours, task, scaling, found):
     """Our evaluation, in place of the program's: judge(act) adds a row to `found`. `act` maps raw
     observations (B, S) to actions."""
-    start = time.monotonic()
 
     def judge(act):
         def bounded(obs):
@@ -124,7 +122,7 @@ def judge_of(ours, task, scaling, found):
 
         envs = [make(task) for _ in range(ours.eval_episodes)]
         returns = evaluate(bounded, envs, 1000 * ours.seed + 100, torch.device("cpu"))
-        row = {"step": ours.eval_every * (len(found) + 1), "seconds": time.monotonic() - start}
+        row = {"step": ours.eval_every * (len(found) + 1)}
         row |= {"return": returns.mean(), "score": score(task, returns)}
         found.append(row | {f"episode_{i}": x for i, x in enumerate(returns)})
         print(f"step {row['step']:,}: score {row['score']:.1f}", flush=True)
@@ -217,17 +215,14 @@ def run_iql(path, rows, theirs, judge, ours, scaling):
 def described(args, ours, path, data, task) -> dict:
     """config.json."""
     packages = {"torch", "gymnasium", "mujoco", "jax"} & sys.modules.keys()
-    versions = {name: importlib.metadata.version(name) for name in packages}
-    digest = hashlib.sha256(path.read_bytes() + Path(__file__).read_bytes())
-    return {
-        "algorithm": args.program,
-        "args": {name: portable(x) for name, x in vars(ours).items()},
-        "program": stand_ins.commit(path.parent),
-        "code": digest.hexdigest()[:12],
-        "dataset_sha256": data.digest,
-        "task": task["env_id"],
-        "versions": versions,
-    }
+    settings = {f"version of {x}": importlib.metadata.version(x) for x in packages}
+    settings |= {"data": data.digest, "program": stand_ins.commit(path.parent)}
+    for file in (path, Path(__file__)):
+        settings[f"code of {file.name}"] = hashlib.sha256(file.read_bytes()).hexdigest()[:12]
+    flags = {name: portable(x) for name, x in vars(ours).items()}
+    settings |= {name: x for name, x in flags.items() if name not in CONTROL}
+    config = {"algorithm": args.program, "args": flags, "settings": settings}
+    return config | {"task": task["env_id"], "machine": "cpu"}
 
 
 def main(args, words):

@@ -2,8 +2,6 @@
 
 import json
 import re
-import shutil
-from pathlib import Path
 from types import SimpleNamespace
 
 import gymnasium
@@ -13,9 +11,8 @@ import torch
 import tyro
 from short_runs import ROOT, outcome
 
-from common import InputError
 from data.make import collect
-from run import load, make
+from run import flat, load, make
 
 STEPS = SimpleNamespace(count=0)  # of all Walks
 
@@ -40,9 +37,9 @@ class Walk(gymnasium.Env):
 
 gymnasium.register("Walk-v0", f"{__name__}:Walk", max_episode_steps=7)
 
-# Uniform actions nearly to the end; any return is medium, so the agent is at its first evaluation.
+# Uniform actions nearly to the end.
 RANDOM = "--env Walk-v0 --level random --steps 300"
-AGENT = "--env Walk-v0 --steps 500 --train-steps 10000 --random-steps 9990 --medium-return -1000"
+AGENT = "--env Walk-v0 --steps 500 --expert-step 10000 --random-steps 9990 --medium-step 5000"
 ROWS = ("observations", "actions", "rewards", "terminals", "timeouts", "final_observations")
 
 
@@ -71,20 +68,16 @@ def assert_same_rows(a, b):
         np.testing.assert_array_equal(a[key], b[key], err_msg=key)
 
 
+def agent_returns(path):
+    return json.loads(str(arrays(path)["metadata"]))["agent_returns"]
+
+
 def assert_whole_walks(path):
     """Each row is the one before it, a step on, or the first of an episode."""
     file = arrays(path)
     age, ends = file["observations"][:, 0], file["terminals"] | file["timeouts"]
     assert age[0] == 0 and ends[-1] and len(file["final_observations"]) == ends.sum()
     np.testing.assert_array_equal(age[1:], np.where(ends[:-1], 0, age[:-1] + 1))
-
-
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory):
-    """The folder of an agent of 10,000 steps, and of the dataset of all of them."""
-    folder = tmp_path_factory.mktemp("agent")
-    run(f"{AGENT} --level full-replay --flat {folder}/full.npz --agent {folder}/walk.pt")
-    return folder
 
 
 def by_hand(seed, steps):
@@ -133,47 +126,20 @@ LEVELS = {
 }
 
 
-@pytest.mark.parametrize("level", LEVELS)
-def test_levels_are_cut_from_one_agent(level, trained):
-    """--agent keeps it: no other level trains again, and its file stays as it is. Without it, an
-    agent of its own gives the same rows."""
-    shutil.copy(trained / "walk.pt", "walk.pt")
-    before = Path("walk.pt").read_bytes()
-    steps = run(f"{AGENT} --level {level} --flat walk.npz --agent walk.pt")
-    assert steps == (0 if "replay" in level else LEVELS[level]), "it was trained again"
-    assert Path("walk.pt").read_bytes() == before
-    assert_whole_walks("walk.npz")
-    file, full = arrays("walk.npz"), arrays(trained / "full.npz")
-    assert len(file["rewards"]) == LEVELS[level]
-    if level == "medium-expert":
-        assert (file["terminals"] | file["timeouts"])[499], "the halves are of different episodes"
-    if "replay" in level:
-        same = full["observations"][: LEVELS[level]]
-        np.testing.assert_array_equal(file["observations"], same)
-    if level.startswith("medium") and level != "medium-expert":
-        run(f"{AGENT} --level {level} --flat own.npz")
-        assert_same_rows("own.npz", "walk.npz")
-
-
-def test_medium_and_expert_by_their_steps(trained):
-    """--medium-step and --expert-step name other policies of the same agent."""
-    kept = f"{AGENT} --agent {trained}/walk.pt"
-    run(f"{kept} --level expert --flat expert.npz")
-    run(f"{kept} --level medium --medium-step 10000 --flat late.npz")
-    run(f"{kept} --level expert --expert-step 5000 --flat early.npz")
-    run(f"{kept} --level medium --flat medium.npz")
-    assert_same_rows("late.npz", "expert.npz")
-    assert_same_rows("early.npz", "medium.npz")
-    different = arrays("early.npz")["actions"] != arrays("late.npz")["actions"]
-    assert different.any(), "updates changed nothing"
-
-
-def test_training_that_pauses_for_a_recording_cuts_the_episode():
-    """medium-expert records between two parts of the training, which goes on in a new episode."""
-    run(f"{AGENT} --level medium-expert --flat both.npz --agent walk.pt")
-    run(f"{AGENT} --level full-replay --flat full.npz --agent walk.pt")
-    assert arrays("full.npz")["timeouts"][4_999]
-    assert_whole_walks("full.npz")
+def test_levels_are_cut_from_one_agent():
+    """Whole episodes; the replay levels are its first steps, and the halves are of two episodes."""
+    for level, count in LEVELS.items():
+        steps = run(f"{AGENT} --level {level} --flat {level}.npz")
+        file = arrays(f"{level}.npz")
+        assert_whole_walks(f"{level}.npz")
+        assert len(file["rewards"]) == count and steps >= count
+    medium, full = arrays("medium-replay.npz"), arrays("full-replay.npz")
+    same = medium["observations"] == full["observations"][:5_000]
+    assert same.all() and agent_returns("expert.npz")[0] == agent_returns("medium.npz")[0]
+    both = arrays("medium-expert.npz")
+    assert (both["terminals"] | both["timeouts"])[499], "the halves are of different episodes"
+    assert (both["actions"][:500] == arrays("medium.npz")["actions"]).all()
+    assert (both["actions"][500:] != arrays("medium.npz")["actions"]).any(), "no update"
 
 
 # ---- the maze --------------------------------------------------------------------------------
@@ -197,7 +163,7 @@ def test_the_mazes_pieces():
     for a, b in zip(starts, ends):
         paths = collect.paths_from(maze.maze_map, cells[a])
         assert max(len(paths[cell]) for cell in cells[a : b + 1]) <= 4
-    start, goal = cell_of(obs[:2]), cell_of(env.unwrapped.goal)
+    start, goal = cell_of(flat(obs)[:2]), cell_of(env.unwrapped.goal)
     assert (start, goal) == (collect.START, collect.GOAL)
     assert len(collect.paths_from(maze.maze_map, start)[goal]) == 8
     assert env.spec.max_episode_steps == collect.LIMIT
@@ -227,13 +193,10 @@ def test_paths_are_the_shortest():
 
 BAD = {
     "--env CartPole-v1 --level random": "CartPole-v1 has Discrete",
-    "--env Nope-v1": "--env Nope-v1: Environment `Nope` doesn't exist",
-    "--env Walk-v0 --level medium": "no reference score: use --medium-return",
-    "--env Walk-v0 --level expert --train-steps 60": "use a multiple of 5,000",
+    "--env Walk-v0 --level expert --expert-step 60": "use multiples of 5,000",
     "--env Walk-v0 --level random --flat file/x.npz": "a folder that exists",
     "--env Walk-v0 --level random --flat x.hdf5": "a name ending in .npz",
     "--env Walk-v0 --level random --flat there.npz": "exists: add --overwrite",
-    "--env Walk-v0 --level expert --agent no/agent.pt": "no/agent.pt: use",
     "--env PointMaze_UMaze-v3 --level homing": "drives PointMaze_Medium-v3, not",
 }
 
@@ -246,12 +209,3 @@ def test_bad_input_is_one_line(line, here):
     lines, status = outcome(ROOT / "data" / "make" / "collect.py", line.split())
     assert status == 1 and len(lines) == 1 and re.search(BAD[line], lines[0]), lines
     assert not STEPS.count, "found out after the work"
-
-
-def test_what_an_agent_cannot_give_is_refused(trained):
-    kept = f"{AGENT} --level medium --flat x.npz --agent {trained}/walk.pt"
-    for other in ("--seed 4", "--random-steps 20", "--env Pendulum-v1"):
-        with pytest.raises(InputError, match="walk.pt holds another agent .*: use another"):
-            run(f"{kept} {other}")
-    with pytest.raises(InputError, match=r"no policy reached a return of 1000 .*--train-steps"):
-        run(f"{kept} --medium-return 1000")

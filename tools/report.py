@@ -38,11 +38,7 @@ from common import InputError
 from tools import store
 
 PAPERS = ROOT / "data" / "paper_tables"
-# What may differ between runs that are averaged: `env` is compared by the hash of its rows.
-FREE = {"env", "seed", "device", "out", "name", "resume", "overwrite", "track", "clone"}
-FREE |= {"log_every", "save_every", "checkout"}
-COMPARED = ("code", "data", "dataset_sha256", "clone_sha256", "task", "robot", "versions")
-COMPARED += ("device", "precision")
+FREE = ("seed", "env", "name")  # may differ between runs that are averaged: rows have a hash
 ENOUGH = 5  # runs, from which on an interval is given
 MEAN = "mean over the datasets"
 CELL = ["dataset", "method", "runs", "mean", "standard error", "IQM", "low", "high"]
@@ -93,19 +89,11 @@ class Args:
 
 
 def identity(config) -> dict:
-    """Everything in which runs that are averaged must agree, as text."""
-    found = {}
-    for name, value in config["args"].items():
-        if name not in FREE:
-            found[f"--{name.replace('_', '-')}"] = str(value)
-    machine = config.get("machine", "")  # "x86_64, 2 cores, cpu"
-    config = {"device": machine.rpartition(", ")[2]} | config
-    for name in COMPARED:
-        value = config.get(name)
-        parts = value if isinstance(value, dict) else {"": value}
-        for part, x in parts.items():
-            found[f"{name} {part}".strip()] = str(x)
-    return found
+    """Everything in which runs that are averaged must agree, as text: what --resume compares, the
+    task and the device."""
+    device = config["machine"].rpartition(", ")[2]  # "x86_64, 2 cores, cpu"
+    found = config["settings"] | {"task": config["task"], "device": device}
+    return {name: str(x) for name, x in found.items() if name not in FREE}
 
 
 def run_of(folder, config, summary, curve, fqe=None) -> dict:
@@ -387,7 +375,7 @@ def draw(panel, rows, paper) -> None:
     panel.set_yticks(range(len(rows)), [title for title, _, _ in rows])
     for label, (_, _, own) in zip(panel.get_yticklabels(), rows):
         label.set_color("tab:red" if own else "black")
-    panel.set_ylim(-0.7, len(rows) - 0.3)
+    panel.set_ylim(-0.7, max(len(rows), 5) - 0.3)
     panel.tick_params(axis="y", length=0)
 
 

@@ -4,19 +4,15 @@
     python algorithms/td3_bc.py --env hopper.npz
 
 Most levels need an online agent, SAC (Haarnoja et al., arXiv:1812.05905), which is trained as far
-as the level asks:
+as the level asks; its deterministic return, the mean of 10 episodes, is printed every 5,000 steps:
 
     random         actions drawn uniformly from the bounds; no agent
-    medium-replay  every transition that the agent saw until it first was "medium"
-    full-replay    every transition of the agent's first --train-steps
-    medium         --steps transitions of the medium agent, actions sampled
-    expert         --steps transitions of the expert agent, actions sampled
+    medium-replay  every transition of the agent's first --medium-step
+    full-replay    every transition of the agent's first --expert-step
+    medium         --steps transitions of the agent after --medium-step, actions sampled
+    expert         --steps transitions of the agent after --expert-step, actions sampled
     medium-expert  --steps transitions of each of the two
     homing         --steps transitions of a noisy controller in a point maze; no agent
-
-"Medium" is the first policy whose deterministic return (mean of 10 episodes, every 5,000 steps)
-reaches a third of the way between D4RL's reference scores, or --medium-return; or the policy of
---medium-step. "Expert" is the agent after --train-steps, or the policy of --expert-step.
 
 The controller wanders in the medium maze. Every episode starts in another cell, and the controller
 walks to a cell at most four cells away, with noise; in half of the episodes it stops midway. The
@@ -24,14 +20,10 @@ task of the dataset is to get from one cell to another one eight cells away, whi
 good paths must be stitched together from pieces. Half of the walks lead towards the cell in which
 the task starts, so a clone comes home again. The way leads right, up, left, up and
 right, so a clone of the walks that reach the goal, which begin beyond its turns, meets a wall.
-
-With --agent FILE the trained agent is kept, and other levels are cut from it without training
-again.
 """
 
 import copy
 import json
-import math
 import shlex
 import sys
 from dataclasses import dataclass
@@ -55,7 +47,6 @@ from common import (
     Count,
     CountOrZero,
     InputError,
-    Number,
     ScalarMLP,
     Seed,
     graphed,
@@ -90,22 +81,16 @@ class Args:
     """which policy acts (see above)"""
     steps: Count = 1_000_000
     """transitions to write (of each half for medium-expert; no effect on the replay levels)"""
-    train_steps: Count = 1_000_000
-    """online steps that the agent may take"""
     random_steps: CountOrZero = 5_000
     """first online steps with uniform actions and no updates"""
-    medium_return: Number | None = None
-    """mean return that makes a policy "medium"; None: a third of the D4RL reference"""
-    medium_step: Count | None = None
-    """online step, a multiple of 5,000, after which the agent is "medium"; None: by its return"""
-    expert_step: Count | None = None
-    """online step, a multiple of 5,000, after which the agent is "expert"; None: --train-steps"""
+    medium_step: Count = 100_000
+    """online step, a multiple of 5,000, after which the agent is "medium"; see its returns"""
+    expert_step: Count = 300_000
+    """online step, a multiple of 5,000, after which the agent is "expert"; see its returns"""
     seed: Seed = 0
     """seeds networks, environment and sampling"""
     flat: str = "data.npz"
     """the .npz file to write (algorithms read it with --env FILE)"""
-    agent: str = ""
-    """file that keeps the trained agent for other levels"""
     overwrite: bool = False
     """replace an existing dataset"""
     device: str = "auto"
@@ -167,11 +152,6 @@ class Recorder:
     def state(self):
         return {name: getattr(self, name)[: self.size].clone() for name in COLUMNS}
 
-    def restore(self, state):
-        self.size = len(state["obs"])
-        for name, value in state.items():
-            getattr(self, name)[: self.size] = value
-
     def episodes(self):
         """Slices of the rows."""
         ended = (self.terminal + self.cut)[: self.size]
@@ -201,13 +181,9 @@ class Collector:
         if self.device.type == "cpu":
             self.update = graphed(update, self.nets, self.opt, compile=args.compile)
         self.returns, self.snapshots = [], {}  # of the agent every EVAL_EVERY steps
-        same = dict(env=args.env, seed=args.seed, random_steps=args.random_steps)
-        self.settings = json.dumps(same)  # the others may change on the way
         if args.level not in WITHOUT_AGENT:
-            self.replay = Recorder(*self.dims, args.train_steps)
+            self.replay = Recorder(*self.dims, max(args.medium_step, args.expert_step))
             self.eval_envs = [make_env(args.env) for _ in range(EVAL_EPISODES)]
-            if args.agent and Path(args.agent).exists():
-                self.restore(torch.load(args.agent, weights_only=True))
 
     def act(self, actor, obs, deterministic=False):
         """Observations (n, S) -> actions (n, A) in [-1, 1]."""
@@ -231,12 +207,8 @@ class Collector:
         recorder.add(row[0], action, reward, next_obs, terminal, timeout)
         return None if terminal or timeout else next_obs
 
-    def train(self, last_step, goal=math.inf):
-        """Train until the deterministic return reaches `goal`, or to `last_step`; returns the step
-        at which it was reached, None where it was not."""
-        reached = [t for t, mean in self.returns if mean >= goal]
-        if reached:
-            return reached[0]
+    def train(self, last_step):
+        """Train to `last_step`."""
         obs, size = None, self.replay.size
         if size:
             self.replay.close()  # the environment starts afresh
@@ -251,9 +223,6 @@ class Collector:
             bar.update()
             if t % EVAL_EVERY == 0:
                 self.evaluate(t, bar)
-            if t == last_step or (t % EVAL_EVERY == 0 and self.returns[-1][1] >= goal):
-                self.save()
-                return t if self.returns[-1][1] >= goal else None
 
     def evaluate(self, t, bar):
         """Keep the agent's policy and its deterministic return after step t."""
@@ -281,36 +250,6 @@ class Collector:
         for _ in progress(self.args.steps):
             obs = self.step(recorder, obs, actor)
         recorder.close()
-
-    def save(self):
-        """Keep the agent and its transitions where --agent asks for it."""
-        state = {
-            "settings": self.settings,
-            "nets": self.nets.state_dict(),
-            "opt": [o.state() for o in vars(self.opt).values()],
-            "replay": self.replay.state(),
-            "returns": self.returns,
-            "snapshots": self.snapshots,
-            "rng": torch.get_rng_state(),
-        }
-        if self.args.agent:
-            torch.save(state, self.args.agent)
-
-    def restore(self, state):
-        if state["settings"] != self.settings:
-            raise InputError(
-                f"{self.args.agent} holds another agent ({state['settings']}): use another "
-                "--agent, or delete the file"
-            )
-        self.nets.load_state_dict(state["nets"])
-        for optimizer, saved in zip(vars(self.opt).values(), state["opt"]):
-            torch._foreach_copy_(optimizer.state(), saved)
-        trained = len(state["replay"]["obs"])  # maybe further than this command asks for
-        self.replay = Recorder(*self.dims, max(trained, self.args.train_steps))
-        self.replay.restore(state["replay"])
-        self.returns, self.snapshots = state["returns"], state["snapshots"]
-        torch.set_rng_state(state["rng"])
-        print(f"continuing after {self.replay.size:,} online steps", flush=True)
 
 
 def seed(number):
@@ -402,18 +341,12 @@ def maze_position(point):
 def make_env(env_id, **kwargs):
     """The task with flat float32 observations; InputError for what SAC cannot act in."""
     register(env_id)
-    try:
-        env = gymnasium.make(env_id, **kwargs)
-    except (gymnasium.error.Error, ImportError) as error:
-        line = str(error).splitlines()[0]
-        raise InputError(f"--env {env_id}: {line} Use the id of a task of Gymnasium") from None
+    env = gymnasium.make(env_id, **kwargs)
     if not isinstance(env.action_space, gymnasium.spaces.Box):
         raise InputError(
             f"--env {env_id} has {env.action_space} actions: use a task whose actions "
             "are continuous (a Box)"
         )
-    if not np.isfinite([env.action_space.low, env.action_space.high]).all():
-        raise InputError(f"--env {env_id} has unbounded actions: wrap it with bounds first")
     flat = isinstance(env.observation_space, gymnasium.spaces.Box)
     if not flat or len(env.observation_space.shape) != 1:
         env = gymnasium.wrappers.FlattenObservation(env)
@@ -433,20 +366,6 @@ def write_flat(path, recorder, to_bounds, metadata):
     np.savez_compressed(path, metadata=json.dumps(metadata), **arrays)
 
 
-def step_of_medium(job, args, goal):
-    """Online step after which the agent is medium, trained as far as that needs."""
-    if args.medium_step:
-        job.train(args.medium_step)
-        return args.medium_step
-    step = job.train(args.train_steps, goal)
-    if step is None:
-        raise InputError(
-            f"no policy reached a return of {goal:.0f} in {args.train_steps:,} steps: raise "
-            "--train-steps or lower --medium-return"
-        )
-    return step
-
-
 def record_maze(job, args):
     """The controller's transitions: it starts in every cell, the task only in one."""
     if not args.env.startswith("PointMaze_Medium-"):
@@ -459,60 +378,42 @@ def record_maze(job, args):
     return drive_maze(env, args.steps, args.seed)
 
 
-def record(job, args, goal):
+def record(job, args):
     """The transitions that the level asks for."""
     if args.level == "homing":
         return record_maze(job, args)
-    if args.level == "full-replay":
-        job.train(args.train_steps)
-        job.replay.size = args.train_steps
-    if args.level == "medium-replay":
-        job.replay.size = step_of_medium(job, args, goal)
     if args.level.endswith("replay"):
+        job.train(args.medium_step if args.level == "medium-replay" else args.expert_step)
         job.replay.close()
         return job.replay
     recorder = Recorder(*job.dims, args.steps * (1 + (args.level == "medium-expert")))
     if args.level == "random":
         job.roll_out(recorder, None)
     if args.level.startswith("medium"):
-        job.roll_out(recorder, step_of_medium(job, args, goal))
+        job.train(args.medium_step)
+        job.roll_out(recorder, args.medium_step)
     if args.level.endswith("expert"):
-        step = args.expert_step or args.train_steps
-        job.train(step)
-        job.roll_out(recorder, step)
+        job.train(args.expert_step)
+        job.roll_out(recorder, args.expert_step)
     return recorder
 
 
 def check(args):
-    """InputError for flags that do not work together or a dataset that could not be written in the
-    end; returns the return that is "medium"."""
+    """InputError for a task that SAC cannot act in, and for a dataset that could not be written."""
     make_env(args.env).close()
-    for flag in ("train_steps", "medium_step", "expert_step"):
-        value = getattr(args, flag)
-        if args.level not in WITHOUT_AGENT and value and value % EVAL_EVERY:
-            flag = flag.replace("_", "-")
-            raise InputError(f"--{flag} is {value}: use a multiple of {EVAL_EVERY:,}")
-    for path in (args.flat, args.agent):
-        if not Path(path).absolute().parent.is_dir():
-            raise InputError(f"{path}: use a file's name in a folder that exists")
-    if Path(args.flat).suffix != ".npz":
-        raise InputError(f"--flat {args.flat}: use a name ending in .npz")
+    if args.medium_step % EVAL_EVERY or args.expert_step % EVAL_EVERY:
+        raise InputError(f"--medium-step, --expert-step: use multiples of {EVAL_EVERY:,}")
+    if not Path(args.flat).absolute().parent.is_dir() or not args.flat.endswith(".npz"):
+        raise InputError(f"--flat {args.flat}: use a name ending in .npz, in a folder that exists")
     if Path(args.flat).exists() and not args.overwrite:
         raise InputError(f"{args.flat} exists: add --overwrite or use another name")
-    ref_min, ref_max = reference_scores(args.env)
-    goal = args.medium_return
-    if goal is None and args.level.startswith("medium") and not args.medium_step:
-        if ref_min is None:
-            raise InputError(f"{args.env} has no reference score: use --medium-return")
-        goal = ref_min + (ref_max - ref_min) / 3
-    return goal
 
 
 def collect(args):
     """Train and roll out as the level asks, then write the dataset."""
-    goal = check(args)
+    check(args)
     job = Collector(args)
-    recorder = record(job, args, goal)
+    recorder = record(job, args)
     ref_min, ref_max = reference_scores(args.env)
     metadata = {
         "env_id": args.env,

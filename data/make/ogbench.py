@@ -26,7 +26,6 @@ import signal
 import sys
 import time
 import warnings
-import zipfile
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -37,10 +36,10 @@ import tyro
 
 HERE = Path(__file__).resolve().parent  # leaves the path: its ogbench.py is not the package
 sys.path[:] = [str(HERE.parents[1]), *(x for x in sys.path if x != str(HERE))]
+
 from common import Count, InputError, Seed
 from readers import ogbench
 from readers.tasks import INSTALL, near, require, table
-from run import write_whole
 
 MORE_RECORDINGS = {"triple": 3000, "4x5": 3000, "quadruple": 5000, "4x6": 5000}
 STACKS = {"single": (0, 0), "double": (0, 0.25), "triple": (0.05, 0.35), "quadruple": (0.1, 0.5)}
@@ -59,9 +58,6 @@ class Args:
     """processes that record"""
     overwrite: bool = False
     """replace existing files"""
-
-    def resolve(self):
-        self.name = self.name.removesuffix("-v0")
 
 
 @dataclass
@@ -269,6 +265,13 @@ def finished(parts) -> set[int]:
     return {int(path.stem) for path in parts.glob("*.npz")}
 
 
+def write_whole(path, content) -> None:
+    """A file that is there is whole, also after a kill."""
+    temporary = path.with_name(f"{path.name}.part")
+    temporary.write_bytes(content)
+    temporary.replace(path)
+
+
 def work(name, recipe, seed, indices, parts, parent) -> None:
     """One process's share of the recordings. It stops when the process `parent` has ended."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -280,10 +283,7 @@ def work(name, recipe, seed, indices, parts, parent) -> None:
         seed_recording(env, space, name, seed, index)
         buffer = io.BytesIO()
         np.savez(buffer, **record(env, space, recipe))
-        try:
-            write_whole(parts / f"{index:05}.npz", buffer.getbuffer())
-        except OSError as error:
-            raise InputError(f"{parts}: {error.strerror}; free some space") from None
+        write_whole(parts / f"{index:05}.npz", buffer.getbuffer())
 
 
 def record_all(name, recipe, args, parts, total: int) -> None:
@@ -308,20 +308,12 @@ def record_all(name, recipe, args, parts, total: int) -> None:
 
 
 def join(target, parts, indices, note: str) -> None:
-    """Write recordings into one npz file, a key at a time: a set can be larger than the memory."""
-    paths = [parts / f"{index:05}.npz" for index in indices]
-    partial = target.with_name(f"{target.name}.part")
-    with zipfile.ZipFile(partial, "w") as file:
-        for key in [*np.load(paths[0]), "made_by"]:
-            if key == "made_by":
-                array = np.array(note)
-            else:
-                array = np.concatenate([np.load(path)[key] for path in paths])
-            entry = zipfile.ZipInfo(f"{key}.npy")  # has a fixed date: equal data, equal files
-            entry.compress_type = zipfile.ZIP_DEFLATED
-            with file.open(entry, "w", force_zip64=True) as out:
-                np.lib.format.write_array(out, array, allow_pickle=False)
-    os.replace(partial, target)
+    """Write recordings into one npz file."""
+    recordings = [dict(np.load(parts / f"{index:05}.npz")) for index in indices]
+    arrays = {key: np.concatenate([x[key] for x in recordings]) for key in recordings[0]}
+    buffer = io.BytesIO()
+    np.savez_compressed(buffer, **arrays, made_by=note)
+    write_whole(target, buffer.getbuffer())
 
 
 def prepare(parts, note: str) -> None:
@@ -360,10 +352,11 @@ def make(name: str, recipe: Recipe, args) -> list[Path]:
 
 
 def main(args) -> None:
-    recipe = recipe_of(args.name)
+    name = args.name.removesuffix("-v0")
+    recipe = recipe_of(name)
     require(importlib.util.find_spec("ogbench"), f"OGBench is not installed: {INSTALL['ogbench']}")
     try:
-        for path in make(args.name, recipe, args):
+        for path in make(name, recipe, args):
             print(path)
     except KeyboardInterrupt:
         print("\nstopped; the same command continues", flush=True)
