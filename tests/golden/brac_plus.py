@@ -15,9 +15,7 @@ REFERENCE = (
     "the authors' code: rlutils 3a90a38 for brac_plus.py, bracp 6ac8c2d for brac_plus_acml.py"
 )
 TOLERANCE = 5e-9
-COMPARED = (
-    "three phases: losses of 10 updates, first gradients, parameters after 1 and 10; four cases"
-)
+COMPARED = "ten updates of three phases, four cases"
 
 OBS, ACT, BATCH, LATENT, ACTIONS, LATENTS, UPDATES = 11, 3, 32, 6, 5, 5, 10
 NETWORKS = ("encoder", "decoder", "actor", "actor_target", "q", "q_target", "alpha")

@@ -10,7 +10,7 @@ from golden.tools import draw_critic, draw_network, in_float64, load_critics, lo
 
 REFERENCE = "the authors' fql 719d044; for --no-distill, fbrac.py of value-flows 0183335"
 TOLERANCE = 1e-10
-COMPARED = "losses of 10 updates, first gradients, parameters after 1, 2 and 10; four settings"
+COMPARED = "ten updates, four settings"
 
 OBS, ACT = 11, 3
 METRICS = {"critic_loss": "q_loss", "q_mean": "q_mean", "bc_flow_loss": "bc_loss"}
