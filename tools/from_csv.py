@@ -25,9 +25,10 @@ import tyro
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "algorithms")]
+import run
 from common import InputError, Number
 from readers.tasks import near, require
-from run import in_one_line, rows, write_whole
+from run import in_one_line, write_whole
 
 SKIPS = 1.5  # times the usual rise of --step: more is a hole
 FEW = 20  # episodes: fewer get a note
@@ -330,7 +331,7 @@ def main(args):
         arrays["final_observations"] = after[terminal | timeout]
     names = {"observations": args.obs, "actions": args.actions, "reward": args.reward}
     meta = {"action_low": low, "action_high": high, "columns": names}
-    rows(arrays, meta, args.out, "cpu")  # raises before an older file is replaced
+    run.rows(arrays, meta, args.out, "cpu")  # raises before an older file is replaced
     file = io.BytesIO()
     np.savez(file, **arrays, metadata=json.dumps(meta))
     with in_one_line(args.out, "use another folder"):
