@@ -253,7 +253,7 @@ def main(args):
         for number in range(args.rounds):
             for program, values in zip(found, rates):
                 values.append(measure(program, args, folder))
-                print(number + 1, *program[:2], values[-1], file=sys.stderr, flush=True)
+                print(number + 1, *program[:2], values[-1], file=sys.stderr)
     print(table(found, rates))
     print("\nCommits:", *(f"{x} {stand_ins.commit(x)}" for x in args.checkouts))
 

@@ -149,7 +149,7 @@ def test_the_mazes_pieces():
     """Each episode is a walk of at most four cells from anywhere; the task is from one cell to
     another, eight cells away, which no episode shows."""
     for name in ("maze", "again"):
-        run(f"--env PointMaze_Medium-v3 --steps 500 --level homing --flat {name}.npz")
+        run(f"--env PointMaze_Medium-v3 --steps 3000 --level homing --flat {name}.npz")
     assert_same_rows("maze.npz", "again.npz")
     file, (_, task) = arrays("maze.npz"), load("maze.npz")
     env = make(task)

@@ -209,11 +209,8 @@ class Collector:
 
     def train(self, last_step):
         """Train to `last_step`."""
-        obs, size = None, self.replay.size
-        if size:
-            self.replay.close()  # the environment starts afresh
-        else:
-            obs = self.env.reset(seed=self.args.seed)[0]
+        size = self.replay.size  # above 0, the environment starts afresh
+        obs = None if size else self.env.reset(seed=self.args.seed)[0]
         bar = progress(last_step, size)
         for t in range(size + 1, last_step + 1):
             warm = t <= self.args.random_steps
