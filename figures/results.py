@@ -161,11 +161,13 @@ def beside(cells, chosen) -> str:
 def welch(first, second) -> dict:
     """Mean of the second sample minus that of the first, ± its standard error, and the two-sided p
     of Welch's t-test."""
-    first, second = np.array(first), np.array(second)
+    gap = np.mean(second) - np.mean(first)
     error = np.hypot(scipy.stats.sem(first), scipy.stats.sem(second))
     p = scipy.stats.ttest_ind(first, second, equal_var=False).pvalue
-    digits = "< 0.001" if p < 0.001 else f"= {p:.1g}" if p < 0.01 else f"= {p:.2f}"
-    return {"difference": f"{second.mean() - first.mean():+.1f} ± {error:.1f}", "p": digits}
+    digits = f"= {p:.1g}" if p < 0.01 else f"= {p:.2f}"
+    if p < 0.001:
+        digits = "< 0.001"
+    return {"difference": f"{gap:+.1f} ± {error:.1f}", "p": digits}
 
 
 def sample(cells, env, name):
@@ -178,14 +180,19 @@ def sample(cells, env, name):
 def tests(cells) -> str:
     """Welch's tests behind the words of docs/claims.md, peers.md and results.md: of PAIRS, of runs
     under other names, and of other people's code."""
-    pairs = [(env, *pair) for envs, all_ in PAIRS.items() for env in envs for pair in all_]
-    for env, method in [*cells, *peers(cells)]:
-        if method not in TITLES and (env, counterpart(cells, env, method)) in cells:
-            pairs.append((env, counterpart(cells, env, method), method))
+    pairs = {}
+    for envs, own in PAIRS.items():
+        for env in envs:
+            pairs |= {(env, *pair): None for pair in own}
+    for env, method in cells:
+        base = counterpart(cells, env, method)
+        if method not in TITLES and (env, base) in cells:
+            pairs[env, base, method] = None
     rows = []
-    for env, first, second in dict.fromkeys(pairs):
-        found = welch(sample(cells, env, first), sample(cells, env, second))
-        rows.append({"dataset": f"`{env}`", "first": first, "second": second} | found)
+    for env, first, second in pairs:
+        row = {"dataset": f"`{env}`", "first": first, "second": second}
+        both = sample(cells, env, first), sample(cells, env, second)
+        rows.append(row | welch(*both))
     return markdown(pd.DataFrame(rows))
 
 
