@@ -111,7 +111,9 @@ def test_requirements_bound_mujoco_as_the_hint_does():
     bound = re.search(r"'mujoco(<[\d.]+)'", INSTALL["ogbench"])[1]
     for file in ("requirements.txt", "tests/requirements.txt"):
         lines = [x for x in (ROOT / file).read_text().splitlines() if x.startswith("mujoco")]
-        assert len(lines) == 1 and lines[0].split("#")[0].strip().endswith(bound), f"{file}: mujoco{bound}"
+        assert len(lines) == 1 and lines[0].split("#")[0].strip().endswith(bound), (
+            f"{file}: mujoco{bound}"
+        )
 
 
 # ---- recordings ------------------------------------------------------------------------------
