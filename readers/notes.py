@@ -11,9 +11,9 @@ import numpy as np
 
 ROWS = 300_000  # that are looked at: more only take longer
 FEW = 10
-KNOWN = set(
-    "env_id env_kwargs max_episode_steps ref_min_score ref_max_score action_low action_high".split()
-)
+KNOWN = (
+    "env_id env_kwargs max_episode_steps ref_min_score ref_max_score action_low action_high"
+).split()
 
 
 def notes(columns: dict, meta: dict) -> list[str]:
@@ -24,13 +24,10 @@ def notes(columns: dict, meta: dict) -> list[str]:
     none = 0 * columns["rewards"]
     marks = {key: columns.get(key, none) != 0 for key in ("terminals", "timeouts")}
     end, jump = ends(columns, obs, **marks), jumps(obs)
-    if (end | (jump > 3)).sum() < FEW:
-        return []
-    return [
-        *of_order(obs, end, jump, marks),
-        *of_limits(end, **marks),
-        *of_numbers(columns, meta),
-    ]
+    found = [*of_order(obs, end, jump, marks)]
+    if end.sum() >= FEW:
+        found += [*of_limits(end, **marks), *of_numbers(columns, meta)]
+    return found
 
 
 def ends(columns, obs, terminals, timeouts):
@@ -70,9 +67,9 @@ def of_order(obs, end, jump, marks):
                 "beside them, so two episodes share a transition; move the column by a row"
             )
             return
-    least = max(3, 0.7 * np.median(jump[end]))
+    least = max(3, 0.6 * np.median(jump[end]))
     rest = jump * ~end
-    far, near = np.flatnonzero(rest > least), (rest > 0.75 * least).sum()
+    far, near = np.flatnonzero(rest > least), np.sum(rest > 0.75 * least)
     later = [np.abs(obs[k:] - obs[:-k]).mean(0) for k in range(1, 9)]
     if (later[0] >= 0.9 * np.max(later, 0)).all():
         yield (
@@ -91,7 +88,7 @@ def of_limits(end, terminals, timeouts):
     last = np.flatnonzero(end)
     length = np.diff(last, prepend=-1)
     limit = timeouts[last] | (length == length.max())
-    count = (limit & terminals[last]).sum()
+    count = np.sum(limit & terminals[last])
     others = np.bincount(length[~limit])[length.max() // 2 :]
     if count >= np.max(3 * others, initial=FEW):
         yield (
@@ -112,7 +109,7 @@ def of_numbers(columns, meta):
     for key in ("observations", "rewards"):
         x = columns[key]
         if x.dtype.str[1:] in "i1 u1 u2 u4 u8 f2" and len(np.unique(x)) > 4:
-            if (np.diff(x, axis=0) == 0).mean() > 0.01:  # real numbers seldom stand still
+            if np.mean(np.diff(x, axis=0) == 0) > 0.01:  # real numbers seldom stand still
                 yield f"{key} are {x.dtype}, which has lost digits or signs: write float32"
     for key in meta.keys() - KNOWN:
         for near in difflib.get_close_matches(key, KNOWN, 1):

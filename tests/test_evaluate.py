@@ -5,6 +5,7 @@ import dataclasses
 import importlib
 import io
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -17,7 +18,7 @@ import torch
 import tyro
 from gymnasium.envs.classic_control import PendulumEnv
 from PIL import Image
-from short_runs import SCRIPTS, start, write_log
+from short_runs import ROOT, SCRIPTS, start, write_log
 from torch.testing import assert_close
 
 from common import Data, InputError
@@ -189,7 +190,8 @@ def test_what_fqe_does_not_know_is_said():
     ranked = [{"run": "the data"} | own, *({"run": n} | x for n, x in zip("xy", found))]
     lines = "\n".join(fqe.notes(ranked, data))
     assert "leave 97% of the horizon uncovered" in lines
-    assert "cannot tell x from y: their difference is 0 (0 to 0)" in lines
+    assert "cannot tell x from y: the interval of their difference, 0 to 0, is" in lines
+    assert lines.count("cannot tell") == 3, "each policy from the data, and from its neighbor"
     for x, error in zip(ranked, (0.1, 2.0, 0.1)):
         x["td_error"] = error
     words = [line for line in fqe.notes(ranked, data) if "as large as a reward" in line]
@@ -208,6 +210,20 @@ def test_without_terminals_the_notes_do_not_depend_on_the_level_of_rewards():
         found.append([[line[:40] for line in lines] for lines in (plain, fqe.notes(ranked, data))])
     assert found[0] == found[1]
     assert found[0][1] == ["note: x: the TD error on held-out transi", *found[0][0]]
+
+
+def test_interval_by_hand():
+    """Student's t for four degrees of freedom, 2.776, times the deviation of five values, the
+    square root of 2.5."""
+    assert fqe.interval([5.0, 1.0, 4.0, 2.0, 3.0]) == pytest.approx([-1.39, 7.39], abs=0.01)
+
+
+def test_fqe_shows_progress_in_a_pipe():
+    line = "from test_evaluate import chain, fqe; fqe.compare(chain(20), {}, 0.9, 5, seed=1)"
+    folders = os.pathsep.join(map(str, (ROOT, ROOT / "algorithms", ROOT / "tests")))
+    env = os.environ | {"PYTHONPATH": folders}
+    done = subprocess.run([sys.executable, "-c", line], env=env, capture_output=True, text=True)
+    assert "FQE of the data: 100%" in done.stderr, done.stderr
 
 
 def test_fqe_needs_episodes(tiny_data):
@@ -335,6 +351,18 @@ def test_noise_that_a_policy_draws_becomes_an_input(tmp_path):
     policy = torch.export.load(path).module()
     actions = policy(torch.ones(1, 3), torch.full((1, 3), 2.0), torch.full((3,), 5.0))
     assert_close(actions, torch.full((1, 3), 8.0))
+
+
+def test_an_exported_policy_keeps_the_names_of_its_columns(here, capsys):
+    folder = trained("td3_bc")
+    names = {"observations": ["\u03b8", "y", "speed"], "actions": ["torque"], "reward": "cost"}
+    edit(folder, lambda c: c.update(columns=names))
+    judged(folder, export="policy.pt2")
+    said = capsys.readouterr().out
+    assert "observations: \u03b8, y, speed\nactions: torque\nreward: cost\n" in said
+    kept = {"columns.json": ""}
+    torch.export.load("policy.pt2", extra_files=kept)
+    assert json.loads(kept["columns.json"]) == names
 
 
 def test_a_run_without_a_simulator(here):

@@ -76,6 +76,7 @@ class LoadedRun:
     data: Data | None
     task: dict | None  # as run.make and run.score take it
     step: int  # of the checkpoint
+    columns: dict  # names of the observations' and actions' numbers, where the data have them
 
     @torch.no_grad()
     def act(self, obs):
@@ -150,7 +151,8 @@ def load_run(folder, eval_env: str | None = None, env: str = "", with_data: bool
         data, task = load(env or args.env, device, eval_env or args.eval_env)
         if data.digest != digest:
             raise InputError(f"{env or args.env} is not the data that {folder} was trained on")
-    return LoadedRun(module, nets.requires_grad_(False), args, data, task, saved.get("step"))
+    step, columns = saved.get("step"), config.get("columns") or {}
+    return LoadedRun(module, nets.requires_grad_(False), args, data, task, step, columns)
 
 
 def blank_data(state) -> Data:
@@ -302,10 +304,10 @@ class Deployed(nn.Module):
         return self.act(obs, *noise)
 
 
-def export(module, nets, args, path: str) -> list[str]:
+def export(module, nets, args, path: str, columns=None) -> list[str]:
     """Write the policy for torch.export.load; returns what it takes, in words. A policy that draws
     takes its noise as an input. The batch size is free, except for one that draws and does not
-    offer policy_with_noise: there it is 1."""
+    offer policy_with_noise: there it is 1. The names of the `columns` lie in columns.json."""
     obs, free = torch.zeros(2, len(nets.scaling.obs_mean)), True
     with Draws() as draws, torch.no_grad():
         module.policy(nets, obs[:1], args)
@@ -327,7 +329,8 @@ def export(module, nets, args, path: str) -> list[str]:
     with torch.no_grad():
         program = torch.export.export(Deployed(nets, act), inputs, dynamic_shapes=shapes)
     buffer = io.BytesIO()
-    torch.export.save(program, buffer)
+    names_too = {"columns.json": json.dumps(columns or {})}
+    torch.export.save(program, buffer, extra_files=names_too)
     write(path, buffer.getbuffer())
     return names
 
@@ -411,8 +414,10 @@ def main(args):
             raise InputError(f"{path} is a folder: use a file's name")
     run, *_ = runs = load_runs(args)
     if args.export:
-        inputs = export(run.module, run.nets, run.args, args.export)
+        inputs = export(run.module, run.nets, run.args, args.export, run.columns)
         print(f"{args.export}: torch.export.load(...).module()({', '.join(inputs)}) -> actions")
+        for key, names in run.columns.items():
+            print(f"{key}: {', '.join(map(str, [names] if isinstance(names, str) else names))}")
     if args.video:
         if not run.task:
             raise InputError("--video needs a simulator: use --eval-env")
@@ -440,4 +445,5 @@ def main(args):
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="backslashreplace")  # names that a terminal cannot show
     main(tyro.cli(Args, description=__doc__))

@@ -24,7 +24,9 @@ returns that are left. And targets are kept inside what the data's rewards allow
 """
 
 import copy
+import itertools
 import math
+import sys
 from dataclasses import dataclass
 
 import torch
@@ -177,7 +179,9 @@ def estimate(data, actions, gamma: float, steps: int, seed: int, name: str) -> d
     counts = counts[:, episode]  # (5, N)
     one = problem(data, actions, gamma)
     speed = target_speed(gamma, steps)
-    q_target = train(one, counts, speed, tqdm(range(steps), desc=f"FQE of {name}", disable=None))
+    pause = 0.1 if sys.stderr.isatty() else 30  # seconds between two states of the bar
+    bar = tqdm(range(steps), desc=f"FQE of {name}", mininterval=pause)
+    q_target = train(one, counts, speed, bar)
     with torch.no_grad():
         values = one.b + one.unit * q_target(one.x0).double()  # (5, E)
         members = values.gather(1, draws).mean(1)
@@ -258,11 +262,13 @@ def notes(ranked: list[dict], data) -> list[str]:
             f"the steps leave {share:.0%} of the horizon uncovered: use more --fqe-steps or a "
             "smaller --gamma"
         )
-    for x, y in zip(ranked, ranked[1:]):
+    own = next(i for i, x in enumerate(ranked) if "minus_data" not in x)
+    for i, j in itertools.combinations(range(len(ranked)), 2):
+        x, y = ranked[i], ranked[j]
         gap, (low, high) = difference(x, y)
-        if low <= 0:
+        if low <= 0 and (j == i + 1 or own in (i, j)):
             lines.append(
-                f"FQE cannot tell {x['run']} from {y['run']}: their difference is {gap:.3g} "
-                f"({low:.3g} to {high:.3g})"
+                f"FQE cannot tell {x['run']} from {y['run']}: the interval of their difference, "
+                f"{low:.3g} to {high:.3g}, is as wide as the difference, {gap:.3g}, or wider"
             )
     return [f"note: {line}" for line in lines]
