@@ -242,7 +242,6 @@ def test_runs_are_compared_in_one_table(here, capsys):
     capsys.readouterr()
     judge.main(judge.Args(runs, episodes=2, fqe_steps=5))
     lines = capsys.readouterr().out.splitlines()
-    assert sum("no reference score" in line for line in lines) == 1, "of two runs on one data"
     head, *rows = lines = [line for line in lines if "Pendulum" not in line]
     rows = rows[:3]
     assert head.split() == ["FQE", "minus", "the", "data", "distance", "return", "score"]
@@ -379,7 +378,7 @@ def test_far_from_its_data(here, monkeypatch, capsys):
     (here / "elsewhere").mkdir()
     monkeypatch.chdir("elsewhere")
     found = judged(folder, export="policy.pt2", episodes=1, fqe_steps=1)
-    assert "note: the policy is exported and not judged: no file log.npz" in capsys.readouterr().out
+    assert "note: the policy is exported and not judged: there is no file log.npz" in capsys.readouterr().out
     assert "fqe" not in found and "returns" not in found
     assert torch.export.load("policy.pt2").module()(torch.zeros(7, 3)).shape == (7, 1)
     with pytest.raises(InputError, match="no file log.npz"):

@@ -30,7 +30,7 @@ def folder(tmp_path, monkeypatch):
 
 
 def make(name=MAZE, recipe=SHORT, seed=0, workers=1, overwrite=False):
-    args = SimpleNamespace(seed=seed, workers=workers, overwrite=overwrite)
+    args = SimpleNamespace(seed=seed, workers=workers, overwrite=overwrite, recordings=None)
     return make_ogbench.make(name, dataclasses.replace(recipe), args)
 
 

@@ -119,7 +119,7 @@ BAD = {
     "--csv no/x.csv": "--csv no/x.csv: use a file's name in a folder that exists",
     "--csv .": "--csv .: use a file's name",
     "--algorithms no": "no algorithms/no.py: use one of arq, ",
-    "--device tpu9": "--device tpu9: ",
+    "--device tpu9": "--device tpu9 cannot be used",
 }
 
 

@@ -28,6 +28,7 @@ import signal
 import sys
 import time
 import warnings
+import zipfile
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -43,7 +44,6 @@ from common import Count, InputError, Seed, number
 from readers import ogbench
 from readers.fetch import lock
 from readers.tasks import INSTALL, near, require, table
-from run import write_whole
 
 MORE_RECORDINGS = {"triple": 3000, "4x5": 3000, "quadruple": 5000, "4x6": 5000}
 STACKS = {"single": (0, 0), "double": (0, 0.25), "triple": (0.05, 0.35), "quadruple": (0.1, 0.5)}
