@@ -157,6 +157,15 @@ def test_the_tests_of_the_pages_are_those_of_the_runs():
     assert by_hand == {"difference": "+4.0 ± 1.3", "p": "= 0.05"}  # t = 4 / sqrt(5 / 3), 2.94 df
 
 
+def test_the_published_rows_are_those_of_the_runs():
+    """TD3+BC's mean of the last ten evaluations, and its last one, of every seed that is stored."""
+    env, page = "halfcheetah-random-v2", (ROOT / "docs" / "published.md").read_text()
+    runs = pictures.read_cells(str(ROOT / "results"), f"{env}-made")[f"{env}-made", "td3_bc"]
+    for run in runs.itertuples():
+        assert f"{run.score:.1f}" in page and f"{run.curve.score.iloc[-1]:.1f}" in page
+    assert f"{runs.score.mean():.1f}" in README
+
+
 def test_the_readme_and_the_docs_are_short():
     """Words of the README do not count code and the bars of tables."""
     prose = [line for line in README.splitlines() if not line.startswith("    ")]
