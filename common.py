@@ -176,9 +176,15 @@ class MLP(nn.Module):
             self.gains.append(nn.Parameter(torch.ones(*lead, *row, width)))
             self.shifts.append(nn.Parameter(torch.zeros(*lead, *row, width)))
         self.activation = ACTIVATIONS[activation]
-        # Plain lists, because walking a ParameterList in every forward pass is slow.
+        self._apply(lambda x: x)  # sets self.layers and self.norms
+
+    def _apply(self, fn, recurse=True):
+        """.to() calls this, and may replace parameters, so the lists of layers are made again. They
+        are plain lists because walking a ParameterList in every forward pass is slow."""
+        super()._apply(fn, recurse)
         self.layers = list(zip(self.weights, self.biases))
         self.norms = list(zip(self.gains, self.shifts))
+        return self
 
     def forward(self, *inputs, member: int | None = None):
         x = torch.cat(inputs, -1) if len(inputs) > 1 else inputs[0]

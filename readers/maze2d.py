@@ -8,6 +8,7 @@ because MuJoCo adds two margins today, where the larger one counted."""
 import gymnasium
 import mujoco
 import numpy as np
+from gymnasium.spaces import Box
 
 MODEL = """
 <mujoco>
@@ -36,14 +37,16 @@ class Maze2d(gymnasium.Env):
 
     def __init__(self, maze: str, dense: bool = False):
         tiles = np.array([list(row) for row in maze.split()])
-        walls = [WALL.format(x + 1, y + 1) for x, y in np.argwhere(tiles == "#")]
-        self.model = mujoco.MjModel.from_xml_string(MODEL.format(walls="".join(walls)))
+        self.free, self.dense = tiles != "#", dense
+        (self.goal,) = np.argwhere(tiles == "G")
+        walls = ""
+        for x, y in np.argwhere(~self.free):
+            walls += WALL.format(x + 1, y + 1)
+        text = MODEL.format(walls=walls)
+        self.model = mujoco.MjModel.from_xml_string(text)
         self.data = mujoco.MjData(self.model)
-        self.free = tiles != "#"
-        self.goal = np.argwhere(tiles == "G")[0]
-        self.dense = dense
-        self.observation_space = gymnasium.spaces.Box(-np.inf, np.inf, (4,))
-        self.action_space = gymnasium.spaces.Box(-1, 1, (2,))
+        self.observation_space = Box(-np.inf, np.inf, (4,))
+        self.action_space = Box(-1, 1, (2,))
 
     def observe(self):
         return np.concatenate([self.data.qpos, self.data.qvel])
@@ -52,7 +55,8 @@ class Maze2d(gymnasium.Env):
         super().reset(seed=seed)
         mujoco.mj_resetData(self.model, self.data)
         cell = self.np_random.choice(np.argwhere(self.free))
-        self.data.qpos = cell + self.np_random.uniform(-0.1, 0.1, 2)
+        shift = self.np_random.uniform(-0.1, 0.1, 2)
+        self.data.qpos = cell + shift
         self.data.qvel = 0.1 * self.np_random.standard_normal(2)
         mujoco.mj_forward(self.model, self.data)
         return self.observe(), {}
@@ -63,7 +67,9 @@ class Maze2d(gymnasium.Env):
         self.data.ctrl = np.clip(action, -1, 1)
         mujoco.mj_step(self.model, self.data)
         distance = np.linalg.norm(self.data.qpos - self.goal)
-        reward = np.exp(-distance) if self.dense else float(distance <= 0.5)
+        reward = float(distance <= 0.5)
+        if self.dense:
+            reward = np.exp(-distance)
         return self.observe(), reward, False, False, {}
 
 

@@ -186,6 +186,7 @@ def test_bandit(tiny_data):
 
 
 @pytest.mark.parametrize("flag", ["--temperature 0", "--temperature nan", "--max-weight -1"])
-def test_values_that_mean_nothing_are_refused(flag):
-    with pytest.raises(SystemExit, match=flag.split()[0]):
+def test_values_that_mean_nothing_are_refused(flag, capsys):
+    with pytest.raises(SystemExit):
         parse(Args, awac.PRESETS, flag.split())
+    assert flag.split()[0] in capsys.readouterr().err

@@ -76,7 +76,7 @@ class LoadedRun:
     data: Data | None
     task: dict | None  # as run.make and run.score take it
     step: int  # of the checkpoint
-    columns: dict  # names of the observations' and actions' numbers, where the data have them
+    columns: dict = dataclasses.field(default_factory=dict)  # names of the data's columns
 
     @torch.no_grad()
     def act(self, obs):

@@ -53,12 +53,12 @@ class Controller:
         if self.cell is None or (cell != self.cell).any():
             self.plan(np.rint(place).astype(int), cell)
         rests = np.linalg.norm(place - self.before) < NEAR
-        done = rests and np.linalg.norm(place - self.cell) < NEAR
-        goal = self.cell if done else self.path[self.at]
-        if not done and rests and np.linalg.norm(place - goal) < NEAR:
+        arrived = rests and np.linalg.norm(place - self.cell) < NEAR
+        goal = self.cell if arrived else self.path[self.at]
+        if not arrived and rests and np.linalg.norm(place - goal) < NEAR:
             self.at = min(self.at + 1, len(self.path) - 1)
         self.before = place.copy()
-        return np.clip(10 * (goal - place) - speed, -1, 1), done
+        return np.clip(10 * (goal - place) - speed, -1, 1), arrived
 
 
 def record(env, rows: int, limit: int, seed: int) -> dict:
@@ -76,14 +76,14 @@ def record(env, rows: int, limit: int, seed: int) -> dict:
         if target is None:
             target = rng.choice(cells) + rng.uniform(-0.1, 0.1, 2)
             steps = 0
-        force, done = controller.act(obs[:2], obs[2:], target)
+        force, arrived = controller.act(obs[:2], obs[2:], target)
         action = np.clip(force + NOISE * rng.standard_normal(2), -1, 1)
-        done = done or steps >= limit
-        for column, value in zip(columns.values(), (obs, action, done), strict=True):
+        arrived = arrived or steps >= limit
+        for column, value in zip(columns.values(), (obs, action, arrived), strict=True):
             column[t] = value
         after, *_ = env.step(action)
         steps += 1
-        if done:  # as in D4RL's script, the next row repeats the observation before this step
+        if arrived:  # as in D4RL's script, the next row repeats the observation before this step
             target = None
         else:
             obs = after
