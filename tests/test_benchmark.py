@@ -454,6 +454,8 @@ def test_commands_run_and_are_reported(every, tmp_path, monkeypatch):
     """One of each file; the soak variant: one of each table, method and preset of its file."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("D4RL_DATASET_DIR", str(tmp_path))
+    there = lambda name, owner, folder, path, *_: folder / path.split("/")[-1]
+    monkeypatch.setattr("readers.d4rl.download", there)  # does not compare sizes
     chosen = {}
     for table in ("ablations", *PAPERS[:-1])[not every :]:  # OGBench's data are its package's
         for command in commands(table):
