@@ -418,7 +418,8 @@ class Run:
         found = {key: x for key, x in vars(self.args).items() if key not in CONTROL}
         found |= {"algorithm": self.algorithm, "data": self.data.digest}
         files = {"algorithm": self.file, "common": HERE / "common.py", "run": HERE / "run.py"}
-        for key, path in files.items() | {("clone", getattr(self.args, "clone", None))}:
+        files["clone"] = getattr(self.args, "clone", None)
+        for key, path in files.items():
             content = Path(path).read_bytes() if path and Path(path).is_file() else b""
             found[f"code of {key}"] = hashlib.sha256(content).hexdigest()[:12]
         for name in PACKAGES:

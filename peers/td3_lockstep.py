@@ -67,7 +67,8 @@ def start_corl(program, data, args, layers):
     """The same of CORL's program, started from `layers`."""
     s, a = data.obs.shape[1], data.action.shape[1]
     linear, pairs = [], []
-    for net in (program["Actor"](s, a, 1.0), program["Critic"](s, a), program["Critic"](s, a)):
+    critics = [program["Critic"](s, a) for _ in range(2)]
+    for net in (program["Actor"](s, a, 1.0), *critics):
         linear += [x for x in net.modules() if isinstance(x, torch.nn.Linear)]
         pairs += [net, torch.optim.Adam(net.parameters(), args.lr)]
     for own, (weight, bias) in zip(linear, layers, strict=True):
@@ -84,7 +85,8 @@ def start_corl(program, data, args, layers):
 
 def distance(a, b) -> float:
     """|a's parameters - b's| / |a's parameters|."""
-    x, y = (torch.cat([p.reshape(-1) for pair in one for p in pair]) for one in (a, b))
+    flat = lambda pairs: torch.cat([p.reshape(-1) for pair in pairs for p in pair])
+    x, y = flat(a), flat(b)
     return ((x - y).norm() / x.norm()).item()
 
 

@@ -37,7 +37,8 @@ class Maze2d(gymnasium.Env):
 
     def __init__(self, maze: str, dense: bool = False):
         tiles = np.array([list(row) for row in maze.split()])
-        self.free, self.dense = tiles != "#", dense
+        self.free = tiles != "#"
+        self.dense = dense
         (self.goal,) = np.argwhere(tiles == "G")
         walls = ""
         for x, y in np.argwhere(~self.free):
@@ -70,7 +71,8 @@ class Maze2d(gymnasium.Env):
         reward = float(distance <= 0.5)
         if self.dense:
             reward = np.exp(-distance)
-        return self.observe(), reward, False, False, {}
+        obs = self.observe()
+        return obs, reward, False, False, {}
 
 
 def make(maze: str, dense: bool, limit: int):

@@ -378,7 +378,10 @@ def test_far_from_its_data(here, monkeypatch, capsys):
     (here / "elsewhere").mkdir()
     monkeypatch.chdir("elsewhere")
     found = judged(folder, export="policy.pt2", episodes=1, fqe_steps=1)
-    assert "note: the policy is exported and not judged: there is no file log.npz" in capsys.readouterr().out
+    assert (
+        "note: the policy is exported and not judged: there is no file log.npz"
+        in capsys.readouterr().out
+    )
     assert "fqe" not in found and "returns" not in found
     assert torch.export.load("policy.pt2").module()(torch.zeros(7, 3)).shape == (7, 1)
     with pytest.raises(InputError, match="no file log.npz"):

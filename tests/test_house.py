@@ -20,7 +20,7 @@ def lines_of(nodes):
 
 
 def measured(text):
-    """Tokens beside docstrings and comments: their number, and how many a line of a function has."""
+    """Tokens beside docstrings and comments: their number, and how many a function's line has."""
     nodes = [*ast.walk(ast.parse(text))]
     functions = [x for x in nodes if isinstance(x, ast.FunctionDef)]
     documented = [x for x in nodes if isinstance(x, ast.Module | ast.ClassDef | ast.FunctionDef)]

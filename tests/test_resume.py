@@ -1,4 +1,4 @@
-"""Checkpoints, --resume, --clone and the folder of a run: it goes on to the bit, or tells why not."""
+"""Checkpoints, --resume, --clone and the folder of a run: it goes on to the bit, or is refused."""
 
 import errno
 import importlib

@@ -1,5 +1,6 @@
 """run.py: flags and presets, files and tasks, evaluation, what a run says and when it stops."""
 
+import importlib
 import json
 import math
 import shutil
@@ -403,7 +404,8 @@ def test_evaluation_changes_no_training(here):
 def test_the_first_lines_tell_data_preset_and_folder(here, capsys):
     lines, status = outcome(BC, flags(BC, env="log.npz"))
     assert status == 0
-    run_of = main(*(vars(__import__("bc"))[x] for x in ("Args", "PRESETS", "train")), flags(BC) + ["--overwrite"])  # fmt: skip
+    bc, words = importlib.import_module("bc"), [*flags(BC), "--overwrite"]
+    run_of = main(bc.Args, bc.PRESETS, bc.train, words)
     out = capsys.readouterr().out
     assert "data:   log.npz, 120 transitions, 4 episodes, return " in out and run_of is not None
     assert "preset: none\n" in out and f"folder: {folder('bc')}, cpu\n" in out

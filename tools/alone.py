@@ -18,7 +18,8 @@ class Block:
     """A statement at the top level of a module, with the comments right above it."""
 
     def __init__(self, node, lines):
-        first = min([x.lineno for x in getattr(node, "decorator_list", [])] + [node.lineno]) - 1
+        decorators = getattr(node, "decorator_list", [])
+        first = min(x.lineno for x in (node, *decorators)) - 1
         while first and lines[first - 1].startswith("#") and "----" not in lines[first - 1]:
             first -= 1
         self.node, self.text = node, "\n".join(lines[first : node.end_lineno])
@@ -72,18 +73,23 @@ def flatten(args: Block, base: Block) -> None:
     own = {name for x in args.node.body for name in defined(x)}
     lines = args.text.replace("(RunArgs)", "").splitlines()
     methods = [x.lineno - args.first for x in args.node.body if isinstance(x, ast.FunctionDef)]
-    fields, more, inherited = [], [], base.text.splitlines()
+    inherited = base.text.splitlines()
+    fields, more = [], []
     for x, after in zip(base.node.body[1:], [*base.node.body[2:], None]):
         last = after if isinstance(after, ast.Expr) else x  # the text of a field stands below it
-        part = inherited[x.lineno - base.first : last.end_lineno - base.first + 1]
+        begin, end = x.lineno - base.first, last.end_lineno - base.first
+        part = inherited[begin : end + 1]
+        if isinstance(x, ast.Expr) or own & defined(x):
+            continue
         if isinstance(x, ast.FunctionDef):
-            more += [""] + part if not own & defined(x) else []
-        elif not isinstance(x, ast.Expr) and not own & defined(x):
+            more += ["", *part]
+        else:
             fields += part
-    at = methods[0] if methods else len(lines)
-    below = [""] + lines[at:] if methods else []
-    lines = [*"\n".join(lines[:at]).rstrip().splitlines(), *fields, *below, *more]
-    args.text = "\n".join(lines)
+    below = []
+    if methods:
+        below = ["", *lines[methods[0] :]]
+        lines = "\n".join(lines[: methods[0]]).rstrip().splitlines()
+    args.text = "\n".join([*lines, *fields, *below, *more])
     args.node = ast.parse(args.text).body[0]
     args.used = {x.id for x in names(args.node)}
 
@@ -155,16 +161,20 @@ def gap(above, block) -> str:
 def import_lines(imports: dict) -> str:
     plain, members = set(), {}
     for name, (module, member) in imports.items():
-        if not member:
-            plain.add(f"import {module}" + (f" as {name}" if name != module.split(".")[0] else ""))
+        known = member or module.split(".")[0]
+        renamed = "" if known == name else f" as {name}"
+        if member:
+            members.setdefault(module, []).append(member + renamed)
         else:
-            word = member if member == name else f"{member} as {name}"
-            members.setdefault(module, []).append(word)
-    lines = plain | {f"from {module} import {', '.join(x)}" for module, x in members.items()}
+            plain.add(f"import {module}{renamed}")
+    lines = set(plain)
+    for module, words in members.items():
+        lines.add(f"from {module} import {', '.join(words)}")
     own = {x for x in lines if x.split()[1].split(".")[0] in sys.stdlib_module_names}
     key = lambda x: (x.startswith("from"), x.split()[1].lower())
     parts = [sorted(x, key=key) for x in (own, lines - own)]
-    return "\n".join(["from __future__ import annotations\n", *parts[0], "", *parts[1]]) + "\n"
+    first = "from __future__ import annotations\n"
+    return "\n".join([first, *parts[0], "", *parts[1], ""])
 
 
 if __name__ == "__main__":

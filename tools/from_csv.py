@@ -309,6 +309,7 @@ def show(args, table, episode, low, high):
 
 
 def main(args):
+    args.resolve()
     require(args.log, "no table: python tools/from_csv.py log.csv --obs x v --actions u ...")
     whole = read_table(args)
     print(f"{args.log}: {len(whole)} rows")
