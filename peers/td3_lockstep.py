@@ -66,7 +66,8 @@ def start_ours(data, args):
 def start_corl(program, data, args, layers):
     """The same of CORL's program, started from `layers`."""
     s, a = data.obs.shape[1], data.action.shape[1]
-    linear, pairs = [], []
+    linear = []
+    pairs = []
     critics = [program["Critic"](s, a) for _ in range(2)]
     for net in (program["Actor"](s, a, 1.0), *critics):
         linear += [x for x in net.modules() if isinstance(x, torch.nn.Linear)]
@@ -86,7 +87,8 @@ def start_corl(program, data, args, layers):
 def distance(a, b) -> float:
     """|a's parameters - b's| / |a's parameters|."""
     flat = lambda pairs: torch.cat([p.reshape(-1) for pair in pairs for p in pair])
-    x, y = flat(a), flat(b)
+    x = flat(a)
+    y = flat(b)
     return ((x - y).norm() / x.norm()).item()
 
 
