@@ -9,7 +9,7 @@ import pytest
 from short_runs import ROOT
 
 CAPS = {"common.py": 3_400, "run.py": 6_200}
-TOGETHER = 15_100  # common.py, run.py and readers/, without the notes on data
+TOGETHER = 15_150  # common.py, run.py and readers/, without the notes on data
 READERS = sorted({*(ROOT / "readers").glob("*.py")} - {ROOT / "readers" / "notes.py"})
 PAGE = [ROOT / name for name in CAPS]
 SILENT = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT}

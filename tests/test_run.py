@@ -285,9 +285,6 @@ class Paying(gymnasium.Env):
 
 
 class Wide(Paying):
-    def reset(self, **options):
-        return np.zeros(4, np.float32), {}
-
     def reset(self, *, seed=None, options=None):
         return np.zeros(4, np.float32), {}
 
