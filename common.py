@@ -73,34 +73,19 @@ def sample(data, batch_size: int, fields=("obs", "action", "reward", "next_obs",
 def normalize_obs(data, eps: float) -> None:
     """Shift and scale data.obs and data.next_obs in place to (s - mean) / (std + eps), by the mean
     and the population deviation of data.obs, computed in float64. `Scaling` applies the same
-    constants when the policy acts. Prints a note where one row holds a column's whole deviation."""
+    constants when the policy acts."""
     data.obs_mean, data.obs_std = torch.zeros(2, *data.obs[0].shape, device=data.obs.device)
     for i, column in enumerate(data.obs.T):
         column = column.double()
-        data.obs_mean[i], std = column.mean(), column.std(correction=0)
-        data.obs_std[i] = std + eps
-        distance, row = (column - column.mean()).abs().max(0)
-        if distance**2 > 0.99 * len(column) * std**2:
-            print(
-                f"note: column {i} of the observations is {column[row]:.3g} in row {row}, so far "
-                "from its other rows that they become nearly equal: repair that row"
-            )
+        data.obs_mean[i], data.obs_std[i] = column.mean(), column.std(correction=0) + eps
     for x in (data.obs, data.next_obs):
         x.sub_(data.obs_mean).div_(data.obs_std)
 
 
 def largest_value(data, gamma: float, bonus: float = 0.0) -> float:
     """The largest |Q| that any policy can have under the data's rewards (plus `bonus` per step):
-    max |reward| / (1 - gamma). Prints a note where rewards are so small or so large that the
-    networks and learning rates here, made for values of 1 to 10,000, will not fit."""
+    max |reward| / (1 - gamma)."""
     horizon = 1 / max(1 - gamma, 1e-9)
-    size = data.reward.abs().mean().item()
-    if not 1e-3 < size * horizon < 1e5:
-        print(
-            f"note: rewards are {size:.2g} in size, on average, so values are near "
-            f"{size * horizon:.2g}; networks and learning rates here are made for values of 1 to "
-            "10,000: multiply the file's rewards by a constant"
-        )
     return (data.reward.abs().max().item() + abs(bonus)) * horizon
 
 

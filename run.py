@@ -91,9 +91,8 @@ def parse(Args, presets: dict, argv):
     flag wins. With --short, the rows whose pattern begins with "short " follow. Where --steps is
     typed, an earlier phase whose own flag is not typed is at most as long. --help shows the title,
     the idea and the command of the file. What tyro refuses ends the process with status 1."""
-    words = [part for x in argv for part in (x.split("=", 1) if x[:2] == "--" else [x])]
-    pairs = zip(words, [*words[1:], ""])
-    typed = {x[2:].replace("-", "_"): after for x, after in pairs if x[:2] == "--"}
+    pairs = re.findall(r"\0--([\w-]+)(?=[=\0]?([^\0]*))", "\0".join(["", *argv]))
+    typed = {name.replace("-", "_"): after for name, after in pairs}
     env = typed.get("env", Args.env)
     preset = preset_of(presets, env)
     if "short" in typed:
@@ -120,9 +119,10 @@ def prepare_device(name: str, precision: str) -> torch.device:
     # This comes before the first parallel product, because threads inherit it when they start.
     torch.set_flush_denormal(True)
     torch.set_float32_matmul_precision(precision)
-    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
-        libc.mallopt(-1, 1 << 30)  # M_TRIM_THRESHOLD: reuse freed buffers without page faults
-        libc.mallopt(-3, 1 << 25)  # M_MMAP_THRESHOLD
+    with contextlib.suppress(AttributeError, OSError, TypeError):  # where there is no glibc
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(-1, 1 << 30)  # M_TRIM_THRESHOLD: reuse freed buffers without page faults
+        mallopt(-3, 1 << 25)  # M_MMAP_THRESHOLD
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     with in_one_line(f"--device {name}", "use cpu, cuda or auto"):
@@ -297,10 +297,9 @@ def believed(columns, obs, end):
     a millionth of their column's deviation and the rounding of float32."""
     stored = np.array(columns["next_observations"], np.float32)
     same = np.ones(len(obs) - 1, bool)
-    with np.errstate(all="ignore"):  # what is not finite is refused later
-        for x, following in zip(obs.T, stored.T):
-            rounding = 1e-6 * x.std(dtype=float) + 2 * np.spacing(abs(x[1:]))
-            same &= abs(x[1:] - following[:-1]) <= rounding
+    for x, following in zip(obs.T, stored.T):
+        rounding = 1e-6 * x.std(dtype=float) + 2 * np.spacing(abs(x[1:]))
+        same &= abs(x[1:] - following[:-1]) <= rounding
     note((~same & ~end[:-1]).sum(), "episodes end by next_observations where no flag says so")
     stored[:-1][same & end[:-1]] = np.nan
     end[:-1] |= ~same
@@ -380,10 +379,10 @@ class Run:
     """One run. `train(run, data, args)` uses device, start, loop, after, reference, kept and
     read_clone of it, and nothing else."""
 
-    def __init__(self, args, preset=None, words=None, algorithm=None):
+    def __init__(self, args, preset=None, words=None):
         self.args, self.preset, self.words = args, preset or {}, words or sys.argv
         self.file = Path(sys.modules[type(args).__module__].__file__)
-        self.algorithm = algorithm or self.file.stem
+        self.algorithm = self.file.stem
         env = Path(args.env).stem if re.search(FILES, args.env, re.I) else args.env
         variant = self.algorithm + (args.name and f"-{args.name}")
         folder = re.sub(r"[^\w.-]+", "-", f"{env}__{variant}__{args.seed}")
@@ -397,10 +396,9 @@ class Run:
 
     def whole(self, train) -> float | None:
         """Load, train, finish."""
-        args = self.args
         try:
-            self.data, self.task = load(args.env, self.device, args.eval_env)
-            train(self, self.data, args)
+            self.data, self.task = load(self.args.env, self.device, self.args.eval_env)
+            train(self, self.data, self.args)
             return self.finish()
         except OSError as error:  # a full disk, above all
             raise InputError(f"{self.folder}: {error}; repair that and use --resume") from None
@@ -434,8 +432,9 @@ class Run:
     def start(self, nets, opt, **largest: float):
         """Take what is trained, make the environments and the folder; with --resume, go on with
         what was saved. A reader may bring the data's score and the most environments that fit into
-        memory. `largest`, the largest |Q| that the rewards allow, goes to TensorBoard."""
-        self.nets, self.opt, self.settings = nets, opt, self.identity()
+        memory. `largest`: {name of a metric: the largest |Q| that the rewards allow}."""
+        self.nets, self.largest, self.settings = nets, largest, self.identity()
+        self.moments = [x for optimizer in vars(opt).values() for x in optimizer.state()]
         args, task, data = self.args, self.task or {}, self.data
         returns = data.episode_return.cpu().numpy()
         self.references["data"] = task.get("data_score", score(task, returns))
@@ -528,7 +527,12 @@ class Run:
         self.last.update(metrics)
         if t == self.steps or t % self.args.log_every == 0:
             self.require_finite(self.last)
-            self.write(self.phase, t, {key: x.item() for key, x in self.last.items()})
+            values = {key: x.item() for key, x in self.last.items()}
+            self.write(self.phase, t, values)
+            for key in values.keys() & self.largest.keys():
+                if abs(values[key]) > 10 * self.largest[key]:
+                    most = f"no policy can have more than {self.largest.pop(key):.3g}"
+                    print(f"note: {key} is {values[key]:.3g} at step {t}, but {most}")
         if act and self.task and (t == self.steps or t % self.args.eval_every == 0):
             returns = self.evaluate(act)
             row = {"return": float(returns.mean()), "score": score(self.task, returns)}
@@ -605,14 +609,13 @@ class Run:
         """curve.png: the score over gradient steps, beside the references."""
         from matplotlib.figure import Figure
 
-        figure = Figure()
-        axes = figure.subplots()
+        axes = Figure().subplots()
         axes.plot([row["step"] for row in self.rows["eval"]], scores, label=self.algorithm)
         for i, (name, value) in enumerate(self.references.items(), 1):
             axes.axhline(value, ls="--", c=f"C{i}", label=f"{name} {value:.1f}")
         axes.set(xlabel="gradient steps", ylabel=self.unit)
         axes.legend()
-        figure.savefig(self.folder / "curve.png")
+        axes.figure.savefig(self.folder / "curve.png")
 
     # ---- checkpoints -------------------------------------------------------------------------
 
@@ -621,13 +624,10 @@ class Run:
         torch.save(content, buffer)
         write_whole(self.folder / name, buffer.getvalue())
 
-    def optimizer_state(self) -> list:
-        return [x for optimizer in vars(self.opt).values() for x in optimizer.state()]
-
     def save_checkpoint(self):
         """Everything that the rest of the run depends on."""
         content = {key: getattr(self, key) for key in STATE}
-        content |= {"nets": self.nets.state_dict(), "opt": self.optimizer_state()}
+        content |= {"nets": self.nets.state_dict(), "opt": self.moments}
         self.require_finite(content["nets"] | self.last)
         content["rng"] = [torch.get_rng_state()]
         if self.device.type == "cuda":
@@ -652,7 +652,7 @@ class Run:
                 print(f"{self.folder} is finished: there is nothing to resume")
                 raise SystemExit(0)
             self.nets.load_state_dict(saved["nets"])
-            for tensor, value in zip(self.optimizer_state(), saved["opt"], strict=True):
+            for tensor, value in zip(self.moments, saved["opt"], strict=True):
                 tensor.copy_(value)
             for key in ("rows", "references", "seconds"):
                 setattr(self, key, saved[key])

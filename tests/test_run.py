@@ -1,6 +1,5 @@
 """run.py: flags and presets, files and tasks, evaluation, what a run says and when it stops."""
 
-import importlib
 import json
 import math
 import shutil
@@ -15,7 +14,19 @@ import gymnasium
 import numpy as np
 import pytest
 import torch
-from short_runs import ROOT, SCRIPTS, Bomb, at, flags, folder, outcome, rows, start, write_log
+from short_runs import (
+    ROOT,
+    SCRIPTS,
+    Bomb,
+    at,
+    flags,
+    folder,
+    outcome,
+    rows,
+    run_main,
+    start,
+    write_log,
+)
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 
@@ -169,8 +180,8 @@ BAD = {  # what is done to log.npz, or its metadata; --eval-env; what the messag
     "list": (lambda: rewrite({"metadata": np.array("[1]")}), None, "log.npz"),
     "unknown task": (META | {"env_id": "Pendulm-v1"}, None, "Pendul"),
     "number": (META | {"env_id": 3}, None, "log.npz"),
-    "module": (META | {"env_id": "os:Pendulum-v1"}, None, "a colon"),
-    "module in kwargs": (META | {"env_kwargs": {"a": [{"b": "os:mkdir"}]}}, None, "a colon"),
+    "module": (META | {"env_id": "os:Pendulum-v1"}, None, "has a colon"),
+    "module in kwargs": (META | {"env_kwargs": {"a": [{"b": "os:mkdir"}]}}, None, "has a colon"),
     "kwargs": (META | {"env_kwargs": {"nonsense": 1}}, None, "nonsense"),
     "no kwargs": (META | {"env_kwargs": [1]}, None, "log.npz"),
     "references": (META | {"ref_min_score": "a", "ref_max_score": "b"}, None, "log.npz"),
@@ -181,7 +192,7 @@ BAD = {  # what is done to log.npz, or its metadata; --eval-env; what the messag
     "typed module": ({}, "nonsense:Pendulum-v1", "nonsense"),
     "other sizes": (META, "Wide-v0", "is not of the task Wide-v0: their (observation size"),
     "other bounds": ({}, "MountainCarContinuous-v0", "beyond the bounds [-1.] to [1.]"),
-    "discrete": ({}, "CartPole-v1", "Discrete(2), not floats"),
+    "discrete": ({}, "CartPole-v1", "not floats"),
 }
 
 
@@ -274,8 +285,6 @@ class Paying(gymnasium.Env):
 
 
 class Wide(Paying):
-    observation_space = gymnasium.spaces.Box(-1, 1, (4,), np.float32)
-
     def reset(self, *, seed=None, options=None):
         return np.zeros(4, np.float32), {}
 
@@ -352,9 +361,9 @@ def test_runs_of_other_seeds_have_other_starts_and_few_environments_do(here, mon
     for seed in (3, 4):
         monkeypatch.setattr(Paying, "seeds", [])
         start("bc", eval_env="Paying-v0", eval_every=5, eval_episodes=3, seed=seed)
-        _, _, *evaluated = Paying.seeds  # the task is reset twice before training
-        starts[seed] = evaluated[:3]
-        assert evaluated == 4 * starts[seed]
+        seeds = Paying.seeds[2:]  # the first two are those of a look at the task
+        starts[seed] = seeds[:3]
+        assert seeds == 4 * starts[seed]
     assert len({*starts[3], *starts[4]}) == 6
     task = {"env_id": "Paying-v0", "make": lambda: made.append(1) or Paying(), "most_envs": 2}
     monkeypatch.setattr(page, "load", lambda *x: (load(*x[:2], "none")[0], task))
@@ -402,12 +411,9 @@ def test_evaluation_changes_no_training(here):
 
 
 def test_the_first_lines_tell_data_preset_and_folder(here, capsys):
-    lines, status = outcome(BC, flags(BC, env="log.npz"))
-    assert status == 0
-    bc, words = importlib.import_module("bc"), [*flags(BC), "--overwrite"]
-    run_of = main(bc.Args, bc.PRESETS, bc.train, words)
+    run_main("bc", *flags(BC))
     out = capsys.readouterr().out
-    assert "data:   log.npz, 120 transitions, 4 episodes, return " in out and run_of is not None
+    assert "data:   log.npz, 120 transitions, 4 episodes, return " in out
     assert "preset: none\n" in out and f"folder: {folder('bc')}, cpu\n" in out
 
 
@@ -424,6 +430,14 @@ def test_names_of_folders(values, due):
 
     run = page.Run(bc.Args(**{"out": "there", "seed": 3} | values))
     assert run.folder == Path("there", due)
+
+
+@pytest.mark.parametrize(("value", "said"), [(1e6, 1), (-1e6, 1), (1.0, 0)])
+def test_q_beyond_what_the_rewards_allow_is_named_once(here, capsys, value, said):
+    runs_away = lambda run, t, metrics: metrics | {"q_mean": torch.tensor(value)}
+    start("td3_bc", runs_away)
+    out = capsys.readouterr().out
+    assert out.count(f"note: q_mean is {value:.3g} at step 4, but no policy can") == said
 
 
 @pytest.mark.parametrize("what", ["metric", "weight"])
