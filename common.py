@@ -47,6 +47,7 @@ class Data:
     name: str = "data"
     digest: str = ""  # sha256 of the arrays up to action_high, 16 hex digits
     recording: Tensor = None  # (N,) int64 as episode, but a hole starts no new one; None: no holes
+    columns: dict = None  # names of the numbers in observations and actions, where known
 
     def __post_init__(self):
         if self.episode is None:

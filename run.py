@@ -223,7 +223,6 @@ def rows(columns: dict, meta: dict, name: str, device) -> Data:
     good &= (excess <= 1e-5).all(1) & (low < high).all()  # NaN is no such number
     bad = f"a number that is not finite, or an action beyond the bounds {low} to {high}"
     require(good.all(), f"{name}: row {good.argmin()} has {bad} of its metadata or its task")
-    note((excess > 0).sum(), "actions beyond the bounds by rounding are set to them")
     action = np.clip(action, low, high)
     if (low != -1).any() or (high != 1).any():
         action = (action - low) / (high - low) * 2 - 1
@@ -240,14 +239,25 @@ def rows(columns: dict, meta: dict, name: str, device) -> Data:
     for x in arrays:
         digest.update(x)
     arrays.append(np.unique(recording[keep], return_inverse=True)[1])
+    doubt(columns, meta)
     *tensors, recording = (torch.as_tensor(x, device=device) for x in arrays)
-    return Data(*tensors, name=name, digest=digest.hexdigest()[:16], recording=recording)
+    named = dict(name=name, digest=digest.hexdigest()[:16], columns=meta.get("columns"))
+    return Data(*tensors, recording=recording, **named)
 
 
 def note(count, text):
     """Print what happens to some rows of the data."""
     if count:
         print(f"note: {count:,} {text}", flush=True)
+
+
+def doubt(columns, meta):
+    """Say what looks like a mistake in the data, where readers/ is there to look."""
+    found = ["without the folder readers/, nothing is said of likely mistakes in the data"]
+    if (HERE / "readers").is_dir():
+        found = importlib.import_module("readers.notes").notes(columns, meta)
+    for line in found:
+        print(f"note: {line}", flush=True)
 
 
 def check_columns(columns, name):
@@ -260,7 +270,8 @@ def check_columns(columns, name):
         fits = fits and (key != "actions" or x.dtype.kind == "f")
         fits = fits or (key not in columns and key not in list(SHAPES)[:4])
         found = f"{x.dtype} {x.shape}" if key in columns else "nothing"
-        require(fits, f"{name}: {key} is {found}, not floats ({', '.join(letters)}); see README")
+        fix = "images are left out, give features" if x.ndim > 2 else "see README"
+        require(fits, f"{name}: {key} is {found}, not floats ({', '.join(letters)}); {fix}")
         flags = key not in ("terminals", "timeouts", "ends") or np.isin(x, (0, 1)).all()
         require(flags, f"{name}: {key} has a value that is neither 0 nor 1")
 
@@ -311,8 +322,7 @@ def make(task: dict):
     if "make" in task:
         return task["make"]()
     if "-v" in task["env_id"] and task["env_id"] not in gymnasium.registry:
-        with contextlib.redirect_stderr(io.StringIO()):  # a notice about other tasks
-            importlib.import_module("gymnasium_robotics")  # which registers its tasks
+        importlib.import_module("gymnasium_robotics")  # which registers its tasks
     return gymnasium.make(task["env_id"], **task.get("env_kwargs", {}))
 
 
@@ -448,11 +458,8 @@ class Run:
             preset=self.preset,
             settings=self.settings,
             command=shlex.join(self.words),
-            dataset=data.name,
-            dataset_sha256=data.digest,
-            task=task.get("env_id"),
+            columns=data.columns,
             machine=f"{os.cpu_count()} cores, {self.device}",
-            threads=torch.get_num_threads(),
         )
         write_whole(self.folder / "config.json", json.dumps(config, indent=2, default=str).encode())
         size = f"{len(data.obs):,} transitions, {len(returns):,} episodes"
@@ -585,10 +592,7 @@ class Run:
         final = float(np.mean(scores[-count:])) if scores else None
         summary = dict(
             score=final,
-            averaged=count,
-            evaluations=len(scores),
             last=scores[-1] if scores else None,
-            best=max(scores, default=None),
             references=self.references,
             train_seconds=self.seconds["train"],
             eval_seconds=self.seconds["eval"],

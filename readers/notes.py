@@ -12,17 +12,17 @@ import numpy as np
 ROWS = 300_000  # that are looked at: more only take longer
 FEW = 10
 KNOWN = (
-    "env_id env_kwargs max_episode_steps ref_min_score ref_max_score action_low action_high"
+    "env_id env_kwargs max_episode_steps ref_min_score ref_max_score action_low action_high "
+    "data_score columns"
 ).split()
 
 
 def notes(columns: dict, meta: dict) -> list[str]:
     """Lines on columns of N rows, with D4RL's keys, and on their metadata. Both are as they lie in
     the file, after the checks that refuse one."""
-    columns = {key: np.asarray(x)[:ROWS] for key, x in columns.items()}
+    columns = {key: x[:ROWS] for key, x in columns.items() if x.ndim}
     obs = columns["observations"].astype("float32")
-    none = 0 * columns["rewards"]
-    marks = {key: columns.get(key, none) != 0 for key in ("terminals", "timeouts")}
+    marks = {key: columns.get(key, 0 * obs[:, 0]) != 0 for key in ("terminals", "timeouts")}
     end, jump = ends(columns, obs, **marks), jumps(obs)
     found = [*of_order(obs, end, jump, marks)]
     if end.sum() >= FEW:
@@ -35,8 +35,10 @@ def ends(columns, obs, terminals, timeouts):
     end = terminals | timeouts
     end[-1] = True
     for key in ("step", "episode"):
-        rise = np.diff(columns.get(key, 0 * end))
-        end[:-1] |= rise != np.median(rise)
+        x = columns.get(key, 0 * end)
+        if x.shape == end.shape and not (x % 1).any():
+            rise = np.diff(x)
+            end[:-1] |= rise != np.median(rise)
     follows = np.roll(obs, -1, 0)
     end |= ~np.isclose(columns.get("next_observations", follows), follows, 1e-3).all(1)
     return end

@@ -8,10 +8,10 @@ import tokenize
 import pytest
 from short_runs import ROOT
 
-CAPS = {"common.py": 3_400, "run.py": 6_200}
+CAPS = {"common.py": 3_400, "run.py": 6_200, "readers/notes.py": 910}
 TOGETHER = 15_150  # common.py, run.py and readers/, without the notes on data
 READERS = sorted({*(ROOT / "readers").glob("*.py")} - {ROOT / "readers" / "notes.py"})
-PAGE = [ROOT / name for name in CAPS]
+PAGE = [ROOT / "common.py", ROOT / "run.py"]
 SILENT = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT}
 
 
@@ -37,9 +37,9 @@ def test_what_is_counted():
     assert measured(text) == (6 + 5 + 2, 3.5)
 
 
-@pytest.mark.parametrize("path", PAGE, ids=lambda path: path.name)
-def test_the_page_is_no_longer_than_it_may_be(path):
-    assert measured(path.read_text())[0] <= CAPS[path.name], "leave something out"
+@pytest.mark.parametrize("name", CAPS)
+def test_the_page_is_no_longer_than_it_may_be(name):
+    assert measured((ROOT / name).read_text())[0] <= CAPS[name], "leave something out"
 
 
 def test_the_page_and_the_readers_fit_together():

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import scipy.stats
 import torch
 
 from figures import results as pictures
@@ -158,12 +159,35 @@ def test_the_tests_of_the_pages_are_those_of_the_runs():
 
 
 def test_the_published_rows_are_those_of_the_runs():
-    """TD3+BC's mean of the last ten evaluations, and its last one, of every seed that is stored."""
-    env, page = "halfcheetah-random-v2", (ROOT / "docs" / "published.md").read_text()
-    runs = pictures.read_cells(str(ROOT / "results"), f"{env}-made")[f"{env}-made", "td3_bc"]
-    for run in runs.itertuples():
-        assert f"{run.score:.1f}" in page and f"{run.curve.score.iloc[-1]:.1f}" in page
-    assert f"{runs.score.mean():.1f}" in README
+    """The mean of the last ten evaluations, and the last one, of every seed that is stored."""
+    env, page = "halfcheetah-random-v2-made", (ROOT / "docs" / "published.md").read_text()
+    cells = pictures.read_cells(str(ROOT / "results"), env)
+    for method, title in {"td3_bc": "TD3+BC", "iql": "IQL", "bc": "BC"}.items():
+        runs = cells[env, method]
+        lasts = [curve.score.iloc[-1] for curve in runs.curve]
+        row = [", ".join(f"{x:.1f}" for x in column) for column in (runs.score, lasts)]
+        assert f"| {title} | {' | '.join(row)} |" in page
+
+
+def test_the_verdict_on_td3_bc_is_welchs():
+    """Five seeds of ours, and the mean and deviation of five that the paper prints."""
+    env = "halfcheetah-random-v2-made"
+    ours = pictures.read_cells(str(ROOT / "results"), env)[env, "td3_bc"].score
+    test = scipy.stats.ttest_ind_from_stats(
+        ours.mean(), ours.std(), len(ours), 11.0, 1.1, 5, equal_var=False
+    )
+    gap, error = ours.mean() - 11.0, abs((ours.mean() - 11.0) / test.statistic)
+    shares = (ours.var() / 5, 1.1**2 / 5)
+    freedom = sum(shares) ** 2 / sum(x**2 / 4 for x in shares)
+    far = scipy.stats.t.ppf(0.975, freedom) * error
+    assert max(abs(gap - far), abs(gap + far)) < 1.7
+    said = f"{ours.mean():.1f} ± {ours.std():.1f}"
+    page = " ".join((ROOT / "docs" / "published.md").read_text().split())
+    assert said in page and said in README
+    interval = (
+        f"difference is {gap:.1f}, with a 95% interval from {gap - far:.1f} to {gap + far:.1f}"
+    )
+    assert interval in page
 
 
 def test_the_readme_and_the_docs_are_short():

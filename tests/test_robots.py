@@ -144,6 +144,13 @@ def test_a_made_file_is_read_by_its_own_name_and_never_as_the_published_one(fold
         d4rl.read("hopper-random-v2", "none")
 
 
+def test_the_made_ant_has_the_contact_forces_of_the_recordings_all_zero(folder):
+    main(Args("ant-random-v2"))
+    columns, meta = d4rl.read("ant-random-v2-made", None)
+    assert columns["observations"].shape == (300, 111) == (300, *meta["make"]().reset()[0].shape)
+    assert np.ptp(columns["observations"][:, 26]) > 0 and not columns["observations"][:, 27:].any()
+
+
 def test_another_file_under_the_name_is_refused(folder):
     path = folder / "hopper-random-v2-made.hdf5"
     main(Args("hopper-random-v2"))
@@ -153,14 +160,15 @@ def test_another_file_under_the_name_is_refused(folder):
         with pytest.raises(InputError, match="hopper-random-v2-made.hdf5 cannot be read"):
             d4rl.read("hopper-random-v2-made", "none")
     path.write_bytes(whole)
-    path.rename(folder / "walker2d-random-v2-made.hdf5")
-    with pytest.raises(InputError, match="not a whole file made for walker2d-random-v2"):
-        d4rl.read("walker2d-random-v2-made", "none")
-    with h5py.File(folder / "walker2d-random-v2-made.hdf5", "a") as file:
-        made = json.loads(file.attrs["made_by"]) | {"name": "walker2d-random-v2", "rows": 299}
-        file.attrs["made_by"] = json.dumps(made)
-    with pytest.raises(InputError, match="not a whole file"):
-        d4rl.read("walker2d-random-v2-made", "none")
+    changes = {"name": "walker2d-random-v2"}, {"law": d4rl.LAW + 1}, {"rows": 299}, {"law": None}
+    for change in changes:
+        with h5py.File(path, "a") as file:
+            made = json.loads(file.attrs["made_by"])
+            file.attrs["made_by"] = json.dumps(made | change)
+        with pytest.raises(InputError, match="not a whole file made for hopper-random-v2 by law"):
+            d4rl.read("hopper-random-v2-made", "none")
+        path.write_bytes(whole)
+    d4rl.read("hopper-random-v2-made", "none")
 
 
 def test_the_command_names_what_it_can_make():

@@ -113,7 +113,7 @@ def load_run(folder, eval_env: str | None = None, env: str = "", with_data: bool
     folder = Path(folder)
     try:
         config = json.loads((folder / "config.json").read_text())
-        name, values, digest = config["algorithm"], dict(config["args"]), config["dataset_sha256"]
+        name, values, digest = config["algorithm"], dict(config["args"]), config["settings"]["data"]
     except (FileNotFoundError, NotADirectoryError):
         raise InputError(f"{folder} is no run: use a folder with a config.json") from None
     except (OSError, ValueError, KeyError, TypeError) as error:

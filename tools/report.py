@@ -92,7 +92,7 @@ def identity(config) -> dict:
     """Everything in which runs that are averaged must agree, as text: what --resume compares, the
     task and the device."""
     device = config["machine"].rpartition(", ")[2]  # "x86_64, 2 cores, cpu"
-    found = config["settings"] | {"task": config["task"], "device": device}
+    found = config["settings"] | {"task": config.get("task"), "device": device}
     return {name: str(x) for name, x in found.items() if name not in FREE}
 
 

@@ -3,7 +3,7 @@
     python data/make/d4rl.py halfcheetah-random-v2
     python algorithms/td3_bc.py --env halfcheetah-random-v2-made
 
-halfcheetah-, hopper- and walker2d-random-v2 need no published file, because their actions are
+halfcheetah-, hopper-, walker2d- and ant-random-v2 need no published file, because their actions are
 uniform. The recipe is D4RL's (Fu et al., arXiv:2004.07219; in its repository
 scripts/generation/mujoco/collect_data.py --random): 1,000,000 rows; an episode ends by the task, or
 at its 1,000th step, which is then a time limit also where the task ended there; the last episode is
@@ -44,6 +44,7 @@ REAL = {  # what is known of the published files
     "halfcheetah-random-v2": "1,000 episodes, returns from -525.98 to -85.57",
     "hopper-random-v2": "45,240 episodes, returns from 2.70 to 292.55",
     "walker2d-random-v2": "48,908 episodes, returns from -17.01 to 75.04",
+    "ant-random-v2": "5,822 episodes",
     "maze2d-umaze-v1": "12,459 targets, 1,566 paths of 96 to 3,993 steps",
     "maze2d-medium-v1": "nothing",
     "maze2d-large-v1": "1,062 paths of 67 to 30,470 steps",
@@ -53,8 +54,8 @@ REAL = {  # what is known of the published files
 @dataclass
 class Args:
     name: tyro.conf.Positional[str] = "halfcheetah-random-v2"
-    """the data to make: one of halfcheetah-, hopper- and walker2d-random-v2, and of maze2d-umaze-,
-    -medium- and -large-v1"""
+    """the data to make: one of halfcheetah-, hopper-, walker2d- and ant-random-v2, and of
+    maze2d-umaze-, -medium- and -large-v1"""
     seed: Seed = 0
     """seeds actions and start states; another seed is another draw"""
     overwrite: bool = False
@@ -116,7 +117,11 @@ def main(args) -> None:
     row = find_row("d4rl_tasks.csv", name)
     env = d4rl.task(row)["make"]().unwrapped
     made_by = {"made_by": "StayClose, data/make/d4rl.py", "name": name, "seed": args.seed}
-    made_by |= {"rows": ROWS, "versions": {package: version(package) for package in PACKAGES}}
+    made_by |= {
+        "law": d4rl.LAW,
+        "rows": ROWS,
+        "versions": {package: version(package) for package in PACKAGES},
+    }
     try:
         if name.startswith("maze2d"):
             columns = maze2d.record(env, ROWS, int(row["max_episode_steps"]), args.seed)
@@ -125,6 +130,9 @@ def main(args) -> None:
             found += f"{len(paths):,} paths of {paths.min():,} to {paths.max():,} steps"
         else:
             columns = record(env, ROWS, args.seed)
+            if name.startswith("ant"):  # 84 contact forces, which MuJoCo 2.0 recorded as zeros
+                for key in OBSERVATIONS:
+                    columns[key] = np.pad(columns[key], [(0, 0), (0, 84)])
             returns = returns_of(columns)
             found = f"{len(returns):,} episodes, "
             found += f"returns from {returns.min():.2f} to {returns.max():.2f}"
