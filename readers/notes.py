@@ -74,10 +74,7 @@ def of_order(obs, end, jump, marks):
     far, near = np.flatnonzero(rest > least), np.sum(rest > 0.75 * least)
     later = [np.abs(obs[k:] - obs[:-k]).mean(0) for k in range(1, 9)]
     if (later[0] >= 0.9 * np.max(later, 0)).all():
-        yield (
-            "rows do not follow each other, so next observations and returns are wrong: sort them "
-            "by episode and time"
-        )
+        yield "rows do not follow each other, so next observations are wrong: sort them by time"
     elif len(far) >= max(FEW, near / 1.5):
         yield (
             f"observations jump after {len(far)} rows that nothing marks, first after row "
