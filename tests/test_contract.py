@@ -334,7 +334,7 @@ class Wired(PlainRun):
 
 
 def trained(name, data, /, **values):
-    """The run of a file's own `train` on `data`, without the harness, and its arguments."""
+    """The run of a file's own `train` on `data`, without run.py, and its arguments."""
     args, run = module(name).Args(**values), Wired()
     torch.manual_seed(0)
     module(name).train(run, data, args)
@@ -703,7 +703,7 @@ assert not found, found
 
 
 def test_files_train_alone_beside_common_py_and_a_stand_in(tmp_path):
-    """Copied into an empty folder, without the harness."""
+    """Copied into an empty folder, without run.py."""
     (tmp_path / "algorithms").mkdir()
     for path in SCRIPTS:
         shutil.copy(path, tmp_path / "algorithms")
