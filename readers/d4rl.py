@@ -99,7 +99,7 @@ def made_file(name: str) -> Path:
     path = folder() / f"{name}-made.hdf5"
     require(path.is_file(), f"{name}-made is not made yet: {command}")
     with files.open_hdf5(path) as file:
-        made = json.loads(file.attrs.get("made_by", "{}"))
+        made = dict(json.loads(file.attrs.get("made_by", "{}")))
         found = [made.get(key) for key in ("name", "law", "rows")]
         right = found == [name, LAW, len(file["rewards"])]
     line = f"{path} is not a whole file made for {name} by law {LAW}; make it again: {command}"

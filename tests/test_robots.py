@@ -79,6 +79,22 @@ def test_an_ant_maze_has_the_ant_of_the_recordings():
     np.testing.assert_array_equal(mass, restored("ant-medium-v2").model.body_mass[1:])
 
 
+@pytest.mark.parametrize("data", ["hopper-medium-expert-demo", "hopper-replay-demo"])
+def test_the_bundled_hoppers_are_todays(data):
+    columns = np.load(ROOT / "data" / f"{data}.npz")
+    obs, action = (columns[key][:500].astype(float) for key in ("observations", "actions"))
+    whole = (columns["terminals"] + columns["timeouts"])[:500] == 0
+    whole &= abs(obs[:, 5:]).max(1) < 9.999  # velocities are clipped at 10
+    today, old = gymnasium.make("Hopper-v5").unwrapped, restored("hopper-medium-v2")
+    for env in (today, old):
+        env.reset(seed=0)
+        errors = []
+        for t in np.flatnonzero(whole[:-1]):
+            found = velocity(env, [0, *obs[t]], action[t])
+            errors.append(abs(found.clip(-10, 10) - obs[t + 1, 5:]).max())
+        assert len(errors) > 300 and (max(errors) < 1e-5) == (env is today)
+
+
 @pytest.mark.soak
 def test_random_walkers_fall_as_often_as_in_the_published_file():
     """48,908 of 1,000,000 rows: 9,781.6 episodes of 200,000; a count deviates by 91 (1M rows)."""
@@ -169,6 +185,10 @@ def test_another_file_under_the_name_is_refused(folder):
             d4rl.read("hopper-random-v2-made", "none")
         path.write_bytes(whole)
     d4rl.read("hopper-random-v2-made", "none")
+    with h5py.File(path, "a") as file:
+        file.attrs["made_by"] = "[1]"
+    with pytest.raises(InputError, match="hopper-random-v2-made.hdf5 cannot be read"):
+        d4rl.read("hopper-random-v2-made", "none")
 
 
 def test_the_command_names_what_it_can_make():
