@@ -248,7 +248,7 @@ def rows(columns: dict, meta: dict, name: str, device) -> Data:
 def note(count, text):
     """Print what happens to some rows of the data."""
     if count:
-        print(f"note: {count:,} {text}", flush=True)
+        print(f"note: {count:,} {text}")
 
 
 def doubt(columns, meta):
@@ -257,7 +257,7 @@ def doubt(columns, meta):
     if (HERE / "readers").is_dir():
         found = importlib.import_module("readers.notes").notes(columns, meta)
     for line in found:
-        print(f"note: {line}", flush=True)
+        print(f"note: {line}")
 
 
 def check_columns(columns, name):
@@ -270,7 +270,8 @@ def check_columns(columns, name):
         fits = fits and (key != "actions" or x.dtype.kind == "f")
         fits = fits or (key not in columns and key not in list(SHAPES)[:4])
         found = f"{x.dtype} {x.shape}" if key in columns else "nothing"
-        fix = "images are left out, give features" if x.ndim > 2 else "see README"
+        image = key == "observations" and x.ndim > 2
+        fix = "images are left out; give features" if image else "see README"
         require(fits, f"{name}: {key} is {found}, not floats ({', '.join(letters)}); {fix}")
         flags = key not in ("terminals", "timeouts", "ends") or np.isin(x, (0, 1)).all()
         require(flags, f"{name}: {key} has a value that is neither 0 nor 1")

@@ -129,7 +129,8 @@ def explain_cheetah(rows) -> None:
 def compare(folder) -> None:
     """Print the scores of a run's policy on both robots, and their paired difference."""
     run = load_run(folder, with_data=False)
-    task = json.loads((Path(folder) / "config.json").read_text())["settings"]["task's env_id"]
+    config = json.loads((Path(folder) / "config.json").read_text())
+    task = config.get("task") or config["settings"]["task's env_id"]  # a run before 0.4 has "task"
     family = task.split("-")[0].lower()
     low, high = reference_scores(task)
     scores = []

@@ -30,8 +30,10 @@ D4RL_MIRRORS = (
     "https://web.archive.org/web/2025id_/http://rail.eecs.berkeley.edu/datasets/offline_rl/{path}",
     "http://rail.eecs.berkeley.edu/datasets/offline_rl/{path}",
 )
-MADE = "halfcheetah-random-v2 hopper-random-v2 walker2d-random-v2 ant-random-v2 ".split()
-MADE += "maze2d-umaze-v1 maze2d-medium-v1 maze2d-large-v1".split()  # by data/make/d4rl.py
+MADE = (  # by data/make/d4rl.py
+    "halfcheetah-random-v2 hopper-random-v2 walker2d-random-v2 ant-random-v2 "
+    "maze2d-umaze-v1 maze2d-medium-v1 maze2d-large-v1"
+).split()
 LAW = 1  # of the files made there: one more for every change of a recipe or a robot
 
 

@@ -18,8 +18,8 @@ KNOWN = (
 
 
 def notes(columns: dict, meta: dict) -> list[str]:
-    """Lines on columns of N rows, with D4RL's keys, and on their metadata. Both are as they lie in
-    the file, after the checks that refuse one."""
+    """Lines on columns of N rows, with D4RL's keys, as they lie in the file, after the checks that
+    refuse one, and on their metadata, with the task's bounds where the file has none."""
     columns = {key: x[:ROWS] for key, x in columns.items() if x.ndim}
     obs = columns["observations"].astype("float32")
     marks = {key: columns.get(key, 0 * obs[:, 0]) != 0 for key in ("terminals", "timeouts")}
@@ -63,7 +63,7 @@ def of_order(obs, end, jump, marks):
                 "invert the column if its 1 means that the episode goes on"
             )
             return
-        if mark.sum() >= FEW and max(before, after) > here + 2:
+        if mark.sum() >= FEW and max(before, after) > 2 > here:
             yield (
                 f"{key} stand a row too {'late' if before > after else 'early'}: observations jump "
                 "beside them, so two episodes share a transition; move the column by a row"

@@ -115,6 +115,17 @@ def test_nothing_is_said_of_good_data(sets, name):
         assert notes(columns | more, meta) == [], form
 
 
+def test_nothing_is_said_of_d4rls_mazes(sets):
+    """A new target is a timeout there; the row after it repeats the state, so the next one steps
+    twice as far, and nothing jumps."""
+    columns, meta = sets["walk"]
+    mark = np.arange(len(columns["rewards"])) % 50 == 49
+    obs = np.cumsum(columns["actions"], 0)
+    obs[1:][mark[:-1]] = obs[:-1][mark[:-1]]
+    more = {"observations": obs, "terminals": 0 * mark, "timeouts": mark}
+    assert notes(columns | more, meta) == []
+
+
 def test_fewer_than_ten_ends_are_too_few_to_judge(sets):
     """The same mistakes are found with ten."""
     columns, meta = sets[HOPPER]

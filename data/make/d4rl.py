@@ -117,11 +117,8 @@ def main(args) -> None:
     row = find_row("d4rl_tasks.csv", name)
     env = d4rl.task(row)["make"]().unwrapped
     made_by = {"made_by": "StayClose, data/make/d4rl.py", "name": name, "seed": args.seed}
-    made_by |= {
-        "law": d4rl.LAW,
-        "rows": ROWS,
-        "versions": {package: version(package) for package in PACKAGES},
-    }
+    made_by |= {"law": d4rl.LAW, "rows": ROWS}
+    made_by |= {"versions": {package: version(package) for package in PACKAGES}}
     try:
         if name.startswith("maze2d"):
             columns = maze2d.record(env, ROWS, int(row["max_episode_steps"]), args.seed)
