@@ -73,8 +73,10 @@ def task(row: dict) -> dict:
     found = {"env_id": env_id, "env_kwargs": kwargs, "success": sparse(env_id, kwargs)}
     found["make"] = partial(make_d4rl, env_id, robot, **kwargs)
     if robot:
-        found["robot"] = f"the task has the {robot} of D4RL's recordings (data/{ROBOTS}), whose "
-        found["robot"] += "masses and contacts are not those of Gymnasium's own"
+        found["robot"] = (
+            f"the task has the {robot} of D4RL's recordings (data/{ROBOTS}), whose "
+            "masses and contacts are not those of Gymnasium's own"
+        )
     return found
 
 
@@ -102,9 +104,12 @@ def made_file(name: str) -> Path:
     require(path.is_file(), f"{name}-made is not made yet: {command}")
     with files.open_hdf5(path) as file:
         made = dict(json.loads(file.attrs.get("made_by", "{}")))
-        found = [made.get(key) for key in ("name", "law", "rows")]
-        right = found == [name, LAW, len(file["rewards"])]
-    line = f"{path} is not a whole file made for {name} by law {LAW}; make it again: {command}"
-    require(right, f"{line} --overwrite")
+        due = {"name": name, "law": LAW, "rows": len(file["rewards"])}
+    wrong = [f"{key} {made.get(key)}, not {x}" for key, x in due.items() if made.get(key) != x]
+    require(
+        not wrong,
+        f"{path} is another file, or not whole ({', '.join(wrong)}); make it again: {command} "
+        "--overwrite",
+    )
     print(f"note: {name}-made is not D4RL's file, but made in its manner: {made}")
     return path

@@ -12,8 +12,10 @@ from h5py import h5d, h5l, h5o
 
 from readers.tasks import near, require
 
-COLUMNS = ("observations", "actions", "rewards", "terminals", "timeouts", "next_observations")
-COLUMNS += ("final_observations", "step", "episode")
+COLUMNS = (
+    "observations actions rewards terminals timeouts next_observations final_observations step "
+    "episode"
+).split()
 TEXT = 1 << 20  # bytes of metadata
 FAILS = (OSError, RuntimeError, KeyError, ValueError, TypeError)  # h5py's for damaged files
 
