@@ -158,7 +158,8 @@ def main(args) -> None:
 def draw(args) -> None:
     """Replay the recordings: print the table and save the picture."""
     print("MuJoCo", mujoco.__version__)
-    figure, panels = plt.subplots(1, 4, figsize=(12, 3.4), sharey=True, sharex=True, layout="tight")
+    shared = {"sharex": True, "sharey": True, "layout": "constrained"}
+    figure, panels = plt.subplots(1, 4, figsize=(12, 3.8), **shared)
     for panel, name in zip(panels, ROBOTS, strict=True):
         rows = recorded(args.transitions, name)
         for label, restored in VERSIONS.items():
@@ -175,7 +176,7 @@ def draw(args) -> None:
         if name == "HalfCheetah":
             explain_cheetah(rows)
     panels[0].set_ylabel("recorded rows with\nat most this error (%)")
-    panels[1].legend(fontsize=8, loc="center")
+    figure.legend(VERSIONS, loc="outside lower center", ncols=3)
     figure.suptitle(
         "mujoco-py's recorded steps, repeated on today's robots and on the restored ones"
     )
