@@ -21,6 +21,12 @@ class InputError(SystemExit):
     process ends with status 1."""
 
 
+def require(condition, message: str):
+    """Raises InputError."""
+    if not condition:
+        raise InputError(message)
+
+
 # ---- data on the device ----------------------------------------------------------------------
 
 

@@ -39,7 +39,7 @@ import tyro
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from common import Data, InputError
+from common import Data, InputError, require
 
 HERE = Path(__file__).resolve().parent
 FILES = r"\.(npz|hdf5|h5)$"  # the names of files, to which no preset applies
@@ -51,12 +51,6 @@ LONGEST = 20_000  # steps in which an episode must end, where its task has no ti
 CONTROL = "device log_every save_every out resume overwrite track clone".split()
 PACKAGES = "torch numpy gymnasium mujoco gymnasium-robotics ogbench".split()
 STATE = "settings phase step steps last rows references seconds".split()  # of a checkpoint
-
-
-def require(condition, message: str):
-    """Raises InputError."""
-    if not condition:
-        raise InputError(message)
 
 
 @contextlib.contextmanager

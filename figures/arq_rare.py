@@ -19,7 +19,7 @@ from pathlib import Path
 import matplotlib.figure
 import torch
 import tyro
-from family import Plain
+from fisher_brc_actor import Plain
 from matplotlib.patches import Rectangle
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "algorithms"))

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from common import InputError
+from common import InputError, require
 from readers import files, maze2d
 from readers.fetch import download
 from readers.tasks import (
@@ -19,7 +19,6 @@ from readers.tasks import (
     make_d4rl,
     reference_scores,
     register,
-    require,
     sparse,
     table,
 )

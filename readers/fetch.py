@@ -12,7 +12,7 @@ import filelock
 import h5py
 from tqdm import tqdm
 
-from readers.tasks import require
+from common import require
 
 PATIENCE = 20  # seconds in which a server must answer, or go on
 NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)  # of a file system without them

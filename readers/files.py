@@ -10,7 +10,8 @@ from pathlib import Path
 import h5py
 from h5py import h5d, h5l, h5o
 
-from readers.tasks import near, require
+from common import require
+from readers.tasks import near
 
 COLUMNS = (
     "observations actions rewards terminals timeouts next_observations final_observations step "

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import numpy as np
 
-from common import InputError
+from common import InputError, require
 from readers.fetch import lock
 from readers.files import TEXT, open_hdf5
-from readers.tasks import near, reference_scores, require, sparse
+from readers.tasks import near, reference_scores, sparse
 
 
 def root_folder() -> Path:

@@ -18,9 +18,9 @@ from pathlib import Path
 
 import numpy as np
 
-from common import InputError
+from common import InputError, require
 from readers.fetch import download
-from readers.tasks import HEAVY, make, near, register, require, table
+from readers.tasks import HEAVY, make, near, register, table
 
 SETS = "ogbench_sets.csv"
 # A copy that a colleague of OGBench's author keeps, for when the host of the package is down.

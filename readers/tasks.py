@@ -188,9 +188,3 @@ def near(name: str, names) -> str:
     """A hint to the names most like `name`, or nothing."""
     similar = difflib.get_close_matches(name, list(names), n=4)
     return f" (did you mean {', '.join(similar)}?)" if similar else ""
-
-
-def require(condition, message: str) -> None:
-    """Raises InputError."""
-    if not condition:
-        raise InputError(message)

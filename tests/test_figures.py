@@ -13,28 +13,24 @@ import pytest
 import torch
 from short_runs import ROOT, tracked
 from test_report import cells, pack, write_run, write_seeds
-from torch.testing import assert_close
 
 from common import InputError
 
 sys.path.insert(0, str(ROOT / "figures"))
 import arq_rare  # noqa: E402
-import family  # noqa: E402
+import fisher_brc_actor  # noqa: E402
 import fisher_brc_lambda  # noqa: E402
 import itrpo_trust  # noqa: E402
 import maze  # noqa: E402
-import mixture  # noqa: E402
 
 import results  # noqa: E402
-from run import load, make  # noqa: E402
+from run import load  # noqa: E402
 
 TINY = {  # figure: settings of a picture that is drawn at once
     "arq_rare": dict(steps=3, rows=40),
-    "family": dict(steps=2, rows=20),
-    "fisher_brc_actor": dict(steps=2, rows=20),
+    "fisher_brc_actor": dict(steps=2, rows=20, seeds=(0,)),
     "fisher_brc_lambda": dict(bc_steps=2, steps=4),
     "itrpo_trust": dict(bc_steps=2, steps=4, log_every=2, seeds=1),
-    "mixture": dict(seeds=(0,), looks=(1, 2), episodes=2, ahead=3),
 }
 HOPPER, MAZE = "hopper-replay-demo", "pointmaze-stitch-demo"
 
@@ -68,63 +64,20 @@ def test_draws_a_picture(name, tmp_path):
     assert_is_png(tmp_path / "x.png")
 
 
-# ---- the family ------------------------------------------------------------------------------
+# ---- toys ------------------------------------------------------------------------------------
 
 
-def test_every_algorithm_is_in_the_family_and_in_the_tables():
-    files = {path.stem for path in tracked("algorithms")}
-    assert files <= family.METHODS.keys() and files <= results.TITLES.keys()
+def test_every_algorithm_is_in_the_tables():
+    assert {path.stem for path in tracked("algorithms")} <= results.TITLES.keys()
 
 
-def test_kl_on_the_grid_is_that_of_two_gaussians():
+def test_kl_of_two_squashed_gaussians():
     """log(2) + (1 + 1) / 8 - 1 / 2 for N(0, 0.05) from N(0.05, 0.1); tanh changes nothing."""
-    grid = family.Grid()
-    for squashed in (False, True):
-        p, q = (
-            grid.gaussian(torch.full((67, 1), mean), torch.tensor(std).log(), squashed)
-            for mean, std in ((0.0, 0.05), (0.05, 0.1))
-        )
-        assert family.kl(p, q) == pytest.approx(math.log(2) + 2 / 8 - 0.5, abs=1e-3)
-    assert_close(grid.quantile(p, 0.95), torch.full((67,), 0.0821), rtol=0, atol=2e-3)
-
-
-def test_optimum_of_weighted_cloning():
-    """Its log-ratio to the data is the reward / TAU, up to a constant in each state. At s = 0, V is
-    -3 exp(-(2 pi 0.05 / 0.8)^2 / 2) = -2.777, so the branches' advantages are 3.777, which the
-    bound of log 20 cuts, and -4.223."""
-    grid = family.Grid()
-    beta = grid.normalized(family.data_log_density(grid.s, grid.a))
-    ratio = family.weighted(grid) - beta - family.reward(grid.s, grid.a) / family.TAU
-    assert_close(ratio, ratio[:, :1].expand_as(ratio), rtol=0, atol=1e-3)
-    bounded = (family.weighted(grid, bound=20.0) - beta)[33]
-    down, up = (bounded[(grid.a - branch).abs().argmin()].item() for branch in (-0.4, 0.4))
-    assert up - down == pytest.approx(math.log(20) + 4.223, abs=0.02)
-
-
-@pytest.mark.parametrize("name, steps", [("iql", 2_500), ("brac", 600)])
-def test_a_known_optimum_is_reached(name, steps):
-    panel = family.train_and_look(name, family.Args(steps=steps))
-    assert 0 <= panel.kl < family.TOLERANCE
-
-
-# ---- other toys ------------------------------------------------------------------------------
-
-
-def test_put_into_a_state_of_the_data_the_hopper_goes_on_as_the_data_does():
-    """From a row's state, its action leads to its next observation."""
-    data, task = load("hopper-medium-expert-demo")
-    rows, _ = mixture.halves(data)
-    for whose, first in ((mixture.EXPERT, 50_000), (mixture.MEDIUM, 0)):
-        for obs in mixture.inside(data, rows[whose], 3):
-            i = (data.obs == torch.from_numpy(obs).float()).all(1).nonzero().item()
-            assert first <= i < first + 50_000
-            assert data.episode[i - 60] == data.episode[i] == data.episode[i + 60]
-            env = mixture.PutInto(make(task), obs, ahead=2)
-            env.reset(seed=0)
-            found, reward, terminal, ended, _ = env.step(data.action[i].numpy())
-            assert_close(torch.tensor(found).float(), data.next_obs[i], rtol=0, atol=1e-3)
-            assert (reward, terminal, ended) == (1.0, False, False)
-            assert env.step(data.action[i].numpy())[3]
+    p, q = (
+        fisher_brc_actor.squashed(torch.full((67, 1), mean), torch.tensor(std).log())
+        for mean, std in ((0.0, 0.05), (0.05, 0.1))
+    )
+    assert fisher_brc_actor.kl(p, q) == pytest.approx(math.log(2) + 2 / 8 - 0.5, abs=1e-3)
 
 
 def test_a_large_lambda_flattens_the_offset():

@@ -1,8 +1,6 @@
 """speed.py: its counts and its clock on work of a known size, its flags, its table."""
 
-import csv
 import time
-from pathlib import Path
 
 import cql
 import pytest
@@ -49,17 +47,6 @@ def test_seconds_of_an_update(steps):
     assert watched(update, seconds=0.5, steps=steps) == pytest.approx(500, rel=0.2)
 
 
-def test_operations_of_an_update():
-    """Two products a step and a third in every second one, in the profiler's table."""
-    a = torch.randn(50, 50)
-    watch = speed.Stopwatch(CPU, 0.05, operations=True)
-    for t in watch.loop(10_000):
-        for _ in range(2 + t % 2):
-            a @ a
-    (line,) = (x for x in watch.tables["train"].splitlines() if "aten::mm " in x)
-    assert line.split()[-1] == str(round(2.5 * speed.PROFILED))
-
-
 def rounded(a, b):
     return (a.bfloat16() @ b.bfloat16()).float()
 
@@ -94,15 +81,15 @@ def test_settings_are_the_defaults_or_the_presets_of_a_dataset():
     assert speed.settings_of(cql, "hopper-replay-demo").batch_size == 128
 
 
-def test_table_and_csv(tmp_path, capsys):
+def test_table(capsys):
     """A row for each phase."""
-    line = f"--algorithms bc fisher_brc --seconds 0.05 --obs-dim 5 --act-dim 2 --csv {tmp_path}/x"
+    line = "--algorithms bc fisher_brc --seconds 0.05 --obs-dim 5 --act-dim 2"
     speed.main(tyro.cli(speed.Args, args=line.split()))
     out = capsys.readouterr().out
-    assert "| algorithm | phase | batch_size | updates_per_second | minutes_per_million |" in out
-    assert "cpu, 1 thread, torch " in out and "eager" in out
-    with open(tmp_path / "x", newline="") as file:
-        rows = list(csv.DictReader(file))
+    assert f"cpu, 1 thread, torch {torch.__version__}" in out and "eager" in out
+    (head, _, *rows) = out[out.index("| algorithm") :].splitlines()
+    columns = [x.strip() for x in head.split("|")]
+    rows = [dict(zip(columns, (x.strip() for x in row.split("|")))) for row in rows]
     phases = [(row["algorithm"], row["phase"]) for row in rows]
     assert phases == [("bc", "train"), ("fisher_brc", "behavior"), ("fisher_brc", "train")]
     forward = 2 * 256 * (5 * 256 + 256 * 256 + 256 * 2)  # BC: a batch of 256 through three layers
@@ -112,24 +99,16 @@ def test_table_and_csv(tmp_path, capsys):
         assert 0 < float(row["efficiency"]) < 2 and float(row["updates_per_second"]) > 0
         minutes = 1e6 / float(row["updates_per_second"]) / 60
         assert float(row["minutes_per_million"]) == pytest.approx(minutes, rel=0.05)
-        assert row["threads"] == "1" and row["processor"] and row["torch"] == torch.__version__
 
 
-BAD = {
-    "--csv no/x.csv": "--csv no/x.csv: use a file's name in a folder that exists",
-    "--csv .": "--csv .: use a file's name",
-    "--algorithms no": "no algorithms/no.py: use one of arq, ",
-    "--device tpu9": "--device tpu9 cannot be used",
-}
-
-
-@pytest.mark.parametrize("line", BAD)
-def test_bad_flags_are_found_before_the_work(line, tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(InputError, match=BAD[line]):
+@pytest.mark.parametrize("line, told", [
+    ("--algorithms no", "no algorithms/no.py: use one of arq, "),
+    ("--device tpu9", "--device tpu9 cannot be used"),
+])  # fmt: skip
+def test_bad_flags_are_found_before_the_work(line, told, capsys):
+    with pytest.raises(InputError, match=told):
         speed.main(tyro.cli(speed.Args, args=line.split()))
     assert capsys.readouterr().out == ""
-    assert not list(Path().iterdir())
 
 
 def test_a_number_out_of_range_is_refused(tmp_path, monkeypatch):

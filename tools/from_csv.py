@@ -26,8 +26,8 @@ import tyro
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "algorithms")]
 import run
-from common import InputError, Number
-from readers.tasks import near, require
+from common import InputError, Number, require
+from readers.tasks import near
 from run import in_one_line, write_whole
 
 SKIPS = 1.5  # times the usual rise of --step: more is a hole

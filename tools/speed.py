@@ -1,9 +1,8 @@
-"""Updates per second and efficiency of every algorithm: one command, a table and a CSV.
+"""Updates per second and efficiency of every algorithm: one command, two tables.
 
     python tools/speed.py                                 # every algorithm, one CPU thread, eager
     python tools/speed.py --algorithms td3_bc --compile   # one of them, compiled whole
     python tools/speed.py --device cuda                   # CUDA graphs
-    python tools/speed.py --algorithms iql --operations   # where the time of an update goes
 
 First comes a table of the words of --precision: how fast this machine multiplies fp32 matrices
 with each of them, and the largest error, relative to the sum of the absolute terms. A word that is
@@ -19,7 +18,6 @@ seconds: the process's own CPU time with one thread, wall-clock time with more a
 best of five blocks counts.
 """
 
-import csv
 import importlib
 import platform
 import re
@@ -35,12 +33,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "algorithms")]
-from common import Count, Data, InputError, Positive
-from run import in_one_line, parse, prepare_device
+from common import Count, Data, Positive, require
+from run import parse, prepare_device
 
-PROFILED = 120  # updates in the tables of --operations
 SHOWN = ("algorithm", "phase", "batch_size", "updates_per_second", "minutes_per_million")
-SHOWN += ("mflop_per_update", "efficiency")  # columns of the CSV that are printed
+SHOWN += ("mflop_per_update", "efficiency")
 SHAPES = ((256, 32, 256), (256, 256, 256), (1024, 256, 256))  # rows, inputs, outputs of a layer
 
 
@@ -60,14 +57,10 @@ class Args:
     """how fp32 products are computed"""
     seconds: Positive = 5.0
     """seconds to measure each phase for"""
-    operations: bool = False
-    """print the profiler's table of the operations of an update, too"""
     obs_dim: Count = 17
     """observation numbers"""
     act_dim: Count = 6
     """action numbers"""
-    csv: str = ""
-    """write the table to this file too"""
 
 
 def synthetic(args, device):
@@ -83,12 +76,10 @@ def synthetic(args, device):
 
 class Stopwatch:
     """Stands where a run does: the same loop, measured instead of logged. Without `seconds` it
-    counts the floating-point operations of the matrix products. With `operations` it also keeps
-    the profiler's table of PROFILED updates."""
+    counts the floating-point operations of the matrix products."""
 
-    def __init__(self, device, seconds: float | None, operations: bool = False):
+    def __init__(self, device, seconds: float | None):
         self.device, self.seconds, self.phases = device, seconds, {}
-        self.profiled, self.tables = operations, {}  # of each phase
 
     def start(self, nets, opt, **largest):
         pass
@@ -123,11 +114,6 @@ class Stopwatch:
             if t + block > steps:
                 break
         self.phases[phase] = 1 / best
-        if self.profiled:
-            with torch.profiler.profile() as profiler:
-                yield from range(t + 1, t + 1 + PROFILED)
-            longest = f"self_{self.device.type}_time_total"
-            self.tables[phase] = profiler.key_averages().table(longest, row_limit=20)
 
     def clock(self):
         if self.device.type == "cuda":
@@ -184,7 +170,7 @@ def settings_of(module, env: str):
 
 
 def measure(name, args, device):
-    """Rows of one algorithm, one for each phase, and the profiler's table of each phase."""
+    """Cells of the table for each phase of one algorithm, under SHOWN."""
     module = importlib.import_module(name)
     results = []
     for seconds in (None, args.seconds):
@@ -192,32 +178,16 @@ def measure(name, args, device):
         settings = settings_of(module, args.env)
         settings.compile = args.compile and not counting
         place = torch.device("cpu") if counting else device
-        watch = Stopwatch(place, seconds, args.operations and not counting)
+        watch = Stopwatch(place, seconds)
         data = synthetic(args, place)
         torch.manual_seed(0)
         module.train(watch, data, settings)
         results.append(watch.phases)
-    flops, floor = results[0], product_rate(device, watch.clock)
-    rows = [
-        {
-            "algorithm": name,
-            "phase": phase,
-            "batch_size": settings.batch_size,
-            "updates_per_second": round(rate, 1),
-            "minutes_per_million": round(1e6 / rate / 60, 1),
-            "mflop_per_update": round(flops[phase] / 1e6),
-            "efficiency": round(flops[phase] * rate / floor, 3),
-            "product_gflops": round(floor / 1e9, 1),
-            "device": args.device,
-            "processor": processor(),
-            "threads": args.threads,
-            "compile": args.compile,
-            "precision": args.precision,
-            "torch": torch.__version__,
-        }
-        for phase, rate in watch.phases.items()
-    ]
-    return rows, watch.tables
+    floor = product_rate(device, watch.clock)
+    for (phase, flops), rate in zip(results[0].items(), results[1].values()):
+        minutes, efficiency = 1e6 / rate / 60, flops * rate / floor
+        numbers = f"{rate:.1f}", f"{minutes:.1f}", round(flops / 1e6), f"{efficiency:.3f}"
+        yield name, phase, settings.batch_size, *numbers
 
 
 def processor() -> str:
@@ -227,47 +197,22 @@ def processor() -> str:
     return name[1].strip() if name else platform.processor() or platform.machine()
 
 
-def check(args, names):
-    """InputError before anything is measured."""
-    for name in args.algorithms:
-        if name not in names:
-            raise InputError(f"no algorithms/{name}.py: use one of {', '.join(names)}")
-    if args.csv and (Path(args.csv).is_dir() or not Path(args.csv).absolute().parent.is_dir()):
-        raise InputError(f"--csv {args.csv}: use a file's name in a folder that exists")
-
-
 def main(args):
     names = sorted(path.stem for path in (ROOT / "algorithms").glob("*.py"))
-    check(args, names)
+    for name in args.algorithms:
+        require(name in names, f"no algorithms/{name}.py: use one of {', '.join(names)}")
     torch.set_num_threads(args.threads)
     device = prepare_device(args.device, args.precision)
     print(f"{processor()}\n")
     print_precisions(device, Stopwatch(device, None).clock)
     torch.set_float32_matmul_precision(args.precision)
-    if args.operations:
-        torch._inductor.config.cpp.enable_kernel_profile = True
-    print(f"\nprecision {args.precision}:\n")
-    print_head(*SHOWN)
-    rows, tables = [], {}
-    for name in args.algorithms or names:
-        measured, found = measure(name, args, device)
-        rows += measured
-        tables |= {f"{name}, {phase}": table for phase, table in found.items()}
-        for row in measured:
-            print_row(*(row[column] for column in SHOWN))
     threads = f"{args.threads} thread{'s' * (args.threads > 1)}"
-    print(
-        f"\n{args.device}, {threads}, torch {torch.__version__}, products at "
-        f"{rows[-1]['product_gflops']} GFLOP/s, {'compiled' if args.compile else 'eager'}"
-    )
-    for title, table in tables.items():
-        print(f"\n{title}, {PROFILED} updates:\n{table}")
-    if args.csv:
-        with in_one_line(f"--csv {args.csv}", "the numbers are above"):
-            with open(args.csv, "w", newline="") as file:
-                writer = csv.DictWriter(file, list(rows[0]))
-                writer.writeheader()
-                writer.writerows(rows)
+    how = f"precision {args.precision}, {'compiled' if args.compile else 'eager'}"
+    print(f"\n{args.device}, {threads}, torch {torch.__version__}, {how}:\n")
+    print_head(*SHOWN)
+    for name in args.algorithms or names:
+        for cells in measure(name, args, device):
+            print_row(*cells)
 
 
 if __name__ == "__main__":

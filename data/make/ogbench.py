@@ -40,10 +40,10 @@ import tyro
 HERE = Path(__file__).resolve().parent  # leaves the path: its ogbench.py is not the package
 sys.path[:] = [str(HERE.parents[1]), *(x for x in sys.path if x != str(HERE))]
 
-from common import Count, InputError, Seed, number
+from common import Count, InputError, Seed, number, require
 from readers import ogbench
 from readers.fetch import lock
-from readers.tasks import INSTALL, near, require, table
+from readers.tasks import INSTALL, near, table
 
 MORE_RECORDINGS = {"triple": 3000, "4x5": 3000, "quadruple": 5000, "4x6": 5000}
 STACKS = {"single": (0, 0), "double": (0, 0.25), "triple": (0.05, 0.35), "quadruple": (0.1, 0.5)}
