@@ -1,28 +1,22 @@
 """benchmark.sh: its commands are understood; runs stop, continue, fail and are reported."""
 
-import fnmatch
 import importlib
 import json
 import os
 import re
 import shlex
-import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections import Counter
 from pathlib import Path
 
-import h5py
-import numpy as np
 import pytest
 import tyro
 from short_runs import SCRIPTS
 
 from peers import train
-from readers.tasks import table as data_table
-from run import main, parse
+from run import parse
 from tools import report
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -161,16 +155,6 @@ def test_no_preset_of_d4rl_reaches_ogbench():
         far = re.match("antmaze-giant|humanoidmaze|antsoccer", args.env)
         gamma = getattr(args, "gamma", None)
         assert gamma in (None, 0.995 if far else 0.99), (module.__name__, args.env)
-
-
-def test_default_seeds():
-    for table, seeds in (("local_ablations", 3), ("modern", 5), ("ogbench", 8)):
-        listed = bash(table, "--print").stdout.splitlines()
-        assert len(listed) == seeds * len(commands(table))
-    listed = bash("local", "--print").stdout.splitlines()
-    wanted = {env: LOCAL * seeds for env, seeds in zip(DEMOS, SEEDS)}
-    assert Counter(line.split()[3] for line in listed) == wanted
-    assert f": {len(listed)} runs " in (ROOT / "benchmark.sh").read_text()
 
 
 def test_usage():
@@ -317,21 +301,6 @@ def test_progress_logs_and_threads(place):
     assert {found for _, found, _ in place.read("*.started")} == {threads}
 
 
-def test_flags_arrive_as_a_shell_reads_them(place):
-    """Quotes, two spaces in a row, patterns of file names and a folder with all of them."""
-    place.go()
-    place.out = place.path / "it's  a * $HOME ä"
-    flags = """--eval-env 'My  Env' --lr "a'b" --q-lr * --ratio-min=-inf --name "it's" """
-    found = place.bash("local", FLAGS=flags, SEEDS="7 8")
-    assert found.returncode == 0, found.stdout + found.stderr
-    for seed in (7, 8):  # --name makes one of the two runs of bc.py
-        assert len(place.found(f"*__{seed}.started")) == LOCAL - 1
-    end = ["--eval-env", "My  Env", "--lr", "a'b", "--q-lr", "*", "--ratio-min=-inf"]
-    for words, _, _ in place.read("*.started"):
-        assert words[-10:] == ["--resume", *end, "--name", "it's"]
-        assert words[words.index("--out") + 1] == str(place.out)
-
-
 def test_killed_and_failed_runs_end_no_other_and_are_listed(place):
     """A run that the system kills, one that fails, and one that ends without its summary."""
     script = place.start("local", runs=2, JOBS="2", FAILS="iql", FORGETS="cql")
@@ -353,16 +322,6 @@ def test_killed_and_failed_runs_end_no_other_and_are_listed(place):
     assert refused.returncode == 1 and "FAILED (1): hopper-replay-demo__iql__0" in refused.stdout
 
 
-def test_temporary_files_may_vanish(place):
-    """Cleaners empty /tmp while runs take days."""
-    temporary = place.path / "temporary"
-    temporary.mkdir()
-    script = place.start("local", runs=2, JOBS="2", TMPDIR=str(temporary))
-    shutil.rmtree(temporary)
-    place.go()
-    assert script.wait(60) == 0 and len(place.found("*.started")) == LOCAL, place.said()
-
-
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 @pytest.mark.parametrize("everywhere", [True, False])
 def test_a_signal_returns_after_the_runs_have_saved(place, number, everywhere):
@@ -377,23 +336,6 @@ def test_a_signal_returns_after_the_runs_have_saved(place, number, everywhere):
     assert len(place.found("*.started")) == 2, "another run was started"
     place.go()
     assert place.bash("local").returncode == 0, "the same command continues"
-
-
-def test_a_second_ctrl_c_does_not_wait(place):
-    script = place.start("local", runs=2, JOBS="2", SAVES="20")
-    os.killpg(script.pid, signal.SIGINT)
-    place.wait_for("*.signals", 2)
-    os.killpg(script.pid, signal.SIGINT)
-    assert script.wait(10) == 130 and not place.found("*.saved")
-
-
-def test_a_killed_script_starts_no_other_run(place):
-    script = place.start("local", runs=2, JOBS="2")
-    script.kill()
-    script.wait()
-    place.go()
-    time.sleep(1)
-    assert len(place.found("*.started")) == 2 == len([*place.out.glob("*/summary.json")])
 
 
 def test_slurm_submits_one_array(place):
@@ -416,63 +358,3 @@ def test_slurm_submits_one_array(place):
     assert words[-2:] == ["--eval-env", "A  B"] and len([*place.out.glob("*/summary.json")]) == 1
     place.bash("local", "--slurm", SEEDS="1")
     assert len([*(place.out / "logs").glob("local-*.txt")]) == 2, "a pending job keeps its list"
-
-
-# ---- true runs -------------------------------------------------------------------------------
-
-
-def write_d4rl(folder, name):
-    """A tiny file of this name: four episodes of 25 steps, two of them ended by the task."""
-    rng, n = np.random.default_rng(0), 100
-    obs_dim, act_dim = (60, 9) if "kitchen" in name else (29, 8)
-    ends = np.arange(n) % 25 == 24
-    path = folder / Path(data_table("d4rl_files.csv")[name]["path"]).name
-    with h5py.File(path, "w") as f:
-        f["observations"] = rng.normal(size=(n, obs_dim)).astype(np.float32)
-        f["actions"] = rng.uniform(-0.9, 0.9, (n, act_dim)).astype(np.float32)
-        f["rewards"] = rng.normal(size=n).astype(np.float32)
-        f["terminals"] = ends & (np.arange(n) < 50)
-        f["timeouts"] = ends & (np.arange(n) >= 50)
-
-
-def shortened(command):
-    """(module, flags): the command with every phase and period cut to ten steps."""
-    module, args = parsed(command)
-    flags = dict(steps=10, eval_every=10, eval_episodes=1, log_every=5, device="cpu")
-    for field, value in vars(args).items():
-        if type(value) is int and value >= 1_000 and field not in flags:
-            flags[field] = 10
-    flags |= dict(batch_size=8, eval_env="none")
-    if module.__name__ == "arq":  # 30 likelihoods in 28 dimensions take minutes
-        flags |= dict(n=2, k=1, sample_steps=4)
-    words = [part for k, v in flags.items() for part in (f"--{k.replace('_', '-')}", str(v))]
-    return module, [*command[2:], *words]
-
-
-@pytest.mark.parametrize("every", [False, pytest.param(True, marks=pytest.mark.soak)])
-def test_commands_run_and_are_reported(every, tmp_path, monkeypatch):
-    """One of each file; the soak variant: one of each table, method and preset of its file."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("D4RL_DATASET_DIR", str(tmp_path))
-    there = lambda name, owner, folder, path, *_: folder / path.split("/")[-1]
-    monkeypatch.setattr("readers.d4rl.download", there)  # does not compare sizes
-    chosen = {}
-    for table in ("ablations", *PAPERS[:-1])[not every :]:  # OGBench's data are its package's
-        for command in commands(table):
-            module, args = parsed(command)
-            presets = [p for p in module.PRESETS if fnmatch.fnmatch(args.env, p)]
-            key = str((table, args.name, presets)) if every else ""
-            chosen.setdefault((module.__name__, key), (table, command))
-    for table, command in chosen.values():
-        write_d4rl(tmp_path, command[3])
-        module, words = shortened(command)
-        words += ["--no-filter"] if module.__name__ == "arq" and not every else []
-        try:
-            main(module.Args, module.PRESETS, module.train, words)
-        except SystemExit as finished:  # two tables list it
-            assert finished.code == 0, (command, finished)
-    for table in {table for table, _ in chosen.values()} - {"ablations"}:
-        report.main(report.Args(table=table))
-        page = Path(f"report/{table}.md").read_text()
-        wanted = {parsed(command)[1].env for name, command in chosen.values() if name == table}
-        assert all(env in page for env in wanted)

@@ -126,22 +126,6 @@ LEVELS = {
 }
 
 
-def test_levels_are_cut_from_one_agent():
-    """Whole episodes; the replay levels are its first steps, and the halves are of two episodes."""
-    for level, count in LEVELS.items():
-        steps = run(f"{AGENT} --level {level} --flat {level}.npz")
-        file = arrays(f"{level}.npz")
-        assert_whole_walks(f"{level}.npz")
-        assert len(file["rewards"]) == count and steps >= count
-    medium, full = arrays("medium-replay.npz"), arrays("full-replay.npz")
-    same = medium["observations"] == full["observations"][:5_000]
-    assert same.all() and agent_returns("expert.npz")[0] == agent_returns("medium.npz")[0]
-    both = arrays("medium-expert.npz")
-    assert (both["terminals"] | both["timeouts"])[499], "the halves are of different episodes"
-    assert (both["actions"][:500] == arrays("medium.npz")["actions"]).all()
-    assert (both["actions"][500:] != arrays("medium.npz")["actions"]).any(), "no update"
-
-
 # ---- the maze --------------------------------------------------------------------------------
 
 
@@ -180,13 +164,6 @@ def test_homing_walks_end_nearer_home():
         cells = [[tuple(maze.cell_xy_to_rowcol(xy)) for xy in pair] for pair in ends]
         nearer.append(np.mean([len(paths[b]) < len(paths[a]) for a, b in cells]))
     assert nearer[0] < 0.7 and nearer[1] > 0.9
-
-
-def test_paths_are_the_shortest():
-    maze = [[1, 1, 1, 1, 1], [1, "r", 0, 0, 1], [1, 0, 1, 0, 1], [1, 0, 0, "g", 1], [1] * 5]
-    paths = collect.paths_from(maze, (1, 1))
-    assert len(paths) == 8 and paths[1, 1] == []
-    assert len(paths[3, 3]) == 4 and paths[1, 3] == [(1, 2), (1, 3)]
 
 
 # ---- refusals --------------------------------------------------------------------------------

@@ -30,7 +30,6 @@ from common import (
     graphed,
     largest_value,
     minimize,
-    normal_log_prob,
     normalize_obs,
     orthogonal_,
     polyak,
@@ -79,26 +78,6 @@ def test_members_are_separate_linear_stacks(lead):
             assert_close(grads[i + 3][e, 0], linear.bias.grad)
 
 
-@pytest.mark.parametrize("shape", [(7, 5), (4, 7, 5)])
-def test_one_network_is_a_linear_stack(shape):
-    torch.manual_seed(0)
-    net, x = MLP(5, 8, 6, 2).double(), torch.randn(shape).double()
-    kept = x.clone()
-    assert_close(net(x), stack(net)(x))
-    assert_close(net(x[..., :3], x[..., 3:]), stack(net)(x))
-    assert torch.equal(x, kept)
-
-
-def test_scalar_network_has_no_last_axis():
-    torch.manual_seed(0)
-    x = torch.randn(7, 5)
-    single, twin = ScalarMLP(5, 8), ScalarMLP(5, 8, members=2)
-    assert_close(single(x), stack(single)(x)[:, 0])
-    assert twin(x).shape == (2, 7)
-    assert_close(twin(x)[1], stack(twin, 1)(x)[:, 0])
-    assert_close(twin(x[:, :2], x[:, 2:], member=1), stack(twin, 1)(x)[:, 0])
-
-
 @pytest.mark.parametrize("members", [None, 3])
 def test_initial_values_are_those_of_linear(members):
     """Uniform in +-1/sqrt(inputs), for weights and biases, each member drawn on its own."""
@@ -139,14 +118,6 @@ def test_input_gradient_is_a_double_backward(lead):
         g.square().sum(-1).mean().backward()
         for i, linear in enumerate(m for m in oracle if isinstance(m, nn.Linear)):
             assert_close(found[i][e], linear.weight.grad.T)
-
-
-def test_input_gradient_is_a_difference_quotient():
-    torch.manual_seed(0)
-    net, x, h = ScalarMLP(4, 16, 16, members=2).double(), torch.randn(20, 4).double(), 1e-7
-    steps = torch.eye(4).double() * h
-    quotient = [(net(x + step) - net(x - step)) / (2 * h) for step in steps]
-    assert_close(net.input_gradient(x), torch.stack(quotient, -1), atol=1e-6, rtol=0)
 
 
 @pytest.mark.parametrize("members", [None, 2])
@@ -281,22 +252,6 @@ def test_adam_is_torch_adam(compiling, eps):
         assert_close(p, q, atol=3e-6, rtol=0)
 
 
-def test_adam_goes_on_from_its_state():
-    torch.manual_seed(0)
-    grads = [torch.randn(5) for _ in range(6)]
-    whole, first = (Adam([nn.Parameter(torch.ones(5))], lr=1e-2) for _ in range(2))
-    for opt, steps in ((whole, grads), (first, grads[:3])):
-        opt.lr.fill_(3e-3)
-        for g in steps:
-            opt.step([g])
-    second = Adam([nn.Parameter(first.params[0].detach().clone())], lr=1e-2)
-    for new, old in zip(second.state(), first.state(), strict=True):
-        new.copy_(old)
-    for g in grads[3:]:
-        second.step([g])
-    assert torch.equal(whole.params[0], second.params[0])
-
-
 def test_minimize_touches_its_own_parameters_only():
     torch.manual_seed(0)
     nets = nn.ModuleDict({"own": nn.Linear(3, 2), "other": nn.Linear(2, 1)})
@@ -363,13 +318,6 @@ def test_tanh_log_det():
         assert_close(tanh_log_det(ends), 2 * np.log(2) - 2 * ends.abs())
 
 
-def test_normal_log_prob():
-    torch.manual_seed(0)
-    x, mean, log_std = torch.randn(3, 4, 5).double()
-    expected = D.Normal(mean, log_std.exp()).log_prob(x)
-    assert_close(normal_log_prob(x, mean, log_std), expected)
-
-
 def test_tanh_normal_sample_and_density():
     """Value and gradient of log pi, and the reparameterized gradient of the action."""
     torch.manual_seed(0)
@@ -390,13 +338,6 @@ def test_tanh_normal_sample_and_density():
             (expected * weight).sum(), (mean, log_std), retain_graph=True
         )
         assert_close(found, expected)
-
-
-def test_tanh_normal_is_drawn_from_its_own_normal():
-    torch.manual_seed(0)
-    mean, log_std = torch.full((20_000, 1), 0.7), torch.full((20_000, 1), -1.2)
-    _, _, x = sample_tanh_normal(mean, log_std)
-    assert scipy.stats.kstest(x.flatten(), "norm", (0.7, np.exp(-1.2))).pvalue > 1e-3
 
 
 def test_tanh_normal_is_finite_where_tanh_is_one():
@@ -485,11 +426,6 @@ def test_actions_reach_the_bounds_of_the_task(tiny_data):
     assert_close(scaling.action(a), torch.tensor([[-2.0, 1.0], [4.0, 1.5], [1.0, 1.375]]))
 
 
-def test_without_normalization_observations_pass(tiny_data):
-    data = tiny_data()
-    assert torch.equal(Scaling(data).obs(data.obs), data.obs)
-
-
 def test_sampled_rows_belong_together(tiny_data):
     data = tiny_data(obs_dim=1, act_dim=1, n=10)
     i = torch.arange(10.0)
@@ -522,11 +458,6 @@ def test_five_tensors_make_data():
     assert not kept.episode.any() and kept.episode_return.tolist() == [0]
 
 
-def test_data_of_one_row():
-    data = Data(torch.ones(1, 2), torch.ones(1, 1), torch.ones(1), torch.ones(1, 2), torch.ones(1))
-    assert data.episode.tolist() == [0] and data.episode_return.tolist() == [1]
-
-
 @pytest.mark.parametrize(
     ("gamma", "bonus", "largest"),
     [(0.9, 0.0, 40.0), (0.9, 1.0, 50.0), (0.9, -1.0, 50.0), (0, 0, 4)],
@@ -535,11 +466,6 @@ def test_largest_value_is_the_largest_reward_for_ever(gamma, bonus, largest, cap
     data = SimpleNamespace(reward=torch.tensor([1.0, -4.0, 2.0]))
     assert abs(largest_value(data, gamma, bonus) - largest) < 1e-4
     assert capsys.readouterr().out == ""
-
-
-def test_largest_value_without_discount_is_finite():
-    data = SimpleNamespace(reward=torch.ones(3))
-    assert np.isfinite(largest_value(data, 1.0))
 
 
 # ---- what the files make of it ---------------------------------------------------------------
@@ -575,20 +501,6 @@ def test_targets_start_as_copies(path, tiny_data):
 
 
 # ---- running ---------------------------------------------------------------------------------
-
-
-def test_graphed_on_a_cpu_is_the_plain_call():
-    calls = []
-
-    def update(net, extra, flag, number=0):
-        calls.append((net, extra, flag, number))
-        return {"loss": len(calls)}
-
-    net, extra = nn.Linear(1, 1), object()
-    step = graphed(update, net, extra)
-    assert calls == []
-    assert step(True) == {"loss": 1} and step(False, 7) == {"loss": 2}
-    assert calls == [(net, extra, True, 0), (net, extra, False, 7)]
 
 
 def test_compile_on_an_older_torch_is_one_line(monkeypatch):

@@ -212,11 +212,11 @@ def test_an_update_leaves_its_tensors_where_they_are(name):
 
 
 class Line(nn.Module):
-    """One weight; `calls` and `mask` are no buffers, so a move leaves them on the host."""
+    """One weight."""
 
     def __init__(self):
         super().__init__()
-        self.w, self.calls, self.mask = nn.Parameter(torch.ones(5)), 0, torch.ones(5)
+        self.w, self.calls = nn.Parameter(torch.ones(5)), 0
 
 
 def train_line(extra):
@@ -253,18 +253,8 @@ def count(nets, data):
 
 BAD = {  # what the update does: (the line that does it, what the check says)
     "reads-a-value": (lambda nets, data: nets.w.sum().item(), "_local_scalar_dense reads"),
-    "asks-a-tensor": (lambda nets, data: 1 if total(nets, data) > 0 else 2, "_local_scalar_dense"),
-    "copies-to-the-host": (lambda nets, data: total(nets, data).cpu(), "Cannot copy out of meta"),
     "selects-by-a-mask": (lambda nets, data: nets.w.detach()[nets.w > 0].sum(), "index: a shape"),
-    "computes-on-the-host": (lambda nets, data: total(nets, data) + torch.rand(()), "rand: .* cpu"),
-    "mixes-devices": (lambda nets, data: (nets.w.detach() * nets.mask).sum(), "device cpu"),
     "copies-a-constant": (lambda nets, data: torch.tensor(1.0, device=GPU), "copies a constant"),
-    "shuffles": (lambda nets, data: torch.randperm(64, device=GPU).sum(), "randperm: draw with"),
-    "has-a-generator": (
-        lambda nets, data: total(nets, data).normal_(generator=torch.Generator()),
-        "without a generator",
-    ),
-    "logs-a-row": (lambda nets, data: nets.w.detach(), "extra is no 0-d tensor"),
     "counts-in-python": (count, "changes from step to step"),
 }
 
@@ -272,7 +262,7 @@ BAD = {  # what the update does: (the line that does it, what the check says)
 @pytest.mark.parametrize("case", BAD)
 def test_a_bad_update_is_found(case):
     extra, words = BAD[case]
-    with pytest.raises((AssertionError, NotImplementedError, RuntimeError), match=words):
+    with pytest.raises(AssertionError, match=words):
         check_capture(train_line(extra), None)
 
 
@@ -307,12 +297,3 @@ def test_the_script_compares_every_phase(capsys):
     assert worst == pytest.approx(0.001, rel=0.01) and where == "train q, update 2"
     for b in ({"train q": a["train q"]}, a | {"train v": [1e6, float("nan")]}):
         assert gpu.largest_difference(a, b)[0] == float("inf")
-
-
-def test_fixed_draws_are_the_same_in_every_update():
-    with gpu.Fixed(torch.device("cpu")):
-        x = torch.zeros(3, 2)
-        first = torch.randn_like(x), torch.randint(9, (4,)), torch.rand_like(x), torch.randn(2, 2)
-        again = torch.randn_like(x), torch.randint(9, (4,)), torch.rand_like(x), torch.randn(2, 2)
-    assert all(map(torch.equal, first, again)) and first[2].min() >= 0
-    assert first[1].dtype == torch.int64 and first[0].std() > 0.1

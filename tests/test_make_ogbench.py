@@ -124,28 +124,6 @@ def test_a_seed_gives_the_recording_that_it_always_gave(name, expected):
     np.testing.assert_allclose(found, expected, rtol=2e-3)
 
 
-@installed
-def test_a_number_gives_a_recording_whatever_was_recorded_before():
-    name, recipe = "pointmaze-medium-navigate", dataclasses.replace(SHORT, kind="navigate")
-    env = make_ogbench.make_env(recipe)
-
-    def numbered(index):
-        seed_recording(env, env.action_space, name, 0, index)
-        return record(env, env.action_space, recipe)["observations"]
-
-    first, second, again = (numbered(i) for i in (0, 1, 0))
-    assert np.array_equal(first, again) and not np.array_equal(first, second)
-
-
-def test_cells_of_a_maze():
-    text = ["#######", "#.....#", "#.###.#", "#.#...#", "#######"]
-    maze_map = np.array([[mark == "#" for mark in line] for line in text]).astype(int)
-    assert make_ogbench.cells_at(maze_map, (1, 1), 4) == [(1, 5)]
-    assert make_ogbench.cells_at(maze_map, (1, 3), 3) == [(2, 1), (2, 5)]
-    corridors = [x for x in zip(*np.where(maze_map == 0)) if make_ogbench.is_corridor(maze_map, x)]
-    assert corridors == [(1, 2), (1, 3), (1, 4), (2, 1), (2, 5), (3, 4)]
-
-
 @pytest.mark.parametrize(
     ("y", "z", "visible"), [(0, 0.02, 1), (0.29, 0.07, 0), (-0.3, 0.02, 0), (-0.3, 0.07, 1)]
 )

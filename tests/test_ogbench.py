@@ -18,7 +18,7 @@ import torch
 from common import InputError
 from readers import ogbench
 from readers.tasks import make, register, table, task_of
-from run import evaluate, load, parse, score
+from run import load, parse, score
 
 ROOT = Path(__file__).resolve().parents[1]
 installed = pytest.mark.skipif(not importlib.util.find_spec("ogbench"), reason="no ogbench")
@@ -249,17 +249,6 @@ def test_a_missing_file_is_downloaded_from_a_mirror(folder, monkeypatch, capsys)
 
 
 @installed
-def test_a_second_mirror_is_asked(folder, tmp_path, monkeypatch, capsys):
-    monkeypatch.setenv("OGBENCH_DATASET_DIR", str(tmp_path / "cache"))
-    monkeypatch.setattr("ogbench.utils.DATASET_URL", "file:///nowhere")
-    assert ogbench.HUB.startswith("https://huggingface.co/datasets/zhouzypaul/ogbench_datasets/")
-    monkeypatch.setattr(ogbench, "HUB", folder.as_uri() + "/{file}")
-    data, _ = load(f"{NAME}-v0", eval_env="none")
-    assert len(data.obs) == sum(LENGTHS) - 3
-    assert capsys.readouterr().out.count("downloading") == 2
-
-
-@installed
 def test_a_failed_download_offers_to_make_the_data(folder, monkeypatch):
     monkeypatch.setattr("ogbench.utils.DATASET_URL", "file:///nowhere")
     monkeypatch.setattr(ogbench, "HUB", "file:///nowhere/{file}")
@@ -302,26 +291,6 @@ def test_settings_are_those_of_fqls_table(data):
             assert short.steps // short.eval_every >= 3, "the last three count"
 
 
-@pytest.mark.parametrize("module", [bc, iql, rebrac], ids=lambda x: x.__name__)
-def test_networks_of_the_published_settings(module, tiny_data):
-    """GELU, Glorot's bounds, no biases; layer normalization after GELU, in the critics alone."""
-    name = "cube-single-play-singletask-v0"
-    args, _ = parse(module.Args, module.PRESETS, ["--env", name, "--hidden", "40"])
-    data = tiny_data()
-    nets = module.Nets(data, args)
-    sizes = [data.obs.shape[1], 40, 40, 40, 40, data.action.shape[1]]
-    assert [w.shape for w in nets.actor.weights] == [*map(torch.Size, zip(sizes, sizes[1:]))]
-    critics = [getattr(nets, x) for x in ("v", "q") if hasattr(nets, x)]
-    for net in (nets.actor, *critics):
-        assert not any(b.any() for b in net.biases)
-        for w in net.weights:
-            last = net is nets.actor and w is net.weights[-1]
-            bound = (0.1 if last else 1.0) * (6 / sum(w.shape[-2:])) ** 0.5
-            assert 0.8 * bound < w.abs().max() <= bound
-        assert net.activation(torch.tensor([-1.0])).item() == pytest.approx(-0.158808)
-        assert (len(net.norms), net.norm_eps) == ((4, 1e-6) if net in critics else (0, 1e-5))
-
-
 # ---- evaluation ------------------------------------------------------------------------------
 
 
@@ -359,27 +328,6 @@ def walk(env, seed, towards=None):
 )
 def test_heavy_environments_are_few(name, most):
     assert task_of(name, {}).get("most_envs") == most
-
-
-@installed
-def test_a_heavy_environment_can_be_used_again(recwarn):
-    """The seed alone decides an episode, whatever was played before it; and nothing is warned of
-    that a reader could not change."""
-    act = lambda obs: 0.5 * torch.sin(obs[:, :5])
-    envs = [make("scene-singletask-task2-v0", max_episode_steps=12) for _ in range(2)]
-    seen = []
-
-    def kept(obs):
-        seen.append(obs.numpy().copy())
-        return act(obs)
-
-    for env in envs[:1], envs[:2]:
-        evaluate(kept, env, 7, torch.device("cpu"), 2)
-    assert len(seen) == 12 * 3
-    one, two = np.array(seen[:24]), np.array(seen[24:])
-    assert np.array_equal(one[:12, 0], two[:, 0]) and np.array_equal(one[12:, 1], two[:, 1])
-    assert not np.array_equal(two[:, 0], two[:, 1])
-    assert not [w for w in recwarn if "precision" in str(w.message)]
 
 
 @installed

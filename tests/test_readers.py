@@ -10,8 +10,6 @@ import json
 import multiprocessing
 import re
 import shutil
-import socket
-import subprocess
 import sys
 import threading
 from pathlib import Path
@@ -262,17 +260,6 @@ class Half(http.server.SimpleHTTPRequestHandler):
         pass
 
 
-def test_a_server_that_does_not_answer_is_left(tmp_path, monkeypatch, mirror):
-    mirror("hopper-medium-v2")
-    silent = socket.create_server(("127.0.0.1", 0))
-    url = f"http://127.0.0.1:{silent.getsockname()[1]}"
-    monkeypatch.setattr("readers.fetch.PATIENCE", 0.2)
-    monkeypatch.setenv("no_proxy", "127.0.0.1")
-    monkeypatch.setenv("D4RL_MIRRORS", f"{url} file://{tmp_path}/mirror")
-    assert len(load("hopper-medium-v2", eval_env="none")[0].obs) == 16
-    silent.close()
-
-
 def test_a_file_that_lies_where_a_download_would_is_compared(tmp_path, mirror, capsys):
     path = mirror("hopper-medium-v2")
     place = tmp_path / "d4rl" / "hopper_medium-v2.hdf5"
@@ -321,22 +308,6 @@ def test_a_download_needs_no_locks_but_a_folder(monkeypatch, mirror, capsys, err
         assert "d4rl has no locks" in capsys.readouterr().out
 
 
-def test_reading_needs_no_module_of_unix_alone(tmp_path, mirror):
-    mirror("hopper-medium-v2")
-    code = f"""
-import os, sys
-from pathlib import Path
-sys.modules |= dict.fromkeys(("fcntl", "resource"))
-del os.sysconf
-from readers import read, tasks
-tasks.DATA_DIR = Path({str(tasks.DATA_DIR)!r})
-print(len(read("hopper-medium-v2", "none")[0]["rewards"]))
-"""
-    line = [sys.executable, "-c", code]
-    job = subprocess.run(line, cwd=ROOT, capture_output=True, text=True)
-    assert job.stdout.endswith("\n19\n"), job.stdout + job.stderr
-
-
 def test_kitchen_trains_without_evaluation(mirror, capsys):
     mirror("kitchen-mixed-v0", obs_dim=60, act_dim=9)
     assert load("kitchen-mixed-v0")[1] is None
@@ -348,21 +319,6 @@ def test_d4rls_ant_has_111_numbers(mirror):
     _, task = load("ant-medium-v2")
     obs, _ = task["make"]().reset(seed=0)
     assert obs.shape == (111,) and not obs[27:].any() and obs[:27].any()
-
-
-def test_d4rls_first_files_have_only_a_time_limit(mirror):
-    path = mirror("hopper-medium-v0")
-    columns = {key: np.tile(x, (99, 1)[: x.ndim]) for key, x in log(11, 3).items()}
-    columns["terminals"][:] = False
-    del columns["timeouts"]
-    place = Path(d4rl.folder()) / path.name
-    write(place, columns)
-    shutil.copy(place, path)
-    row = table("d4rl_files.csv")["hopper-medium-v0"] | {"bytes": place.stat().st_size}
-    (tasks.DATA_DIR / "d4rl_files.csv").write_text(
-        f"{','.join(row)}\n{','.join(map(str, row.values()))}\n"
-    )
-    assert load("hopper-medium-v0", eval_env="none")[0].episode.bincount().tolist() == [999, 880]
 
 
 @pytest.mark.parametrize("jump, lengths", [
@@ -466,13 +422,6 @@ def test_minari_keeps_every_row_and_recovers_the_task():
     assert task["env_id"] == "Pendulum-v1" and task["env_kwargs"]["max_episode_steps"] == 200
     refused("pendulum-test-v0", "unknown dataset.*pendulum/test-v0")
     refused("pendulum/test-v0", "Hopper-v5", eval_env="Hopper-v5")
-
-
-def test_minaris_hopper_is_scored_with_d4rls_references():
-    sample = episode(np.zeros((4, 11)), 3, True, actions=np.zeros((3, 3), np.float32))
-    low, high = -np.ones(3, np.float32), np.ones(3, np.float32)
-    write_minari("test/h-v0", [sample], BOX(-9, 9, (11,)), BOX(low, high), env="Hopper-v5")
-    assert load("test/h-v0")[1]["ref_max_score"] == 3234.3
 
 
 def test_nested_observations_are_sorted_by_key():

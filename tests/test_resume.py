@@ -4,7 +4,6 @@ import errno
 import importlib
 import json
 import multiprocessing
-import os
 import resource
 import shutil
 import signal
@@ -75,13 +74,6 @@ SOAK = [pytest.param(name, 4, marks=pytest.mark.soak) for name in ("iql", "fql",
 @pytest.mark.parametrize(("name", "kills"), [("arq", 2), ("brac_plus_acml", 2), *SOAK])
 def test_a_run_that_is_killed_anywhere_goes_on_to_the_bit(here, name, kills):
     killed_at_random(name, kills)
-
-
-def test_a_second_signal_does_not_wait(here):
-    twice = lambda run, metrics: [os.kill(os.getpid(), signal.SIGINT) for _ in range(2)]
-    with pytest.raises(SystemExit):
-        start("bc", at("train", 9, twice))
-    assert not rows(folder("bc") / "train.csv")[2:] and checkpoint("bc")["step"] == 7
 
 
 def test_a_finished_run_is_done_and_one_with_an_empty_summary_is_not(here, capsys):
@@ -206,14 +198,6 @@ def test_a_corrected_task_is_another_run(here, changes, says):
     stopped("bc", eval_env=None)
     write_log("log.npz", META | changes)
     assert says in refused(resume=True, eval_env=None)
-
-
-def test_what_changes_no_number_may_differ(here):
-    start("bc", out="whole")
-    stopped("bc", out="parts", log_every=3)
-    shutil.move("parts", "moved")
-    start("bc", out="moved", resume=True, save_every=5)
-    assert same(checkpoint("bc", "whole")["nets"], checkpoint("bc", "moved")["nets"])
 
 
 def broken(kind):
@@ -348,12 +332,3 @@ sys.argv = WORDS
 sys.path.insert(0, ROOT)
 runpy.run_path(sys.argv[0], run_name="__main__")
 """
-
-
-def test_training_works_without_what_windows_lacks(here):
-    words = [str(ROOT / "algorithms" / "bc.py"), *flags("bc", out="elsewhere")]
-    code = ELSEWHERE.replace("WORDS", repr(words)).replace("ROOT", repr(str(ROOT)))
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr
-    run_main("bc", *flags("bc", out="here"))
-    assert_same_run("bc", "elsewhere", "here")

@@ -2,11 +2,9 @@
 
 import ast
 import dataclasses
-import graphlib
 import importlib
 import io
 import re
-import sys
 import tokenize
 import typing
 
@@ -260,16 +258,6 @@ def test_words(path):
 
 
 @algorithm
-def test_one_name_for_a_quantity(path):
-    """Metrics that several files log have one name."""
-    old = {"actor_loss", "critic_loss", "policy_loss"}
-    for node in ast.walk(tree(path)):
-        if isinstance(node, ast.Dict):
-            keys = {key.value for key in node.keys if isinstance(key, ast.Constant)}
-            assert not keys & old, f"line {node.lineno}: {keys & old}; use q_loss, pi_loss, ..."
-
-
-@algorithm
 def test_no_host_read_inside_an_update(path):
     """update*, and every function of the file that they call."""
     functions = {k: v for k, v in names(path) if isinstance(v, ast.FunctionDef)}
@@ -295,37 +283,6 @@ def imported(path, top=False):
         elif isinstance(node, ast.ImportFrom):
             yield node.module
             yield from (f"{node.module}.{x.name}" for x in node.names)
-
-
-def test_arrows_go_one_way():
-    """algorithms/* -> common.py; run.py -> common.py, and readers/ by name inside its functions;
-    readers/* -> common.py; tools/* and figures/* -> all of these; nothing -> peers/*."""
-    above = {"algorithms", "tools", "figures", "peers", *(path.stem for path in SCRIPTS)}
-    not_for = {"common.py": above | {"run", "readers"}, "run.py": above | {"readers"}}
-    not_for["readers"] = above | {"run"}
-    for path in PRODUCT:
-        found = {name.split(".")[0] for name in imported(path)}
-        forbidden = not_for.get(path.name) or not_for.get(path.parent.name) or {"peers"}
-        assert path.parent.name == "peers" or not found & forbidden, path
-    known = sys.stdlib_module_names | {"torch"}
-    found = {name.split(".")[0] for name in imported(PAGES[0])}
-    assert found <= known | {"tyro"}, "common.py needs torch alone, and tyro for a command line"
-
-
-def test_no_import_circle_and_no_private_names_of_others():
-    """Of the imports that stand at the top of a file. A package is its __init__.py."""
-    modules = {}
-    for path in PRODUCT:
-        parts = path.relative_to(ROOT).with_suffix("").parts
-        modules[".".join(parts).removesuffix(".__init__")] = path
-    graph = {}
-    for name, path in modules.items():
-        own = {name, name.rpartition(".")[0]}  # a module may import its package's others
-        graph[name] = set(imported(path, top=True)) & modules.keys() - own
-        for found in imported(path):
-            private = re.search(r"\._(?!_)", found)
-            assert not private or not found.startswith(tuple(modules)), f"{name}: {found}"
-    graphlib.TopologicalSorter(graph).prepare()  # raises CycleError
 
 
 def test_no_global_state_at_import():
