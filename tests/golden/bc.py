@@ -8,9 +8,9 @@ from common import Data
 from golden.replay import Replay
 from golden.tools import draw_network, in_float64, load_network
 
-REFERENCE = "CORL 6afec90, any_percent_bc.py"
+REFERENCE = "CORL 6afec90, any_percent_bc.py; --gaussian by OGBench 1d41409, gcbc.py"
 TOLERANCE = 1e-10
-COMPARED = "ten updates, three settings"
+COMPARED = "ten updates, five settings"
 
 OBS, ACT = 11, 3
 
@@ -33,7 +33,13 @@ def replay(case):
     actor = draw_network(rng, (OBS, 256, 256, ACT))
     actor[-1] = [case["last_layer_factor"] * x for x in actor[-1]]
     data = draw_data(rng, case)
-    run = Replay(case, data, lambda nets: load_network(nets.actor, actor))
+
+    @torch.no_grad()
+    def load(nets):
+        load_network(nets.actor, actor)
+        nets.log_std.copy_(torch.tensor(case.get("log_std_start", [0.0] * ACT)))
+
+    run = Replay(case, data, load)
     with in_float64():
         bc.train(run, data, bc.Args(batch_size=case["batch"], **case["settings"]))
     return run

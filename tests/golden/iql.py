@@ -10,10 +10,10 @@ from golden.tools import draw_network, in_float64, load_network
 
 REFERENCE = (
     "the authors' implicit_q_learning 09d7002, to 2.3e-15; computed by CORL 6afec90, iql.py, put "
-    "into the authors' order"
+    "into the authors' order; DDPG+BC by OGBench 1d41409, gciql.py"
 )
 TOLERANCE = 1e-9
-COMPARED = "ten updates with the actor's learning rates, four settings"
+COMPARED = "ten updates with the actor's learning rates, six settings"
 
 OBS, ACT = 11, 3
 
