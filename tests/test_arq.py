@@ -144,30 +144,7 @@ def test_deviations_are_floored_and_a_constant_column_comes_back(tiny_data):
 # ---- score matching --------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("std", "floor"), [(1.0, 0.2760), (0.5, 0.1733), (0.1, 0.0416)])
-def test_loss_of_the_exact_score_is_its_floor(std, floor):
-    torch.manual_seed(0)
-    raw = gaussian(0.3, std)
-    a = 0.3 + std * torch.randn(200_000, 2).double()
-    loss = arq.score_loss(SimpleNamespace(score=lambda x, s, t: raw(x, t)), a, a)
-    assert_close(loss / 2, torch.tensor(floor).double(), atol=0.003, rtol=0)
-
-
 # ---- samplers --------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("dims", "std", "low", "high"),
-    [(3, 0.3, 1.5, 2.1), (3, 1.0, 1.7, 2.4), (12, 0.3, 1.1, 1.25), (300, 0.3, 0.98, 1.02)],
-)
-def test_predictor_corrector(dims, std, low, high):
-    """The step size of each sample spreads samples in few dimensions. In many, the norms hardly
-    differ from sample to sample, and the samples are those of the Gaussian."""
-    draw = torch.Generator().manual_seed(0)
-    x = torch.randn(18_000 // dims, dims, generator=draw)
-    a = sample_pc(gaussian(0.3, std), x, 500, draw)
-    assert low < a.std() / std < high
-    assert abs(a.mean() - 0.3) < 0.03 * max(1, std / 0.3)
 
 
 def test_solver_approaches_the_gaussian():
@@ -199,32 +176,6 @@ def test_solver_finds_three_modes():
     assert 0.015 < (mixture().log_prob(x) < -5).double().mean() < 0.055  # exact: 0.0285
 
 
-def log_noised(mode, x, m, sigma):
-    """Log-density of m a + sigma z for a of a Normal or a Uniform."""
-    if isinstance(mode, D.Normal):
-        std = (m**2 * mode.scale**2 + sigma**2).sqrt()
-        return D.Normal(m * mode.loc, std).log_prob(x)
-    low, high = (x - m * mode.high) / sigma, (x - m * mode.low) / sigma
-    right = low + high > 0  # Phi(high) - Phi(low) is that of the other side, where it is exact
-    low, high = torch.where(right, -high, low), torch.where(right, -low, high)
-    log_low, log_high = torch.special.log_ndtr(low), torch.special.log_ndtr(high)
-    difference = log_high + torch.log1p(-(log_low - log_high).exp().clamp(max=1 - 1e-12))
-    return difference - (m * (mode.high - mode.low)).log()
-
-
-def off_support(parts, a):
-    """Share of the actions (S,) that are 3 deviations or more from all Gaussians and outside the
-    uniform band."""
-    inside = torch.zeros(len(a), dtype=torch.bool)
-    for weight, mode in parts:
-        if isinstance(mode, D.Normal):
-            near = (a - mode.loc).abs() < 3 * mode.scale
-        else:
-            near = (a > mode.low) & (a < mode.high)
-        inside |= near & (weight > 0)
-    return 1 - inside.double().mean().item()
-
-
 def modes(s):
     """Four densities at states s (S,): lists of (weight (S,), distribution)."""
     left = (s < 0).to(s)
@@ -254,65 +205,11 @@ def modes(s):
     }
 
 
-def draw(parts):
-    """One action (S, 1) per state."""
-    weights = torch.stack([weight for weight, _ in parts], 1)
-    k = torch.multinomial(weights, 1)
-    samples = torch.stack([mode.sample() for _, mode in parts], 1)
-    return samples.gather(1, k).clamp(-1, 1)
-
-
-def test_few_samples_are_off_the_support():
-    """Four densities with their exact scores, 100,000 states each."""
-    torch.manual_seed(0)
-    s = 2 * torch.rand(100_000).double() - 1
-    shares = {}
-    for title, parts in modes(s).items():
-        true = draw(parts)[:, 0]
-        mean, std = true.mean(), true.std()
-        parts_z = []
-        for weight, mode in parts:
-            if isinstance(mode, D.Normal):
-                parts_z.append((weight, D.Normal((mode.loc - mean) / std, mode.scale / std)))
-            else:
-                low, high = (mode.low - mean) / std, (mode.high - mean) / std
-                parts_z.append((weight, SimpleNamespace(low=low, high=high)))
-
-        def log_density(x, m, sigma):
-            logs = [w.log() + log_noised(mode, x[:, 0], m, sigma) for w, mode in parts_z]
-            return torch.stack(logs).logsumexp(0)
-
-        shares.setdefault("true", []).append(off_support(parts, true))
-        for steps in (15, 20):
-            x = torch.randn(len(s), 1).double()
-            x = sample_dpm(exact_raw(log_density), x, steps).detach()
-            share = off_support(parts, std * x[:, 0] + mean)
-            shares.setdefault(f"sde {steps}", []).append(share)
-    for name, row in shares.items():
-        print(name, *(f"{100 * x:.2f}" for x in row), f"mean {25 * sum(row):.2f}% off the support")
-    mean = {name: sum(row) / 4 for name, row in shares.items()}
-    assert mean["true"] < mean["sde 20"] < mean["sde 15"] < 0.005
-    x = sample_dpm(gaussian(0.0, 1.0), torch.randn(200_000, 1).double(), 20)
-    print(f"sde 20: deviation {x.std():.3f}, where 1 is true")
-    assert 1 < x.std() < 1.04
-
-
 # ---- likelihood ------------------------------------------------------------------------------
 
 
 def likelihood(raw, x, generator=None):
     return log_likelihood(raw, x, arq.trace_vectors(x, generator))
-
-
-def test_likelihood_takes_the_steps_that_it_needs():
-    """Narrower data, more network evaluations; never more than a fixed grid of RK4 would."""
-    torch.manual_seed(0)
-    counts = []
-    for std in (1.0, 0.3, 0.05):
-        exact, calls = gaussian(0.0, std), []
-        likelihood(lambda x, t: calls.append(t) or exact(x, t), std * torch.randn(50, 3))
-        counts.append(len(calls))
-    assert 25 < counts[0] < counts[1] < counts[2] < 100
 
 
 @pytest.mark.parametrize("std", [1.0, 0.3, 0.05])
@@ -321,21 +218,6 @@ def test_likelihood_of_a_gaussian(std):
     x = 0.3 + std * torch.randn(200, 3).double()
     expected = D.Normal(0.3, std).log_prob(x).sum(1)
     assert_close(likelihood(gaussian(0.3, std), x), expected, atol=0.02, rtol=0)
-
-
-def test_likelihood_far_from_the_data():
-    x = 0.3 + torch.tensor([0.0, 1.0, 2.0, 3.0]).double()[:, None].expand(4, 3)
-    found = likelihood(gaussian(0.3, 0.3), x)
-    expected = torch.tensor([0.855, -15.81, -65.81, -149.14]).double()
-    assert_close(found, expected, atol=0.02, rtol=1e-3)
-
-
-def test_likelihood_of_a_mixture():
-    torch.manual_seed(0)
-    x = mixture().sample((150,))
-    found, exact = likelihood(mixture_raw, x), mixture().log_prob(x)
-    assert (found - exact).abs().mean() < 0.01 and (found - exact).abs().max() < 0.1
-    assert ((found > -5) != (exact > -5)).sum() <= 1
 
 
 def test_random_vectors_in_many_dimensions():
@@ -351,58 +233,10 @@ def test_random_vectors_in_many_dimensions():
     assert 1e-3 < error.abs().mean() < 0.3
 
 
-def test_likelihood_without_a_finite_end():
-    """No solution for all rows; then one row whose log-density is infinite at the end."""
-    x = torch.zeros(2, 2).double()
-    endless = lambda x, t: torch.full_like(x, INF) + 0 * x
-    assert (likelihood(endless, x) == -INF).all()
-    far = torch.tensor([[1e200, 0.0], [0.0, 0.0]], dtype=torch.float64)
-    found = likelihood(lambda x, t: 0 * x, far)
-    assert found[0] == -INF and found[1].isfinite()
-
-
 def slow_time(nets):
     """Time features that a few hundred steps can use."""
     nets.score.frequencies.div_(30)
     nets.score_ema.frequencies.div_(30)
-
-
-def test_the_score_network_learns_actions_that_are_clipped(data):
-    """At 1e-5 inside the bounds, where a density of actions at a bound would have no end."""
-    losses = []
-    for bound in (1.0, 1 - 1e-5, 1 - 2e-5):
-        data.action = torch.full_like(data.action, bound)
-        data.action[::2] *= -1
-        nets, _, args = make(data)
-        nets.z_action.std.fill_(1e-4)  # a step of 1e-5 is a tenth
-        losses.append(arq.update_score(nets, optimizers(nets), data, args)["loss_per_dim"])
-    assert losses[0] == losses[1] != losses[2]
-
-
-def test_trained_network(tiny_data):
-    """a = 0.5 s + 0.2 noise: mean and width of the samples, and likelihood."""
-    torch.manual_seed(0)
-    s = torch.rand(4096, 1) * 2 - 1
-    zeros = torch.zeros(4096)
-    data = Data(s, 0.5 * s + 0.2 * torch.randn(4096, 1), zeros, s, zeros)
-    args = Args(batch_size=256, width=32, n=400)
-    nets = Nets(data, args)
-    slow_time(nets)
-    opt = optimizers(nets)
-    for t in range(1200):
-        opt.score.lr.fill_(3e-3 * (1 - t / 1200))
-        loss = arq.update_score(nets, opt, data, args)["loss_per_dim"]
-    assert loss < 0.25
-    nets.score_ema.load_state_dict(nets.score.state_dict())  # after so few steps it lags behind
-    obs = torch.tensor([[-0.8], [0.0], [0.6]])
-    x = arq.draw_samples(nets, obs, args)
-    a = nets.z_action.inverse(x)[..., 0]
-    assert_close(a.mean(1), 0.5 * obs[:, 0], atol=0.05, rtol=0)
-    assert_close(a.std(1), torch.full((3,), 0.2), atol=0.05, rtol=0)
-    log_prob = arq.grade(nets, obs, x, args)
-    exact = D.Normal(0.5 * obs, 0.2).log_prob(a) + nets.z_action.std.log()
-    inside = (a - 0.5 * obs).abs() < 0.35
-    assert (log_prob - exact)[inside].abs().mean() < 0.15
 
 
 @pytest.mark.parametrize(("sampler", "by_hand"), [("sde", sample_dpm), ("pc", sample_pc)])
@@ -452,16 +286,6 @@ def values(f):
     )
 
 
-def test_order_of_minimum_and_kth_matters():
-    """Twins (4, 1, 3) and (1, 4, 2): the second largest minimum is 1, the minimum of both seconds
-    is 2."""
-    nets = values(lambda s, a: torch.tensor([[4.0, 1, 3], [1.0, 4, 2]]))
-    s, zero = torch.zeros(1, 1), torch.zeros(1)
-    support = torch.zeros(1, 2, 1), torch.ones(1, 2).bool()
-    args = Args(k=2, gamma=0.9, floor=False)
-    assert arq.target(nets, zero, s, s, *support, zero, args) == 0.9
-
-
 def test_sarsa_sees_the_datas_action_only(data):
     nets, data, args = make(data, value="sarsa")
     assert len(nets.q.weights[0]) == 1
@@ -470,19 +294,6 @@ def test_sarsa_sees_the_datas_action_only(data):
     y = arq.target(nets, data.reward, *rest, args)
     q2 = stack(nets.q_target, 0)(torch.cat([data.next_obs, a2], 1))[:, 0]
     assert_close(y, data.reward + 0.99 * (1 - data.terminal) * q2)
-
-
-def test_rows_of_q(tiny_data):
-    """Episodes end at rows 5 (terminal) and 11 (time limit): the last has no next action."""
-    data = arq.with_next_rows(tiny_data(n=12))
-    assert data.rows.tolist() == list(range(11))
-    assert data.next_row[data.rows].tolist() == [1, 2, 3, 4, 5, 5, 7, 8, 9, 10, 11]
-    alone = tiny_data(n=4)
-    alone.terminal[:], alone.episode = 0, torch.arange(4)
-    with pytest.raises(InputError, match=r"tiny: no row has a next action"):
-        arq.with_next_rows(alone)
-    alone.terminal[2] = 1
-    assert arq.with_next_rows(alone).rows.tolist() == [2]
 
 
 def test_rewards_are_scaled_and_then_shifted(tiny_data):
@@ -497,17 +308,6 @@ def test_rewards_are_scaled_and_then_shifted(tiny_data):
 
 
 # ---- policies --------------------------------------------------------------------------------
-
-
-def test_softmax_of_q_is_that_of_the_advantage():
-    q = torch.randn(5, 30).double() * 20
-    a = torch.arange(150).view(5, 30, 1)
-    table = lambda values: SimpleNamespace(q_target=lambda s, a, member: values.flatten())
-    for_q, for_advantage = (
-        arq.implicit_logits(table(x), torch.zeros(5, 1), a, None, Args(alpha=3.0))
-        for x in (q, q - q.mean(1, keepdim=True))
-    )
-    assert_close(for_q.softmax(1), for_advantage.softmax(1), atol=1e-12, rtol=1e-9)
 
 
 def chosen(log_prob, alpha):
@@ -531,19 +331,6 @@ def test_implicit_policy_is_a_softmax_over_the_support():
     assert_close(chosen(nothing_counts, 1e6), torch.tensor([0.0, 1.0, 0.0]))
 
 
-def test_implicit_policy_draws_in_the_tasks_bounds(data):
-    """alpha = 0 is the clone: all samples are as likely, whatever Q is."""
-    data.action_low, data.action_high = torch.tensor([-2.0, 0.0]), torch.tensor([6.0, 1.0])
-    nets, data, args = make(data, alpha=0.0, n=3)
-    torch.manual_seed(3)
-    found = arq.implicit_policy(nets, data.obs, args)
-    torch.manual_seed(3)
-    a = nets.z_action.inverse(arq.draw_samples(nets, data.obs, args)).clamp(-1, 1)
-    i = torch.multinomial(torch.ones(16, 3), 1)[:, 0]
-    a = a[torch.arange(16), i]
-    assert_close(found, torch.stack([2 + 4 * a[:, 0], 0.5 + 0.5 * a[:, 1]], 1))
-
-
 def test_clone_alone_needs_no_q_and_no_filter(data):
     nets, data, args = make(data, n=1)
     with torch.no_grad():
@@ -554,29 +341,6 @@ def test_clone_alone_needs_no_q_and_no_filter(data):
     torch.manual_seed(3)
     x = arq.draw_samples(nets, data.obs, args)
     assert_close(found, nets.z_action.inverse(x).clamp(-1, 1)[:, 0])
-
-
-def test_likelihood_of_an_acting_sample_is_that_of_the_clipped_action():
-    """z-scored samples of N(0, 1) with a = z + 0.9: one at z = 2 is too unlikely for a threshold of
-    -2, but it acts as a = 1, where z is 0.1."""
-    z_action = arq.ZScore(torch.tensor([[-0.1], [1.9]]).double())
-    nets = SimpleNamespace(
-        score_ema=lambda x, s, t: gaussian(0.0, 1.0)(x, t),
-        z_obs=lambda s: s,
-        z_action=z_action,
-        scaling=SimpleNamespace(obs=lambda obs: obs, action=lambda a: a),
-        q_target=lambda s, a, member: 0 * a[:, 0],
-    )
-    args, obs = Args(n=4, filter=True, threshold=-2.0), torch.zeros(50, 1).double()
-    torch.manual_seed(0)
-    found = arq.implicit_policy(nets, obs, args)
-    torch.manual_seed(0)
-    x = arq.draw_samples(nets, obs, args)
-    a = z_action.inverse(x).clamp(-1, 1)
-    log_prob = D.Normal(0.0, 1.0).log_prob(z_action(a))[..., 0]
-    assert ((log_prob > -2) & (D.Normal(0.0, 1.0).log_prob(x)[..., 0] < -2)).sum() > 5
-    i = torch.multinomial((log_prob > -2).double(), 1)
-    assert_close(found, a[torch.arange(50), i[:, 0]])
 
 
 # ---- what the constraint is for --------------------------------------------------------------
@@ -731,19 +495,6 @@ def test_phases_and_references(start):
     assert run.steps() == (6, 0, 0, 0, 4) and run.references.keys() == {"clone s_psi"}
 
 
-@pytest.mark.parametrize(("done", "first"), [("sample", 1), ("grade", 1), ("q", 0)])
-def test_tables_before_the_step_of_a_resume_are_filled_at_once(start, done, first):
-    """They are those of a run that computes them step by step."""
-    whole, resumed = (
-        start(run, filter=True, threshold=-16.0)
-        for run in (Resumed("sample"), Resumed(done, first))
-    )
-    assert whole.steps() == (0, 2, 2, 5, 4)
-    assert torch.equal(whole.data.candidates, resumed.data.candidates)
-    assert torch.equal(whole.data.in_support, resumed.data.in_support)
-    assert 0 < whole.data.in_support.float().mean() < 1
-
-
 def test_likelihoods_are_kept_chunk_by_chunk(start):
     """What was kept is not computed again."""
     store = {}
@@ -793,29 +544,6 @@ def test_every_sample_is_rejected(start):
     assert runs[0].phases["grade"][-1] == {"in_support": 0.0}
     for name in one:
         assert one[name].isfinite().all() and torch.equal(one[name], two[name]), name
-
-
-def test_normalized_observations_reach_all_networks(start):
-    """The data in other units is the same data: so are the networks and their actions."""
-    scale, shift = torch.tensor([1.0, 100.0, 4.0]), torch.tensor([0.0, 3.0, -2.0])
-
-    def other_units(data):
-        for obs in (data.obs, data.next_obs):
-            obs.mul_(scale).add_(shift)
-
-    plain, other = (
-        start(PlainRun(), prepare=prepare, normalize_obs=True) for prepare in (None, other_units)
-    )
-    assert_close(other.data.obs, plain.data.obs, atol=0.01, rtol=0.01)
-    assert_close(other.data.next_obs, plain.data.next_obs, atol=0.01, rtol=0.01)
-    obs = torch.randn(10, 3)
-    samples = []
-    for run, obs in ((plain, obs), (other, obs * scale + shift)):
-        generator = torch.Generator().manual_seed(0)
-        x = arq.draw_samples(run.nets, run.nets.scaling.obs(obs), run.args, generator)
-        samples.append((run.act(obs), x))
-    for one, two in zip(*samples):
-        assert_close(one, two, atol=0.02, rtol=0.02)
 
 
 def test_k_is_at_most_the_number_of_candidates():

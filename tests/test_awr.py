@@ -1,7 +1,6 @@
 """awr.py: returns over episodes, their tables, the weights, exact resume."""
 
 import copy
-import math
 from types import SimpleNamespace
 
 import awr
@@ -9,7 +8,6 @@ import bc
 import pytest
 import torch
 from awr import Args, Nets, Tables, awr_loss, lambda_returns, tabulate, update
-from golden.tools import Inject
 from oracles import in_double, stack
 from stand_in import PlainRun
 from torch.testing import assert_close
@@ -116,34 +114,6 @@ def test_terminal_against_cut():
         ended, cut = g.view(2, 3)
         assert_close(cut[2] - ended[2], torch.tensor(0.9 * 5).double())
         assert_close(cut[0] - ended[0], torch.tensor(0.9**3 * lam**2 * 5).double())
-
-
-def actor_that_says(mean, log_std):
-    return SimpleNamespace(pi=lambda s: (mean, log_std))
-
-
-def test_returns_of_the_true_value_are_that_value():
-    """Then A = 0 and every weight is 1, for any lambda."""
-    r, _, terminal, last = episodes(9, 13, 4, ended=(0, 2))
-    v, v2 = torch.zeros_like(r), torch.randn_like(r)
-    for t in reversed(range(len(r))):
-        v2[t] = v2[t] if last[t] else v[t + 1]
-        v[t] = r[t] + 0.9 * (1 - terminal[t]) * v2[t]
-    nets = actor_that_says(v[:, None], v[:1])
-    for lam in (0.0, 0.3, 0.95, 1.0):
-        g = lambda_returns(r, v2, terminal, last, Args(gamma=0.9, td_lambda=lam))
-        assert_close(g, v)
-        _, weight = awr_loss(nets, None, v[:, None], g - v, Args(temperature=0.01))
-        assert_close(weight, torch.ones_like(v))
-
-
-def test_a_terminal_inside_an_episode_stops_its_returns():
-    r, v2, terminal, last = episodes(6)
-    terminal[2] = 1
-    g = lambda_returns(r, v2, terminal, last, Args())
-    assert_close(g[2], r[2])
-    r[3:], v2[3:] = 1e6, 1e6
-    assert torch.equal(lambda_returns(r, v2, terminal, last, Args())[:3], g[:3])
 
 
 # ---- tables ----------------------------------------------------------------------------------
@@ -267,82 +237,7 @@ def test_huge_advantages_are_capped_and_finite(data):
     assert loss.isfinite() and grad.isfinite().all() and grad.norm() > 0
 
 
-def gradient_at(mean, std, a, advantage, args):
-    """Of the loss in mean and log-std, one state and one dimension."""
-    mean = torch.tensor([[mean]], dtype=torch.float64, requires_grad=True)
-    log_std = torch.tensor([math.log(std)], dtype=torch.float64, requires_grad=True)
-    nets = actor_that_says(mean.expand(len(a), 1), log_std)
-    loss, _ = awr_loss(nets, None, a[:, None], advantage, args)
-    return torch.cat([g.flatten() for g in torch.autograd.grad(loss, [mean, log_std])])
-
-
-def moments(p, a):
-    mean = (p * a).sum() / p.sum()
-    return mean.item(), ((p * (a - mean) ** 2).sum() / p.sum()).sqrt().item()
-
-
-def test_optimum_is_the_weighted_mean_and_deviation():
-    a = torch.tensor([-0.8, -0.1, 0.3, 0.9]).double()
-    advantage = torch.tensor([-1.0, 0.5, 2.0, 9.0]).double()
-    w = torch.tensor([math.exp(-1), math.exp(0.5), math.exp(2), 20], dtype=torch.float64)
-    mean, std = moments(w, a)
-    assert gradient_at(mean, std, a, advantage, Args()).norm() < 1e-12
-    for other in ((mean + 0.01, std), (mean, std * 1.01)):
-        assert gradient_at(*other, a, advantage, Args()).norm() > 1e-2
-
-
-def test_bandit_optimum_is_behavior_times_exponential():
-    """Eq. 11: actions with shares beta_i in the data and values Q_i; a shift of Q is nothing."""
-    beta, q = torch.tensor([5, 1, 3, 1]), torch.tensor([0.0, 2.0, 1.0, -1.0]).double()
-    action = torch.tensor([-0.6, 0.7, 0.1, -0.9]).double()
-    args = Args(temperature=0.5, max_weight=1e9)
-    pi = beta * (q / 0.5).exp()
-    mean, std = moments(pi, action)
-    a, advantage = action.repeat_interleave(beta), q.repeat_interleave(beta)
-    for shift in (0.0, -3.0):
-        assert gradient_at(mean, std, a, advantage + shift, args).norm() < 1e-10
-        assert gradient_at(mean + 0.02, std, a, advantage + shift, args).norm() > 1e-4
-
-    logits = (pi / pi.sum()).log().requires_grad_()  # the same weights, a policy without shape
-    index = torch.arange(4).repeat_interleave(beta)
-    nets = actor_that_says(a[:, None], a[:1])
-    _, weight = awr_loss(nets, None, a[:, None], advantage, args)
-    loss = -(weight * logits.log_softmax(0)[index]).mean()
-    assert torch.autograd.grad(loss, logits)[0].abs().max() < 1e-12
-
-
-def test_gaussian_behavior_under_a_linear_q():
-    """beta = N(m, s^2), Q = k a: pi* = N(m + s^2 k / temperature, s^2)."""
-    m, s, k, temperature = -0.1, 0.2, 1.5, 0.5
-    normal = torch.distributions.Normal(m, s)
-    a = normal.icdf(torch.linspace(0, 1, 100_001)[1:-1].double())
-    args = Args(temperature=temperature, max_weight=1e9)
-    grad = gradient_at(m + s**2 * k / temperature, s, a, k * a, args)
-    assert grad.norm() < 0.01
-    assert gradient_at(m, s, a, k * a, args).norm() > 1
-
-
-@pytest.mark.parametrize(("value", "clamped"), [(50.0, 2.0), (-50.0, -5.0)])
-def test_log_std_is_clamped(data, value, clamped):
-    nets, *_ = make(data)
-    nets.log_std.data.fill_(value)
-    mean, log_std = nets.pi(data.obs)
-    assert log_std.tolist() == [clamped] * 2
-    assert_close(mean, stack(nets.actor)(data.obs).tanh())
-
-
 # ---- update ----------------------------------------------------------------------------------
-
-
-def test_metrics_of_an_update(data):
-    nets, opt, data, args = make(data, temperature=0.5, max_weight=2.0)
-    with Inject(randint=[torch.arange(16)]):
-        metrics = update(nets, opt, data, args)
-    weight = (data.advantage / 0.5).exp().clamp(max=2)
-    assert 0 < (weight == 2).sum() < 16, "some weights are capped, some are not"
-    assert_close(metrics["capped_weights"], (weight == 2).float().mean())
-    share = weight.sum() ** 2 / (16 * weight.square().sum())
-    assert_close(metrics["effective_share"], share)
 
 
 def test_weights_that_all_underflow_leave_finite_metrics(data):
@@ -422,6 +317,11 @@ def test_resume_between_two_tables(tiny_data, stop):
     rest = trained(tiny_data, checkpoint=part.saved)
     assert part.rows + rest.rows == whole.rows
     assert equal(whole.weights[-1], rest.weights[-1])
+
+
+def moments(p, a):
+    mean = (p * a).sum() / p.sum()
+    return mean.item(), ((p * (a - mean) ** 2).sum() / p.sum()).sqrt().item()
 
 
 @pytest.mark.parametrize("temperature", [1.0, 1e30])

@@ -12,43 +12,7 @@ from torch.testing import assert_close
 
 from common import Adam
 
-
-def actor_that_says(x):
-    """Networks whose actor's output before its tanh is x, whatever the observation."""
-    return SimpleNamespace(actor=lambda s: x, log_std=None)
-
-
 # ---- losses ----------------------------------------------------------------------------------
-
-
-def test_squared_error_by_hand():
-    """Rows (0.5 - 0.1, -0.5 - 0.5) and (0 - 0.2, 0 - 0): a mean over batch and dimensions."""
-    nets = actor_that_says(torch.atanh(torch.tensor([[0.5, -0.5], [0.0, 0.0]])))
-    a = torch.tensor([[0.1, 0.5], [0.2, 0.0]])
-    loss = bc.actor_loss(nets, torch.zeros(2, 3), a, bc.Args())
-    assert_close(loss, torch.tensor((0.16 + 1.0 + 0.04 + 0.0) / 4))
-
-
-def test_gaussian_likelihood():
-    """A sum over dimensions, a mean over the batch; the mean goes through a tanh."""
-    torch.manual_seed(0)
-    x, a = torch.randn(2, 5, 3).double()
-    nets = actor_that_says(x)
-    nets.log_std = torch.tensor([-1.0, 0.3, 1.0]).double()
-    density = D.Independent(D.Normal(x.tanh(), nets.log_std.exp()), 1)
-    loss = bc.actor_loss(nets, a, a, bc.Args(gaussian=True))
-    assert_close(loss, -density.log_prob(a).mean())
-
-
-@pytest.mark.parametrize(("log_std", "clamped"), [(-9.0, -5.0), (7.0, 2.0)])
-def test_log_std_is_clamped(log_std, clamped):
-    nets = actor_that_says(torch.zeros(4, 1))
-    a = torch.full((4, 1), 0.01)
-    nets.log_std = torch.tensor([log_std], requires_grad=True)
-    loss = bc.actor_loss(nets, a, a, bc.Args(gaussian=True))
-    expected = D.Normal(0.0, torch.tensor(clamped).exp()).log_prob(a).mean()
-    assert_close(loss.detach(), -expected)
-    assert torch.autograd.grad(loss, nets.log_std)[0] == 0
 
 
 # ---- which episodes --------------------------------------------------------------------------

@@ -12,12 +12,12 @@ import pytest
 import torch
 import torch.distributions as D
 from golden.tools import Inject
-from oracles import in_double, stack
+from oracles import in_double
 from stand_in import PlainRun
 from torch.nn.functional import softplus
 from torch.testing import assert_close
 
-from common import Adam, InputError, ScalarMLP
+from common import InputError, ScalarMLP
 from run import parse
 
 FILES = (brac_plus, brac_plus_acml)
@@ -33,29 +33,6 @@ def data(tiny_data):
     return in_double(tiny_data(obs_dim=3, act_dim=2, n=16))
 
 
-def make(file, data, seed=0, spread=2.0, **values):
-    """Networks in float64 with outputs of size one, and targets that differ."""
-    args = file.Args(env="log.npz", batch_size=16, **(dict(samples=3, members=2) | values))
-    torch.manual_seed(seed)
-    nets, other = file.Nets(data, args), file.Nets(data, args)
-    nets.q_target, nets.actor_target = other.q_target, other.actor_target
-    for net in (*nets.behavior.children(), nets.actor, nets.actor_target, nets.q, nets.q_target):
-        for w in net.weights:
-            w.data.mul_(spread)
-    return nets.double(), args
-
-
-def normals(*shape, seed=0):
-    draw = torch.Generator().manual_seed(seed)
-    return torch.randn(shape, generator=draw, dtype=torch.float64)
-
-
-def normal(out, low=-10):
-    """The distribution that an output stands for."""
-    mean, raw = out.chunk(2, -1)
-    return D.Normal(mean, softplus(raw.clamp(low, 5)))
-
-
 def constant(mean, std):
     """A network with one output for all rows: N(mean, std^2)."""
     out = torch.tensor([mean, math.log(math.expm1(std))]).double()
@@ -69,16 +46,6 @@ def moved(before, after):
 
 
 # ---- Gaussians -------------------------------------------------------------------------------
-
-
-def test_kl_is_that_of_torch(file):
-    mean, log_std, mean2, log_std2 = normals(4, 5, 3)
-    p, q = D.Normal(mean, log_std.exp()), D.Normal(mean2, log_std2.exp())
-    kl = file.normal_kl(mean, log_std, mean2, log_std2)
-    assert_close(kl, D.kl_divergence(p, q).sum(-1))
-    assert_close(file.normal_kl(mean, log_std, mean, log_std), torch.zeros(5).double())
-    prior = D.Normal(torch.zeros(5, 3).double(), 1.0)
-    assert_close(file.normal_kl(mean, log_std), D.kl_divergence(p, prior).sum(-1))
 
 
 @pytest.mark.parametrize(
@@ -124,37 +91,6 @@ def test_bound_of_a_linear_gaussian_clone(file):
     assert abs(D.kl_divergence(pi, marginal) - 0.95154) < 1e-4
 
 
-def marginal_log_prob(nets, s, x):
-    """log of the integral of N(z; 0, I) p(x|s,z) over z in the plane, by Gauss-Hermite; x (N,)."""
-    nodes, weights = np.polynomial.hermite_e.hermegauss(60)
-    z = torch.tensor([[u, v] for u in nodes for v in nodes])
-    log_weight = torch.tensor([a * b for a in weights for b in weights]).log()
-    p = normal(stack(nets.behavior.decoder, 0)(torch.cat([z, s.expand(len(z), -1)], -1)))
-    log_prob = log_weight[:, None] - math.log(2 * math.pi) + p.log_prob(x)
-    return log_prob.logsumexp(0)
-
-
-@pytest.mark.parametrize("seed", [0, 1])
-def test_bound_and_elbo_of_random_networks_by_quadrature(file, tiny_data, seed):
-    """D is above the KL of the policy from the clone's marginal, and -ELBO above its -log p(a)."""
-    data = in_double(tiny_data(obs_dim=1, act_dim=1, n=4, seed=seed))
-    nets, args = make(file, data, seed, spread=1.5, members=1, samples=5)
-    with torch.no_grad():
-        _, _, d = file.divergence(nets, data.obs, 2000, args)
-        losses = [file.behavior_loss(nets, data.obs[:1], data.action[:1], args) for _ in range(400)]
-        pi = normal(nets.actor(data.obs), -20)
-    for i in range(4):
-        one = D.Normal(pi.mean[i], pi.stddev[i])
-        x = one.mean + one.stddev * torch.linspace(-8, 8, 2001).double()
-        gap = one.log_prob(x) - marginal_log_prob(nets, data.obs[i : i + 1], x)
-        kl = torch.trapezoid(one.log_prob(x).exp() * gap, x)
-        assert -1e-9 < kl and d[:, i].mean() + 4 * d[:, i].std() / 2000**0.5 > kl
-    a = data.action[0]
-    log_prob = marginal_log_prob(nets, data.obs[:1], a.atanh()) - (1 - a**2).log()
-    losses = torch.cat(losses)
-    assert losses.mean() + 4 * losses.std() / 20 > -log_prob.item()
-
-
 def test_bound_is_zero_where_the_clone_is_the_policy(file):
     behavior = SimpleNamespace(
         encoder=lambda x, s: constant(0.0, 1.0)(x).unsqueeze(0), decoder=constant(0.4, 0.3)
@@ -185,45 +121,12 @@ def test_actions_at_a_bound_are_spread(file, data):
 # ---- MMD -------------------------------------------------------------------------------------
 
 
-def test_mmd_of_equal_samples(file):
-    actor = constant(0.3, 1e-8)
-    nets = SimpleNamespace(actor=actor, behavior=SimpleNamespace(decoder=lambda z, s: actor(z)))
-    args = file.Args(divergence="mmd", members=1, mmd_width=60.0)
-    d = file.divergence(nets, torch.zeros(3, 1).double(), 2, args)[2]
-    assert_close(d, torch.full((1, 3), 1e-3).double(), atol=1e-6, rtol=0)
-
-
-@pytest.mark.parametrize(("width", "expected"), [(10.0, 0.31232), (20.0, 0.22222)])
-def test_mmd_of_two_points(file, width, expected):
-    """One action each, at a distance of 1: sqrt(2 - 2 exp(-1 / (2 width)) + 1e-6)."""
-    u, v = torch.zeros(1, 1, 1), torch.ones(1, 1, 1)
-    between = file.kernel_mean(u, v, width).item()
-    assert file.kernel_mean(u, u, width) == 1
-    assert abs(math.sqrt(2 - 2 * between + 1e-6) - expected) < 1e-5
-
-
 # ---- critics ---------------------------------------------------------------------------------
 
 
 def with_targets(q):
     """Networks whose target policy is tanh N(0, 0.7^2) and whose target critics are q(s, a)."""
     return SimpleNamespace(actor_target=lambda s: torch.zeros(len(s), 2), q_target=q)
-
-
-def test_target_of_constant_critics(file):
-    """The smaller critic is 2: y = 1 + 0.9 * 2 where the episode goes on, 5 where it ended."""
-    nets = with_targets(lambda s, a: torch.tensor([[2.0], [7.0]]).expand(2, len(s)))
-    r, terminal = torch.tensor([1.0, 5.0]), torch.tensor([0.0, 1.0])
-    y = file.target_value(nets, r, torch.zeros(2, 1), terminal, file.Args(gamma=0.9))
-    assert_close(y, torch.tensor([2.8, 5.0]))
-
-
-def test_target_of_critics_that_know_the_state_alone(file):
-    """Copies of a state belong together: averages across states would not return them."""
-    nets, s2 = with_targets(lambda s, a: s.T.expand(2, -1)), torch.arange(6.0)[:, None]
-    zeros = torch.zeros(6)
-    y = file.target_value(nets, zeros, s2, zeros, file.Args(gamma=0.5))
-    assert_close(y, 0.5 * s2[:, 0])
 
 
 def test_target_is_the_mean_or_the_largest_of_the_actions(file):
@@ -248,18 +151,6 @@ def linear_critics(w, shift):
     return net
 
 
-@pytest.mark.parametrize(("shift", "norm"), [((0.0, 50.0), 5.0), ((50.0, 0.0), 13.0)])
-def test_penalty_is_the_norm_of_the_smaller_critics_gradient(file, shift, norm):
-    """(3, 4) and (5, 12): 5 or 13, not squared, and only that critic is held down."""
-    q = linear_critics(torch.tensor([[3.0, 4.0], [5.0, 12.0]]).double(), torch.tensor(shift))
-    s, a = torch.zeros(6, 1).double(), torch.rand(1, 6, 2).double()
-    found = file.gradient_norm(SimpleNamespace(q=q), s, a)
-    assert_close(found, torch.full((6,), norm).double())
-    (grad,) = torch.autograd.grad(found.mean(), q.weights[0])
-    smaller = int(shift[0] > shift[1])
-    assert grad[smaller].any() and not grad[1 - smaller].any()
-
-
 def test_penalty_is_finite_where_the_gradient_is_zero(file):
     q = linear_critics(torch.zeros(2, 2).double(), torch.zeros(2))
     s, a = torch.zeros(4, 1).double(), torch.rand(1, 4, 2).double()
@@ -269,53 +160,10 @@ def test_penalty_is_finite_where_the_gradient_is_zero(file):
     assert all(g.isfinite().all() for g in grads)
 
 
-def test_gate_is_a_step():
-    d, nets = torch.tensor([0.0, 1.4, 1.5, 1.6, 9.0]), SimpleNamespace(eps_gp=torch.tensor(1.5))
-    assert_close(brac_plus.penalty_gate(nets, d), torch.tensor([0.0, 0, 0, 1, 1]))
-
-
 # ---- multipliers -----------------------------------------------------------------------------
 
 
-def test_multipliers_settle_where_the_constraints_bind(file):
-    """max x - (h - 3)^2 with x^2 <= 4 and entropy h <= 1: x = 2, alpha = 1/4, beta = 4."""
-    nets, args = SimpleNamespace(eps=torch.tensor(4.0), h0=torch.tensor(1.0)), file.Args()
-    x, h, raw = (torch.tensor(v, requires_grad=True) for v in ([0.1], [0.0], [0.0, 0.0]))
-    for _ in range(6000):
-        alpha, beta = softplus(raw)
-        q = x - (h - 3) ** 2
-        loss = file.actor_loss(nets, alpha.detach(), beta.detach(), q, x**2, -h, args)
-        loss = loss + file.alpha_loss(nets, alpha, x.detach() ** 2)
-        loss = loss + file.beta_loss(nets, beta, -h.detach(), args)
-        for p, g in zip((x, h, raw), torch.autograd.grad(loss, [x, h, raw])):
-            p.data -= 0.02 * g
-    assert_close(torch.cat([x, h]), torch.tensor([2.0, 1.0]), atol=1e-2, rtol=0)
-    assert_close(torch.stack([alpha, beta]), torch.tensor([0.25, 4.0]), atol=2e-2, rtol=0)
-
-
 # ---- acting ----------------------------------------------------------------------------------
-
-
-def test_policy_takes_the_best_of_its_candidates(file, tiny_data):
-    data = tiny_data(obs_dim=3, act_dim=2)
-    data.obs_mean, data.obs_std = torch.tensor([1.0, 2.0, 0.0]), torch.tensor([0.5, 4.0, 1.0])
-    data.action_low, data.action_high = torch.tensor([-2.0, 0.0]), torch.tensor([6.0, 1.0])
-    nets, args = make(file, in_double(data))
-    obs = 3 * normals(6, 3)
-    found = file.policy(nets, obs, args)
-    s = (obs - data.obs_mean) / data.obs_std
-    pi, expected = normal(stack(nets.actor)(s), -20), []
-    for i in range(6):
-        width = 99 if file is brac_plus else 1
-        x = pi.mean[i] + pi.stddev[i] * nets.noise.clamp(-width, width)
-        candidates = torch.cat([s[i].expand(20, -1), x.tanh()], -1)
-        q = [stack(nets.q, e)(candidates)[:, 0] for e in range(2)]
-        value = q[0] if file is brac_plus else (q[0] + q[1]) / 2
-        expected.append(x[value.argmax()].tanh())
-    center, half = torch.tensor([2.0, 0.5]).double(), torch.tensor([4.0, 0.5]).double()
-    assert_close(found, center + half * torch.stack(expected))
-    assert torch.equal(file.policy(nets, obs, args), found)
-    assert nets.noise.shape == (20, 2) and nets.noise.std() > 0.5
 
 
 # ---- training --------------------------------------------------------------------------------
@@ -381,17 +229,6 @@ def test_the_first_policy_is_scored_by_its_mode(trained):
     assert_close(found, mean.tanh(), atol=1e-4, rtol=0)
 
 
-def test_every_multiplier_has_its_own_optimizer(file, trained):
-    """Step counts after 10 + 10 + 3 steps. beta's optimizer goes on in iclr and is new in acml;
-    those of alpha and lam begin in RL."""
-    counts = {name: adam.count for name, adam in vars(trained(steps=3)[0].opt).items()}
-    expected = dict(behavior=10, init=10, q=3, actor=3, alpha=3, init_beta=10, beta=3, lam=3)
-    if file is brac_plus:
-        expected |= dict(init_beta=13, beta=13)
-        del expected["lam"]
-    assert counts == expected
-
-
 def test_critics_can_come_first(trained):
     run, _ = trained(q_steps=4, steps=3)
     assert [len(run.phases[name]) for name in ("behavior", "init", "critics", "train")] == [
@@ -400,21 +237,6 @@ def test_critics_can_come_first(trained):
     assert moved(run.ends["init"], run.ends["critics"]) == {"q", "q_target"}
     assert run.opt.q.count == 7
     assert not trained()[0].phases["critics"]
-
-
-def test_critics_that_come_first_learn_the_first_policys_value(trained):
-    """States that follow themselves, with a reward of 1 per step: Q is 2 for a gamma of 0.5, and 1
-    where the episode ends. One reward of 0 keeps the scaling to [0, 1] from changing the others."""
-
-    def prepare(data):
-        data.next_obs = data.obs.clone()
-        data.reward = (torch.arange(40) > 0).float()
-
-    flags = dict(gamma=0.5, q_steps=600, lr=3e-3, polyak=0.1, batch_size=32)
-    run, data = trained(prepare, **flags)
-    q = run.ends["critics"].q(data.obs, data.action).mean(0)
-    error = (q - torch.where(data.terminal == 1, 1.0, 2.0))[1:].abs()
-    assert error.mean() < 0.15
 
 
 def test_threshold_is_set_by_epochs(trained):
@@ -456,46 +278,6 @@ def test_observations_can_be_normalized(trained):
     assert not raw[0].nets.scaling.obs_mean.any()
     assert_close(scaled[1].obs.mean(0), torch.zeros(3), atol=1e-5, rtol=0)
     assert_close(scaled[0].nets.scaling.obs_mean, raw[1].obs.mean(0))
-
-
-def test_eps_within_reach_binds(file, tiny_data):
-    """A bandit whose reward rises out of the data: the policy goes until D is about eps."""
-    torch.manual_seed(0)
-    data = tiny_data(obs_dim=1, act_dim=1, n=400)
-    data.obs.fill_(1.0), data.next_obs.fill_(1.0), data.terminal.fill_(1.0)
-    data.action = 0.2 * torch.randn(400, 1).clamp(-2, 2)
-    data.reward = 10 * data.action[:, 0]
-    start = {"beta_start" if file is brac_plus else "dual_start": 0.5}
-    args = file.Args(batch_size=32, samples=2, members=1, lam=0.0, **start)
-    torch.manual_seed(0)
-    nets = file.Nets(data, args)
-
-    def quick(nets):
-        parts = {name: getattr(nets, name).parameters() for name in ("behavior", "q", "actor")}
-        opt = {name: Adam(found, 1e-3) for name, found in parts.items()}
-        opt |= {name: Adam([p], 1e-2) for name, p in nets.named_parameters(recurse=False)}
-        if file is brac_plus:
-            opt["alpha"] = Adam(nets.alpha.parameters(), 1e-3)
-        return SimpleNamespace(**opt, init=opt["actor"], init_beta=opt["beta"])
-
-    opt = quick(nets)
-    for _ in range(300):
-        file.update_behavior(nets, opt, data, args)
-    nets.h0.fill_(nets.behavior.minus_elbo - 0.5)
-    for _ in range(300):
-        first = file.update_first_policy(nets, opt, data, args)
-    assert first["d_mean"] < 1.0 and abs(nets.actor(data.obs[:1])[0, 0]) < 0.2
-    mean, d = {}, {}
-    for eps in (1.5, 4.0):
-        one = copy.deepcopy(nets)
-        one.eps.fill_(eps), one.eps_gp.fill_(eps)
-        opt = quick(one)
-        found = [file.update(one, opt, data, args) for _ in range(400)]
-        assert all(x.isfinite() for m in found for x in m.values())
-        d[eps] = sum(m["d_mean"] for m in found[-80:]) / 80
-        mean[eps] = one.actor(data.obs[:1])[0, 0].tanh()
-    assert 0.15 < mean[1.5] < mean[4.0] < 0.8
-    assert abs(d[1.5] - 1.5) < 0.5 and 2.5 < d[4.0] < 5.2
 
 
 # ---- tasks -----------------------------------------------------------------------------------

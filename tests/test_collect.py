@@ -39,7 +39,6 @@ gymnasium.register("Walk-v0", f"{__name__}:Walk", max_episode_steps=7)
 
 # Uniform actions nearly to the end.
 RANDOM = "--env Walk-v0 --level random --steps 300"
-AGENT = "--env Walk-v0 --steps 500 --expert-step 10000 --random-steps 9990 --medium-step 5000"
 ROWS = ("observations", "actions", "rewards", "terminals", "timeouts", "final_observations")
 
 
@@ -70,14 +69,6 @@ def assert_same_rows(a, b):
 
 def agent_returns(path):
     return json.loads(str(arrays(path)["metadata"]))["agent_returns"]
-
-
-def assert_whole_walks(path):
-    """Each row is the one before it, a step on, or the first of an episode."""
-    file = arrays(path)
-    age, ends = file["observations"][:, 0], file["terminals"] | file["timeouts"]
-    assert age[0] == 0 and ends[-1] and len(file["final_observations"]) == ends.sum()
-    np.testing.assert_array_equal(age[1:], np.where(ends[:-1], 0, age[:-1] + 1))
 
 
 def by_hand(seed, steps):
@@ -115,15 +106,6 @@ def test_random_level_row_by_row():
         np.testing.assert_allclose(data.next_obs, next_obs, rtol=1e-6, atol=1e-6)
         np.testing.assert_array_equal(data.terminal, terminal)  # so every time limit bootstraps
         np.testing.assert_allclose(data.action, action - 0.5, atol=1e-6)  # bounds to [-1, 1]
-
-
-LEVELS = {
-    "medium-replay": 5_000,
-    "full-replay": 10_000,
-    "medium": 500,
-    "expert": 500,
-    "medium-expert": 1_000,
-}
 
 
 # ---- the maze --------------------------------------------------------------------------------

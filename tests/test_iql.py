@@ -78,18 +78,6 @@ def test_expectiles_in_closed_form(tau):
         assert abs(fit_value(coin, tau) - tau * p / (tau * p + (1 - tau) * (1 - p))) < 1e-3
 
 
-def test_half_is_the_mean_and_one_the_maximum():
-    """Rising in tau, from the mean to the largest value; at each optimum both sides balance."""
-    q = torch.tensor([-3.0, 0.5, 0.5, 1.0, 4.0]).double()
-    taus = (0.5, 0.7, 0.9, 0.99, 0.9999)
-    found = [fit_value(q, tau) for tau in taus]
-    assert abs(found[0] - 0.6) < 1e-6 and found == sorted(found)
-    assert 3.99 < found[-1] < 4
-    for tau, v in zip(taus[:-1], found):
-        above, below = (q - v).clamp(min=0).mean(), (v - q).clamp(min=0).mean()
-        assert_close(tau * above, (1 - tau) * below, atol=1e-5, rtol=0)
-
-
 # ---- advantage-weighted regression -----------------------------------------------------------
 
 
@@ -115,34 +103,6 @@ def test_awr_by_hand():
     assert awr_loss(nets, None, a, u, Args(beta=10.0, max_weight=7.0))[1].max() == 7
 
 
-@pytest.mark.parametrize(("log_std", "clamped"), [(-9.0, -5.0), (7.0, 2.0)])
-def test_log_std_is_clamped(log_std, clamped):
-    log_std = torch.tensor([log_std], requires_grad=True)
-    a = torch.full((4, 1), 0.01)
-    loss, _ = awr_loss(actor_that_says(0 * a, log_std), None, a, torch.zeros(4), Args())
-    assert_close(loss.detach(), -D.Normal(0.0, torch.tensor(clamped).exp()).log_prob(a).mean())
-    assert torch.autograd.grad(loss, log_std)[0] == 0
-
-
-def test_awr_on_a_bandit_is_a_weighted_mean():
-    """Mean sum w a / sum w; variance that of the same weights: one deviation for all states."""
-    a, u = torch.tensor([-0.8, -0.1, 0.3, 0.6]).double(), torch.tensor([-0.5, 0.0, 0.4, 3.0])
-    x = torch.zeros(1, 1).double().requires_grad_()
-    log_std = torch.zeros(1).double().requires_grad_()
-    nets = SimpleNamespace(pi=lambda s, dropout: x.tanh().expand(4, 1), log_std=log_std)
-    adam = torch.optim.Adam([x, log_std], lr=0.05)
-    for t in range(600):
-        adam.param_groups[0]["lr"] = 0.05 if t < 400 else 0.002
-        loss, w = awr_loss(nets, None, a[:, None], u.double(), Args(beta=2.0))
-        x.grad, log_std.grad = torch.autograd.grad(loss, [x, log_std])
-        adam.step()
-    w = np.minimum(np.exp(2 * u.double().numpy()), 100)
-    mean = (w * a.numpy()).sum() / w.sum()
-    variance = (w * (a.numpy() - mean) ** 2).sum() / w.sum()
-    assert w[3] == 100 and abs(x.tanh().item() - mean) < 1e-3
-    assert abs(log_std.exp().item() - variance**0.5) < 1e-3
-
-
 def test_beta_zero_is_behavior_cloning(data):
     """The same start and batches as bc.py with a Gaussian: actors stay equal, step for step."""
     nets, opt, args = make(data, beta=0.0)
@@ -165,36 +125,6 @@ def test_beta_zero_is_behavior_cloning(data):
 
 
 # ---- DDPG+BC ---------------------------------------------------------------------------------
-
-
-def test_ddpg_bc_by_hand():
-    """Smaller Q per row: 1, -3; mean |Q| = 2; squared distances 0.25 + 1 and 0."""
-    pi, a = torch.tensor([[0.5, 0.0], [0.2, 0.1]]), torch.tensor([[0.0, 1.0], [0.2, 0.1]])
-    nets = SimpleNamespace(
-        pi=lambda s, dropout: pi, q=lambda s, a: torch.tensor([[1.0, 2.0], [4.0, -3.0]])
-    )
-    loss, bc_loss = ddpg_bc_loss(nets, None, a, Args(alpha_bc=0.4))
-    assert_close(bc_loss, torch.tensor(0.5 * 1.25 / 2))
-    assert_close(loss, torch.tensor(1 / 2 + 0.4 * 0.5 * 1.25 / 2))
-
-
-@pytest.mark.parametrize(
-    ("slope", "target", "alpha_bc"), [(3, 0.0, 4.0), (-3, 0.0, 4.0), (3, 0.2, 5.0)]
-)
-def test_linear_q_has_a_known_optimum(slope, target, alpha_bc):
-    """Q = slope a: p^2 - target p - 1 / alpha_bc = 0, on the side of the slope."""
-    x = torch.full((1, 1), 0.1 * slope).double().requires_grad_()
-    a, adam = torch.full((4, 1), target).double(), torch.optim.Adam([x], lr=0.02)
-    nets = SimpleNamespace(
-        pi=lambda s, dropout: x.tanh().expand(4, 1), q=lambda s, a: slope * a[:, 0].expand(2, 4)
-    )
-    for t in range(700):
-        adam.param_groups[0]["lr"] = 0.02 if t < 400 else 0.002
-        loss, _ = ddpg_bc_loss(nets, None, a, Args(alpha_bc=alpha_bc))
-        (x.grad,) = torch.autograd.grad(loss, [x])
-        adam.step()
-    root = (target + math.sqrt(target**2 + 4 / alpha_bc)) / 2
-    assert abs(x.tanh().item() - (root if slope > 0 else -root)) < 1e-3
 
 
 def test_ddpg_bc_is_td3_bc_with_equal_twins(data):
@@ -261,21 +191,6 @@ def test_dropout_is_in_the_actors_loss_only(data, extraction):
 
 
 # ---- update ----------------------------------------------------------------------------------
-
-
-def test_metrics_of_an_update(data):
-    """Those that no loss holds; the learning rates are 0, so the networks stay."""
-    nets, opt, args = make(data, SGD, 0.0, max_weight=1.2, polyak=0.0)
-    with every_row():
-        metrics = update(nets, opt, data, args)
-    v, q = nets.v(data.obs).detach(), nets.q_target(data.obs, data.action).amin(0)
-    found = [metrics[name] for name in ("q_mean", "advantage", "v_mean", "v_min", "v_max")]
-    assert_close(found, [q.mean(), (q - v).mean(), v.mean(), v.min(), v.max()])
-    weight = (args.beta * (q - v)).exp().clamp(max=1.2)
-    assert 0 < (weight == 1.2).sum() < 16, "some weights are capped, some are not"
-    assert_close(metrics["capped_weights"], (weight == 1.2).float().mean())
-    share = weight.sum() ** 2 / (16 * weight.square().sum())
-    assert_close(metrics["effective_share"], share)
 
 
 def test_weights_that_underflow_leave_finite_metrics(data):
@@ -370,15 +285,6 @@ def test_fixed_point_is_that_of_expectile_value_iteration(tau):
             p[s, s2] += (1 - end) / 8
             r[s] += x / 8
         assert np.allclose(np.linalg.solve(np.eye(STATES) - GAMMA * p, r), v_exact, atol=1e-6)
-
-
-def test_expectile_value_iteration_tends_to_the_in_sample_optimum():
-    """The oracle's own limit: V rises in tau to the largest value that seen actions reach."""
-    table = tabular_data()
-    _, best = value_iteration(table, np.max)
-    values = [value_iteration(table, lambda x, t=t: expectile(x, t))[1] for t in (0.5, 0.9, 0.9999)]
-    assert (values[0] < values[1]).all() and (values[1] < values[2]).all()
-    assert (values[2] < best).all() and np.abs(values[2] - best).max() < 0.02
 
 
 # ---- training --------------------------------------------------------------------------------

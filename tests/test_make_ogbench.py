@@ -4,7 +4,6 @@ own loader reads. Recordings are short here; all but the names need the package 
 import dataclasses
 import importlib.util
 import json
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -17,7 +16,6 @@ from readers.ogbench import MADE, SETS
 from readers.tasks import table
 from run import load as load_dataset
 
-ROOT = Path(__file__).resolve().parents[1]
 installed = pytest.mark.skipif(not importlib.util.find_spec("ogbench"), reason="no ogbench")
 MAZE = "pointmaze-medium-stitch"
 SHORT = Recipe("pointmaze-medium-v0", "stitch", recordings=10, rows=9, noise=0.5)

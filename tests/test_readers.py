@@ -25,7 +25,6 @@ from readers import d4rl, tasks
 from readers.tasks import reference_scores, table
 from run import chosen, load, score
 
-ROOT = Path(__file__).resolve().parents[1]
 BOX = gymnasium.spaces.Box
 LENGTHS, ENDS = (4, 5, 1, 6, 3), ("terminal", "timeout", "terminal", "timeout", "cut")
 OUTSIDE = "link", "soft link", "raw", "virtual"

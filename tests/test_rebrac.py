@@ -1,6 +1,5 @@
 """rebrac.py: rows with next actions, target, losses, networks, the limit of TD3+BC."""
 
-import copy
 import math
 from types import SimpleNamespace
 
@@ -17,11 +16,9 @@ from rebrac import (
     actor_loss,
     critic_loss,
     train,
-    update,
     with_next_actions,
 )
 from stand_in import PlainRun
-from torch import nn
 from torch.testing import assert_close
 
 from common import Adam, Data, InputError
@@ -144,82 +141,10 @@ def test_value_of_one_state_with_a_constant_penalty():
     assert loss < 1e-12
 
 
-def test_the_penalty_includes_the_noise_of_the_target_action():
-    """E clip(0.2 z, +-0.5)^2 = 0.0391 for each of three dimensions, even for a perfect clone: with
-    Q = Q' = r = 0, y = -0.5 * 2 * 3 * 0.0391 on average, and a critic's loss has the slope -2 y."""
-    n = 200_000
-    q = torch.zeros(2, n, requires_grad=True)
-    nets = SimpleNamespace(
-        actor_target=lambda s2: torch.zeros(n, 3),
-        q_target=lambda s2, a2: torch.zeros(2, n),
-        q=lambda s, a: q,
-    )
-    zeros, r = torch.zeros(n, 3), torch.zeros(n)
-    torch.manual_seed(0)
-    loss, _ = critic_loss(nets, zeros, zeros, r, zeros, r, zeros, Args(gamma=0.5, critic_bc=2.0))
-    (slope,) = torch.autograd.grad(loss, q)
-    assert abs(slope[0].sum() / 2 - 0.5 * 2 * 3 * 0.0391024) < 1e-3
-
-
 # ---- actor -----------------------------------------------------------------------------------
 
 
-def test_a_linear_q_has_a_known_optimum():
-    """Q = c + g a with c >> g: p = a + weight g / (2 actor_bc), with weight near 1 / c."""
-    x = torch.full((1, 1), 0.3).double().atanh().requires_grad_()
-    nets = SimpleNamespace(
-        actor=lambda s: x.expand(4, 1), q=lambda s, a: (100 + 4 * a[:, 0]).expand(2, -1)
-    )
-    a, adam = torch.full((4, 1), 0.1).double(), torch.optim.Adam([x], lr=0.01)
-    for _ in range(500):
-        loss, _, weight, _ = actor_loss(nets, None, a, Args(actor_bc=0.1))
-        (x.grad,) = torch.autograd.grad(loss, [x])
-        adam.step()
-    assert abs(x.tanh().item() - (0.1 + 4 * weight.item() / 0.2)) < 1e-4
-
-
 # ---- networks --------------------------------------------------------------------------------
-
-
-def stack(net, member=None):
-    """The same network as nn.Linear, ReLU and nn.LayerNorm, weights copied."""
-
-    def vector(p):
-        return p.detach().clone() if member is None else p[member, 0].detach().clone()
-
-    layers = []
-    for i, (w, b) in enumerate(zip(net.weights, net.biases)):
-        w = w if member is None else w[member]
-        linear = nn.Linear(*w.shape, dtype=w.dtype)
-        linear.weight.data, linear.bias.data = w.detach().T.clone(), vector(b)
-        layers += [linear, nn.ReLU()]
-        if i < len(net.gains):
-            norm = nn.LayerNorm(w.shape[1], eps=1e-6, dtype=w.dtype)
-            norm.weight.data, norm.bias.data = vector(net.gains[i]), vector(net.shifts[i])
-            layers.append(norm)
-    return nn.Sequential(*layers[:-1])  # no ReLU at the end
-
-
-@pytest.mark.parametrize("layers", [2, 3])
-@pytest.mark.parametrize("critic_ln", [True, False])
-def test_critics_are_torchs_own_layers(data, critic_ln, layers):
-    """Values and gradients with respect to the action. A first layer as small as this one shows
-    the normalization's epsilon of 1e-6."""
-    nets, _, _ = make(data, critic_ln=critic_ln, critic_layers=layers)
-    with torch.no_grad():
-        nets.q.weights[0].mul_(1e-3)
-        nets.q.biases[0].mul_(1e-3)
-    a = data.action.clone().requires_grad_()
-    found = nets.q(data.obs, a)
-    for e in range(2):
-        oracle = stack(nets.q, e)
-        kinds = [type(x).__name__ for x in oracle]
-        assert kinds == [*["Linear", "ReLU", *["LayerNorm"] * critic_ln] * layers, "Linear"]
-        expected = oracle(torch.cat([data.obs, a], -1))[:, 0]
-        assert_close(found[e], expected)
-        both = [torch.autograd.grad(x.sum(), a, retain_graph=True)[0] for x in (found[e], expected)]
-        assert_close(*both)
-    assert_close(nets.actor(data.obs), stack(nets.actor)(data.obs))
 
 
 def test_initial_values_and_sizes():
@@ -247,32 +172,6 @@ def test_depth_is_a_flag_of_each_network(data):
 
 
 # ---- update ----------------------------------------------------------------------------------
-
-
-def test_the_target_actor_follows_the_actor_of_before_its_step(data):
-    """After a step from equal copies it is where it was; the target critics are not."""
-    nets, opt, args = make(data)
-    nets.actor_target.load_state_dict(nets.actor.state_dict())
-    nets.q_target.load_state_dict(nets.q.state_dict())
-    before = copy.deepcopy(nets)
-    update(nets, opt, data, args, True)
-    for now, old in zip(nets.actor_target.parameters(), before.actor.parameters()):
-        assert_close(now, old)
-    for now, old in zip(nets.actor.parameters(), before.actor.parameters()):
-        assert not torch.isclose(now, old).all()
-    pairs = zip(nets.q_target.parameters(), nets.q.parameters(), before.q.parameters())
-    for target, now, old in pairs:
-        assert_close(target, 0.005 * now + 0.995 * old)
-        assert not torch.equal(target, old)
-
-
-@pytest.mark.parametrize(
-    ("policy_freq", "full"), [(1, [1, 2, 3, 4, 5]), (2, [1, 3, 5]), (3, [1, 4])]
-)
-def test_the_first_step_is_a_full_one(tiny_data, policy_freq, full):
-    run = PlainRun()
-    train(run, tiny_data(), Args(steps=5, batch_size=16, policy_freq=policy_freq))
-    assert [t for t, row in enumerate(run.phases["train"], 1) if "pi_loss" in row] == full
 
 
 @pytest.mark.parametrize("alpha", [2.5, 0.4])

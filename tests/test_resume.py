@@ -155,10 +155,6 @@ def test_a_full_disk_is_one_message_and_the_run_goes_on_later(here):
 # ---- identity --------------------------------------------------------------------------------
 
 
-def other_log(**changes):
-    return lambda patch: write_log("log.npz", META | changes)
-
-
 OTHER = {  # flags; what else changes; what the message names
     "flag": (dict(lr=1e-4), None, "lr 0.0003, not 0.0001"),
     "task": (dict(eval_env="Pendulum-v1", seed=3), None, "eval_env none, not Pendulum-v1"),
@@ -323,12 +319,3 @@ def test_likelihoods_that_were_computed_before_a_kill_are_kept(here, monkeypatch
 
 
 # ---- other systems ---------------------------------------------------------------------------
-
-ELSEWHERE = """
-import os, runpy, sys
-sys.modules.update(dict.fromkeys(("fcntl", "resource", "pwd", "grp", "termios")))
-del os.sysconf
-sys.argv = WORDS
-sys.path.insert(0, ROOT)
-runpy.run_path(sys.argv[0], run_name="__main__")
-"""

@@ -275,16 +275,6 @@ def test_no_host_read_inside_an_update(path):
                 waiting.append(callee)
 
 
-def imported(path, top=False):
-    """Names of the modules that a file imports; `top`: outside of its functions alone."""
-    for node in tree(path).body if top else ast.walk(tree(path)):
-        if isinstance(node, ast.Import):
-            yield from (x.name for x in node.names)
-        elif isinstance(node, ast.ImportFrom):
-            yield node.module
-            yield from (f"{node.module}.{x.name}" for x in node.names)
-
-
 def test_no_global_state_at_import():
     """No statement at the top level of a module but definitions, constants and the path line."""
     for path in PRODUCT:
