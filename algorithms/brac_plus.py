@@ -582,6 +582,9 @@ SHORT = dict(
     normalize_obs=True,
 )
 ADROIT = dict(divergence="mmd", mmd_margin=0.001, mmd_width=60.0, actor_lr=5e-8, alpha_lr=1e-7)
+# on the tests' bandit cloning outweighs Q
+CLONING = dict(eps=0.0, h0=-10.0, lr=1e-3, actor_lr=1e-3, hidden=256)
+
 PRESETS = {
     "hopper-medium-expert-demo": SHORT | dict(margin=0.2),
     "hopper-replay-demo": SHORT | dict(steps=16_000, eval_every=800),

@@ -345,6 +345,8 @@ This file, against the authors' code:
 # For a CPU: few updates, fewer rows in each, a faster actor and faster targets.
 SHORT = dict(steps=10_000, batch_size=128, n_actions=3, actor_lr=3e-4, polyak=0.02, eval_every=500)
 
+CLONING = dict(warm_start=1000, actor_lr=1e-2)  # on the tests' bandit cloning outweighs Q
+
 PRESETS = {
     "hopper-medium-expert-demo": SHORT,
     "hopper-replay-demo": SHORT | dict(steps=15_000, eval_every=750),

@@ -42,7 +42,6 @@ from torch import nn
 from torch.distributions import Normal
 
 from common import MLP, Data, InputError, RunArgs
-from run import load as load_dataset
 from run import parse, preset_of
 from tools.evaluate import LoadedRun
 
@@ -117,20 +116,6 @@ def test_phases_are_those_of_the_loop_in_order(name, here, whole):
     for phase, field in declared.items():
         if field and phase in ran:
             assert run.count(phase) == getattr(run.args, field), phase
-
-
-SHIFTED = [name for name in NAMES if "    reward_shift: " in FILES[name].read_text()]
-
-
-@pytest.mark.parametrize("name", SHIFTED)
-def test_reward_shift_is_in_the_data_that_is_trained_on(name, here):
-    shifted = []
-    for shift in (0.0, -3.0):
-        args, _ = parse(module(name).Args, {}, flags(FILES[name], reward_shift=shift))
-        data, _ = load_dataset("log.npz", "cpu", "none")
-        module(name).train(PlainRun(limit=1), data, args)
-        shifted.append(data.reward)
-    torch.testing.assert_close(shifted[1], shifted[0] - 3)
 
 
 # ---- stop and continue -----------------------------------------------------------------------
@@ -253,47 +238,12 @@ def test_presets_name_fields_and_match_the_path_of_no_file(name):
             assert pattern.startswith(("D4RL/", "mujoco/")), f"{pattern}: nobody can get that data"
 
 
-@algorithm
-def test_the_bare_command_is_short(name):
-    """Without flags a file trains on bundled data, with a preset that shortens the run."""
-    Args, presets = module(name).Args, module(name).PRESETS
-    assert (ROOT / "data" / f"{Args().env}.npz").exists()
-    assert parse(Args, presets, [])[0].steps < Args().steps
-
-
-@algorithm
-def test_resolving_twice_is_resolving_once(name):
-    for env in ("hopper-medium-v2", "antmaze-umaze-v2", "log.npz"):
-        args, _ = parse(module(name).Args, module(name).PRESETS, ["--env", env])
-        once = dict(vars(args))
-        args.resolve()
-        assert vars(args) == once
-
-
 # ---- the wiring between a right loss and a right score ---------------------------------------
 
 # Flags that change no number of training. The run uses them: which data, which seed, which machine,
 # what it writes and when, and how long and where it evaluates.
 OF_THE_RUN = {field.name for field in dataclasses.fields(RunArgs)} | {"env", "seed", "eval_every"}
 FEW = dict(hidden=32, width=32, members=1, samples=2, n_actions=2, n=3, k=2, sample_steps=6)
-CLONING = {  # flags with which Q or entropy does not outweigh cloning in the bandit below
-    "brac": dict(alpha=10.0),
-    "brac_plus": dict(eps=0.0, h0=-10.0, lr=1e-3, actor_lr=1e-3, hidden=256),
-    "brac_plus_acml": dict(hidden=256),
-    "cql": dict(warm_start=1000, actor_lr=1e-2),
-    "fisher_brc": dict(bc_lr=1e-2),
-    "itrpo": dict(kl_coef=10.0, bc_lr=1e-2),
-    "rebrac": dict(actor_bc=1000.0, actor_lr=3e-4, hidden=256),
-    "sac_bc": dict(alpha_bc=10.0),
-    "td3_bc": dict(alpha=0.1),
-}
-# Files, or their variants, that act with noise.
-NOISY = {"fql", "fql distill", "fql best_of", "brac eval_samples"}
-OWN_RATES = {  # optimizers whose rate no flag sets, because the paper or the code has one number
-    "arq": {"actor"},
-    "brac_plus": {"behavior", "init"},
-    "brac_plus_acml": {"behavior", "init"},
-}
 LOW, HIGH = torch.tensor([-1.0, 2.0]), torch.tensor([3.0, 12.0])  # the bandit's bounds
 BEST = torch.tensor([[0.8, -0.8], [-0.8, 0.8]])  # its best action in either state, in [-1, 1]
 
@@ -391,7 +341,9 @@ def clone_of_the_bandit(name, **more):
             values[field.name] = 3e-3
         if field.name.endswith("steps") and (field.default or 0) >= 1000:
             values[field.name] = 150
-    return trained(name, bandit(), **values | few(Args) | CLONING.get(name, {}) | more)
+    return trained(
+        name, bandit(), **values | few(Args) | getattr(module(name), "CLONING", {}) | more
+    )
 
 
 class Reads:
@@ -417,23 +369,20 @@ def assert_scaled(nets, act, obs):
     assert torch.equal(a, (LOW + HIGH) / 2 + (HIGH - LOW) / 2 * inner), "scaling is not applied"
 
 
-def assert_acts_as_trained(name, variant, run, args):
+def assert_acts_as_trained(name, run, args):
     states = torch.tensor([[15.0] * 3, [-5.0] * 3])
     far = 5 + 100 * torch.randn(50, 3, generator=torch.Generator().manual_seed(0))
     act = run.act
-    a = acted(act, states.repeat(100, 1)).view(100, 2, 2).mean(0)
-    error = ((a - (LOW + HIGH) / 2) / ((HIGH - LOW) / 2) - BEST).abs().mean()
-    assert error < 0.1, f"{a}: the policy squashes its actions in another way than the loss"
-    a = acted(act, far)
-    assert a.shape == (50, 2) and (a >= LOW - 1e-4).all() and (a <= HIGH + 1e-4).all()
-    assert torch.equal(a, acted(lambda obs: module(name).policy(run.nets, obs, args), far))
     for one in (act, *run.references.values()):
         assert_scaled(run.nets, one, states.repeat(8, 1))
         a_far = acted(one, far)
         assert (a_far >= LOW - 1e-4).all() and (a_far <= HIGH + 1e-4).all(), "beyond the bounds"
-    noisy = f"{name} {variant}".strip() in NOISY
-    assert torch.equal(a, acted(act, far, seed=2)) != noisy
-    if not noisy:
+    a = acted(act, states.repeat(100, 1)).view(100, 2, 2).mean(0)
+    error = ((a - (LOW + HIGH) / 2) / ((HIGH - LOW) / 2) - BEST).abs().mean()
+    assert error < 0.1, f"{a}: the policy squashes its actions in another way than the loss"
+    a = acted(act, far)
+    assert torch.equal(a, acted(lambda obs: module(name).policy(run.nets, obs, args), far))
+    if torch.equal(a, acted(act, far, seed=2)):  # it draws nothing
         torch.testing.assert_close(a[7:8], acted(act, far[7:8]), atol=1e-4, rtol=1e-4)
     actor = {id(p) for p in getattr(run.nets, "actor", nn.Module()).parameters()}
     saved = copy.deepcopy(run.nets.state_dict())
@@ -453,14 +402,92 @@ def test_the_policy_that_acts_is_the_one_that_was_trained(name):
     bounds, where tanh, clipping, a wrong scale and other networks give others; with every value
     of every flag that `policy` reads."""
     run, args = clone_of_the_bandit(name)
-    assert_acts_as_trained(name, "", run, args)
+    assert_acts_as_trained(name, run, args)
     reads, fields = Reads(args), {field.name: field for field in dataclasses.fields(args)}
     module(name).policy(run.nets, torch.zeros(2, 3), reads)
     for flag, value in reads.names.items():
         others = other_values(fields[flag], value)
         for other in others if isinstance(value, str | bool) else others[-1:]:
             variant, args = clone_of_the_bandit(name, **{flag: other})
-            assert_acts_as_trained(name, flag, variant, args)
+            assert_acts_as_trained(name, variant, args)
+
+
+# ---- rewards, ends and the discount reach what they must
+
+
+SMALL = dict(polyak=0.1, gamma=0.5, warm_start=0)
+
+
+def quick(name, data):
+    """The run of a small problem with large rates."""
+    values = dict(batch_size=32, normalize_obs=False)
+    for field in dataclasses.fields(module(name).Args):
+        if field.name.endswith("lr"):
+            values[field.name] = 3e-3
+        elif field.name in SMALL:
+            values[field.name] = SMALL[field.name]
+        elif number_type(field.type)[0] is int and (field.default or 0) >= 1000:
+            values[field.name] = 200 if field.name.endswith("steps") else 20
+    return trained(name, data, **values | few(module(name).Args))[0]
+
+
+def pairs(size, reward, after=1.0):
+    """128 episodes of two steps, from state -1 to state 1, which ends, and whose next state is
+    `after`; actions are drawn between -size and size."""
+    draw, step = torch.Generator().manual_seed(0), torch.arange(256) % 2
+    obs = (2.0 * step - 1)[:, None].repeat(1, 3)
+    next_obs = torch.where(step == 1, after, 1.0)[:, None].repeat(1, 3)
+    action = size * (2 * torch.rand(256, 2, generator=draw) - 1)
+    r = reward(step, action).float()
+    return Data(obs, action, r, next_obs, step.float(), torch.arange(256) // 2)
+
+
+@algorithm
+def test_the_policy_goes_where_the_rewards_are(name):
+    """They rise with the first action number, or fall. A file that reads no rewards is let go."""
+    found, told = [], []
+    for sign in (5, -5):
+        run = quick(name, pairs(0.8, lambda step, action: sign * action[:, 0]))
+        found.append(acted(run.act, -torch.ones(50, 3))[:, 0].mean())
+        told.append(run.phases["train"])
+    if told[0] != told[1]:
+        assert found[0] != found[1], "rewards do not reach the policy: is its Q term detached?"
+        assert found[0] > found[1], "the policy goes where rewards are small: a sign is wrong"
+
+
+@algorithm
+def test_q_of_the_step_before_is_discounted_once_and_an_end_ends(name):
+    """State 1 pays 0 or 10: what this adds to Q is gamma times as much in state -1."""
+
+    def values(pay, after=1.0):
+        data = pairs(0.25, lambda step, action: pay * step, after)
+        run = quick(name, data)
+        q = module(name).q(run.nets, data.obs, data.action).detach()
+        return q.reshape(-1, 128, 2).mean((0, 1))
+
+    if hasattr(module(name), "q"):
+        paid = values(10)
+        before, last = paid - values(0)
+        share = f"{before / last:.2f}"
+        assert abs(before / last - 0.5) < 0.05, f"Q is discounted by {share} a step, not by gamma"
+        assert abs(values(10, -1.0)[1] - paid[1]) < 0.1 * last, "Q goes on after a terminal row"
+
+
+@algorithm
+def test_a_target_actor_is_asked_about_next_states(name, monkeypatch):
+    data, asked, forward = small_log(), [], MLP.forward
+    data.next_obs[:, 0], data.obs[:, 0] = 1.0, 0.0
+
+    def noted(net, *inputs, **options):
+        asked.append((net, inputs[0][..., 0].detach().clone()))
+        return forward(net, *inputs, **options)
+
+    monkeypatch.setattr(MLP, "forward", noted)
+    Args = module(name).Args
+    run, _ = trained(name, data, **short(Args) | few(Args) | dict(steps=2, normalize_obs=False))
+    target = getattr(run.nets, "actor_target", None)
+    wrong = [x for net, x in asked if net is target and (x != 1).any()]
+    assert not wrong, "the target actor is asked about s; a target needs its action at s'"
 
 
 # ---- the critics that a user reads are the critics that were trained
@@ -478,8 +505,7 @@ def q_by_hand(nets, s, a):
 
 @algorithm
 def test_q_is_the_trained_critics_at_scaled_inputs(name):
-    """q(nets, s, a) scales nothing by itself and reads no target; a loaded run scales for it. bc.py
-    and awr.py have no Q."""
+    """q(nets, s, a) scales nothing by itself and reads no target; a loaded run scales for it."""
     Args = module(name).Args
     values = short(Args) | few(Args) | dict(steps=8, normalize_obs=True)
     run, args = trained(name, bandit(), **values)
@@ -487,8 +513,8 @@ def test_q_is_the_trained_critics_at_scaled_inputs(name):
     s, a = torch.randn(7, 3, generator=draw), 1.8 * torch.rand(7, 2, generator=draw) - 0.9
     scaling, loaded = run.nets.scaling, LoadedRun(module(name), run.nets, args, None, None, 8)
     raw = s * scaling.obs_std + scaling.obs_mean, (LOW + HIGH) / 2 + (HIGH - LOW) / 2 * a
-    if name in ("bc", "awr"):
-        assert not hasattr(module(name), "q")
+    if not hasattr(module(name), "q"):
+        assert not hasattr(run.nets, "q"), "the file has critics, and no function q that reads them"
         with pytest.raises(InputError, match=f"{name}.py learns no Q: use "):
             loaded.q(*raw)
         return
@@ -589,37 +615,21 @@ def test_each_phase_moves_what_it_trains_and_nothing_else(name):
                 assert (distance > 0) == (key in run.trained[phase]), what
                 continue
             source = run.copy_of[key]  # a tensor without gradients is a copy of one that has them
-            assert (distance > 0) == (source in run.trained[phase]), what
+            follows = (distance > 0) == (source in run.trained[phase])
+            assert follows, f"{what} does not follow {source}: is the update of a target missing?"
             assert distance <= moved[source] * (1 + 1e-6), what
 
 
 @algorithm
-def test_rates_and_widths_are_found_where_they_belong(name):
-    """Every *lr flag in an optimizer, which has no other rate; 7 in the shapes or as the number of
-    hidden layers, where a whole number changes the shapes."""
-    Args = module(name).Args
-    flags = {f.name: f for f in dataclasses.fields(Args) if f.name not in OF_THE_RUN}
-    rates = {flag: 1e-3 * (1.5 + i) for i, flag in enumerate(x for x in flags if x.endswith("lr"))}
-    _, run = tried(name, *rates.items())
-    found = {key: rate for key, rate in run.rates.items() if key not in OWN_RATES.get(name, ())}
-    assert {round(x, 9) for x in found.values()} == {round(x, 9) for x in rates.values()}
-    shapes = {key: p.shape for key, p in module(name).Nets(small_log(), Args()).named_parameters()}
-    for flag, field in flags.items():
-        if number_type(field.type)[0] is not int:
-            continue
-        nets = module(name).Nets(small_log(), Args(**{flag: 7}))
-        new = {key: p.shape for key, p in nets.named_parameters()}
-        if new != shapes:
-            sizes = {n for key in new for n in new[key] if new[key] != shapes.get(key)}
-            layers = {len(x.weights) for x in nets.children() if isinstance(x, MLP)}
-            assert 8 in layers or any(n % 7 == 0 for n in sizes), flag
-
-
-@algorithm
 def test_fresh_weights_are_spread_around_zero(name):
-    """Every tensor of fresh networks is one number, or a sample whose mean is near 0."""
-    torch.manual_seed(0)
-    for key, p in module(name).Nets(small_log(), module(name).Args()).named_parameters():
+    """Every tensor of fresh networks is one number, or a sample whose mean is near 0, and another
+    seed draws another one."""
+    pair = []
+    for seed in (1, 0):
+        torch.manual_seed(seed)
+        pair.append(module(name).Nets(small_log(), module(name).Args()))
+    assert not same(*(nets.state_dict() for nets in pair)), "the seed reaches no first weight"
+    for key, p in pair[1].named_parameters():
         if (p != p.flatten()[0]).any():
             assert p.mean().abs() < 6 * p.std() / p.numel() ** 0.5, key
         else:
@@ -654,29 +664,6 @@ def test_every_update_is_compiled_where_asked(name, monkeypatch):
         values = short(module(name).Args) | few(module(name).Args) | dict(steps=1)
         trained(name, small_log(), **values, compile=wanted)
         assert asked and set(asked) == {wanted}
-
-
-SATURABLE = [name for name in NAMES if '"saturated_actions"' in FILES[name].read_text()]
-
-
-class Saturated(PlainRun):
-    """Its policy's first `count` action numbers are at the bound, and the others are near 0."""
-
-    def start(self, nets, opt, **largest):
-        super().start(nets, opt, **largest)
-        nets.actor.weights[-1].data.zero_()
-        nets.actor.biases[-1].data[: self.count] = 10.0
-
-
-@pytest.mark.parametrize("name", SATURABLE)
-@pytest.mark.parametrize("count", [1, 2])
-def test_saturated_actions_are_counted(name, count):
-    run = Saturated()
-    run.count = count
-    torch.manual_seed(0)
-    module(name).train(run, small_log(), module(name).Args(steps=2, batch_size=64))
-    shares = [row["saturated_actions"] for row in run.rows if "saturated_actions" in row]
-    assert shares and all(abs(share - count / 2) < 0.05 for share in shares)
 
 
 # ---- a file on its own -----------------------------------------------------------------------
@@ -768,6 +755,83 @@ def test_a_file_runs_as_its_user_starts_it(name, here):
     assert lines[-1].startswith(f"{name} return -") and "| data " in lines[-1]
     run_main(name, *flags(FILES[name], out="two"))
     assert_same_run(name, "one", "two")
+
+
+PLANTED = {  # in td3_bc.py: (what stands there, the error, the test that fails, its message)
+    "no-target-update": (
+        "    polyak(nets.q_target, nets.q, args.polyak)\n",
+        "",
+        "test_each_phase_moves_what_it_trains_and_nothing_else",
+        "is the update of a target missing",
+    ),
+    "gamma-fixed": (
+        "r + args.gamma *",
+        "r + 0.99 *",
+        "test_q_of_the_step_before_is_discounted_once_and_an_end_ends",
+        "discounted by 0.9.* not by gamma",
+    ),
+    "no-scaling": (
+        "nets.scaling.action(a)",
+        "a",
+        "test_the_policy_that_acts_is_the_one_that_was_trained",
+        "scaling is not applied",
+    ),
+    "q-detached": (
+        "-q_weight * q.mean()",
+        "-q_weight * q.mean().detach()",
+        "test_the_policy_goes_where_the_rewards_are",
+        "is its Q term detached",
+    ),
+    "terminal-ignored": (
+        " * (1 - terminal) * q2",
+        " * q2",
+        "test_q_of_the_step_before_is_discounted_once_and_an_end_ends",
+        "goes on after a terminal row",
+    ),
+    "gamma-squared": (
+        "r + args.gamma *",
+        "r + args.gamma**2 *",
+        "test_q_of_the_step_before_is_discounted_once_and_an_end_ends",
+        "discounted by 0.2.* not by gamma",
+    ),
+    "state-for-next-state": (
+        "nets.actor_target(s2)",
+        "nets.actor_target(s)",
+        "test_a_target_actor_is_asked_about_next_states",
+        "needs its action at s'",
+    ),
+    "sign-of-q": (
+        "-q_weight * q.mean()",
+        "q_weight * q.mean()",
+        "test_the_policy_goes_where_the_rewards_are",
+        "a sign is wrong",
+    ),
+    "no-optimizer": (
+        "Adam(nets.q.parameters(), args.lr)",
+        "Adam([*nets.q.parameters()][:2], args.lr)",
+        "test_every_flag_changes_a_number",
+        "no optimizer has these",
+    ),
+    "no-seed": (
+        "        super().__init__()\n",
+        "        super().__init__()\n        torch.manual_seed(0)\n",
+        "test_fresh_weights_are_spread_around_zero",
+        "the seed reaches no first weight",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", PLANTED)
+def test_a_planted_error_is_named(case, tmp_path, monkeypatch):
+    was, planted, test, message = PLANTED[case]
+    text = FILES["td3_bc"].read_text()
+    assert was in text
+    name = "planted_" + case.replace("-", "_")
+    (tmp_path / f"{name}.py").write_text(text.replace(was, planted))
+    monkeypatch.syspath_prepend(tmp_path)
+    more = [monkeypatch] if "target_actor" in test else []
+    with pytest.raises(AssertionError, match=message):
+        globals()[test](name, *more)
 
 
 def test_a_users_own_file_is_not_tested(tmp_path, monkeypatch):
