@@ -98,15 +98,6 @@ def test_order_of_sections(path):
 
 
 @algorithm
-def test_a_reader_meets_the_equations_soon(path):
-    """Imports and Args alone stand between the docstring and Nets."""
-    node = dict(names(path))["Nets"]
-    lines = node.lineno - tree(path).body[0].end_lineno - 1
-    most = 95 if path.stem.startswith(("arq", "brac", "cql", "itrpo")) else 65  # many flags
-    assert lines <= most, f"{lines} lines: keep the fields that the paper has and the text uses"
-
-
-@algorithm
 def test_nothing_of_the_project_is_imported_but_common(path):
     project = {"run", "readers", "tools", "peers", "figures", *(p.stem for p in SCRIPTS)}
     guard = dict(names(path))["__main__"]
