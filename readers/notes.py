@@ -2,7 +2,7 @@
 what to do. A copy without this file trains as well, and gives no notes.
 
 The notes know no task, so their limits are wide: robots that fall and points that hit walls are
-no mistake. Fewer than ten ends are too few to judge.
+no mistake. Fewer than ten ends are too few to judge where they stand.
 """
 
 import difflib
@@ -23,11 +23,9 @@ def notes(columns: dict, meta: dict) -> list[str]:
     columns = {key: x[:ROWS] for key, x in columns.items() if x.ndim}
     obs = columns["observations"].astype("float32")
     marks = {key: columns.get(key, 0 * obs[:, 0]) != 0 for key in ("terminals", "timeouts")}
-    end, jump = ends(columns, obs, **marks), jumps(obs)
-    found = [*of_order(obs, end, jump, marks)]
-    if end.sum() >= FEW:
-        found += [*of_limits(end, **marks), *of_numbers(columns, meta)]
-    return found
+    end = ends(columns, obs, **marks)
+    found = [*of_order(obs, end, jumps(obs), marks)] or of_limits(end, **marks)
+    return [*found, *of_numbers(columns, meta)]
 
 
 def ends(columns, obs, terminals, timeouts):
@@ -105,14 +103,19 @@ def of_numbers(columns, meta):
             f"action {j} uses {used[j]:.1%} of its bounds, so nearly nothing is learned of it: "
             "correct its unit or the bounds, or leave it out if it never changes"
         )
+    if "action_low" not in meta and columns["actions"].min() >= 0:
+        yield (
+            "no action is negative, and the metadata has no action_low, so a policy may act down "
+            "to -1: write the limits of the actions as action_low and action_high"
+        )
     for key in ("observations", "rewards"):
         x = columns[key]
         if x.dtype.str[1:] in "i1 u1 u2 u4 u8 f2" and len(np.unique(x)) > 4:
-            if np.mean(np.diff(x, axis=0) == 0) > 0.01:  # real numbers seldom stand still
-                yield f"{key} are {x.dtype}, which has lost digits or signs: write float32"
+            yield f"{key} are {x.dtype}, which has lost digits or signs: write float32"
     for key in meta.keys() - KNOWN:
-        for near in difflib.get_close_matches(key, KNOWN, 1):
+        near = " or ".join(difflib.get_close_matches(key, KNOWN, 2))
+        if near:
             yield f"metadata {key} has no effect: rename it if you mean {near}"
     low, high = (meta.get(key) or 0 for key in ("ref_min_score", "ref_max_score"))
-    if 0 < high - low < 1e-4 * abs(high):
-        yield "scores mean nothing, because both references are nearly equal: correct them"
+    if high - low < 1e-4 * abs(high):
+        yield "scores mean nothing, since ref_max_score is hardly above ref_min_score: correct it"

@@ -29,7 +29,7 @@ def walk(rows=20_000):
 
 @pytest.fixture(scope="module")
 def sets():
-    found = {"walk": (walk(), {"action_low": -1, "action_high": 1})}
+    found = {"walk": (walk(), {})}
     for name in (HOPPER, REPLAY, MAZE):
         with np.load(ROOT / "data" / f"{name}.npz") as file:
             columns = dict(file)
@@ -88,7 +88,11 @@ PLANTED = [
     (REPLAY, halves, "observations are float16"),
     ("walk", {"actionlow": -1}, "metadata actionlow has no effect: rename it if you mean action_"),
     (HOPPER, {"env": "Hopper-v5"}, "metadata env has no effect: rename it if you mean env_id"),
-    (MAZE, {"ref_min_score": 3234.3, "ref_max_score": 3234.3001}, "both references are nearly"),
+    ("walk", {"action_max": 1}, "rename it if you mean action_low or action_high"),
+    (MAZE, {"ref_min_score": 3234.3, "ref_max_score": 3234.3001}, "is hardly above ref_min_score"),
+    (HOPPER, {"ref_min_score": 3234.3, "ref_max_score": -20.3}, "is hardly above ref_min_score"),
+    ("walk", lambda c: {"actions": np.abs(c["actions"])}, "no action is negative"),
+    ("walk", halves, "observations are float16"),
 ]
 
 
@@ -126,11 +130,21 @@ def test_nothing_is_said_of_d4rls_mazes(sets):
     assert notes(columns | more, meta) == []
 
 
+def test_actions_that_are_never_negative_may_have_such_bounds(sets):
+    columns, _ = sets["walk"]
+    assert notes(columns | {"actions": np.abs(columns["actions"])}, {"action_low": 0}) == []
+
+
+def test_inverted_terminals_are_not_called_time_limits(sets):
+    columns, meta = sets[HOPPER]
+    assert len(notes(columns | {key: ~columns[key] for key in MARKS}, meta)) == 1
+
+
 def test_fewer_than_ten_ends_are_too_few_to_judge(sets):
-    """The same mistakes are found with ten."""
+    """The same marks are found with more; what needs no mark is found at once."""
     columns, meta = sets[HOPPER]
     last = np.flatnonzero(columns["terminals"] | columns["timeouts"])
-    for ends, found in ((7, 0), (11, 2)):
+    for ends, found in ((7, 1), (11, 2)):
         rows = {
             key: columns[key][: last[ends] - 3] for key in ("observations", "actions", "rewards")
         }
