@@ -224,6 +224,8 @@ def test_what_cannot_be_right_is_one_line(log, said):
     "content, said",
     [
         (b"", "log.csv is empty"),
+        (b"\nx,v\n1,2\n", "log.csv is empty, or its first line is"),
+        (b'x,"v,u\n1,2,3\n', "line 1: a name goes on in the next line"),
         (b"x;v;u\n1;2;3\n", "log.csv has one column, 'x;v;u': write it with commas"),
         (
             b"x,v,u,reward,episode\n1,5,2,0,1,0,1,0,1,0\n",
@@ -236,10 +238,12 @@ def test_what_cannot_be_right_is_one_line(log, said):
         (b"x,v,u,reward,episode\n" + b"9" * 400 + b",2,3,4,5\n", "no row has a value"),
         (bytes(range(256)), "'CSV UTF-8'"),
         ("x,v\n1,2\n".encode("utf-16"), "'CSV UTF-8'"),
-        (None, "No such file"),
+        (None, "log.csv is no file or is absent"),
     ],
     ids=[
         "empty",
+        "blank",
+        "header",
         "semicolons",
         "commas",
         "long",
@@ -315,10 +319,16 @@ def test_an_older_file_is_replaced_by_a_good_one_alone(log):
     assert open("logs.npz", "rb").read() == old
 
 
+def test_no_name_is_compared_where_none_is_absent(log, monkeypatch):
+    """It takes minutes for 10,000 columns."""
+    monkeypatch.delattr(from_csv, "near")
+    convert()
+
+
 def test_a_pipe_is_not_waited_for(log, tmp_path):
     os.unlink("log.csv")
     os.mkfifo("log.csv")
-    with pytest.raises(InputError, match="log.csv is a folder, a pipe or a device"):
+    with pytest.raises(InputError, match="log.csv is no file or is absent"):
         convert()
 
 

@@ -82,8 +82,7 @@ class Args:
 def read_table(args) -> pd.DataFrame:
     """The columns that the flags name. The index is the line in the file. Raises InputError."""
     path = args.log
-    other = Path(path).exists() and not Path(path).is_file()
-    require(not other, f"{path} is a folder, a pipe or a device: use the path of a file")
+    require(Path(path).is_file(), f"{path} is no file or is absent: use the path of a file")
     used = [*args.obs, *args.actions, args.reward, args.episode, args.step, args.terminal]
     used = list(dict.fromkeys(filter(None, used)))
     fix = f"if it is a table, {PLAIN}, as 'CSV UTF-8'"
@@ -117,13 +116,14 @@ def read_table(args) -> pd.DataFrame:
 
 def check_head(path, head, used):
     """Raises InputError where the header is not one, or lacks a column."""
-    require(head, f"{path} is empty: write a header and rows")
+    found = ", ".join(head)
+    require(found, f"{path} is empty, or its first line is: write a header and rows")
+    require("\n" not in found, f"{path} line 1: a name goes on in the next line: close its quote")
     for name in used:
-        if len(head) == 1:
-            require(name in head, f"{path} has one column, {head[0]!r:.60}: {PLAIN}")
-        found = ", ".join(head)
-        line = f"{path} has no column {name}{near(name, head)}: use one of {found:.200}"
-        require(name in head, line)
+        if name not in head:
+            require(len(head) > 1, f"{path} has one column, {found!r:.60}: {PLAIN}")
+            hint = near(name, head)
+            raise InputError(f"{path} has no column {name}{hint}: use one of {found:.200}")
         require(head.count(name) == 1, f"{path} has two columns {name}: rename one of them")
 
 
