@@ -2,7 +2,7 @@
 what to do. A copy without this file trains as well, and gives no notes.
 
 The notes know no task, so their limits are wide: robots that fall and points that hit walls are
-no mistake. Fewer than ten ends are too few to judge where they stand.
+no mistake. Fewer than ten ends are too few to judge.
 """
 
 import difflib
@@ -24,8 +24,10 @@ def notes(columns: dict, meta: dict) -> list[str]:
     obs = columns["observations"].astype("float32")
     marks = {key: columns.get(key, 0 * obs[:, 0]) != 0 for key in ("terminals", "timeouts")}
     end = ends(columns, obs, **marks)
-    found = [*of_order(obs, end, jumps(obs), marks)] or of_limits(end, **marks)
-    return [*found, *of_numbers(columns, meta)]
+    found = [*of_order(obs, end, jumps(obs), marks)]
+    if end.sum() < FEW:
+        return found
+    return [*(found or of_limits(end, **marks)), *of_numbers(columns, meta)]
 
 
 def ends(columns, obs, terminals, timeouts):
@@ -67,13 +69,12 @@ def of_order(obs, end, jump, marks):
                 "beside them, so two episodes share a transition; move the column by a row"
             )
             return
-    least = max(3, 0.6 * np.median(jump[end]))
-    rest = jump * ~end
-    far, near = np.flatnonzero(rest > least), np.sum(rest > 0.75 * least)
+    rest = jump * ~end / max(3, 0.6 * np.median(jump[end]))
+    far = np.flatnonzero(rest > 1)
     later = [np.abs(obs[k:] - obs[:-k]).mean(0) for k in range(1, 9)]
     if (later[0] >= 0.9 * np.max(later, 0)).all():
         yield "rows do not follow each other, so next observations are wrong: sort them by time"
-    elif len(far) >= max(FEW, near / 1.5):
+    elif len(far) >= max(FEW, sum(rest > 0.75) / 1.5):
         yield (
             f"observations jump after {len(far)} rows that nothing marks, first after row "
             f"{far[0]}, so two episodes share a transition there; set timeouts in these rows"
@@ -85,7 +86,7 @@ def of_limits(end, terminals, timeouts):
     last = np.flatnonzero(end)
     length = np.diff(last, prepend=-1)
     limit = timeouts[last] | (length == length.max())
-    count = np.sum(limit & terminals[last])
+    count = sum(limit & terminals[last])
     others = np.bincount(length[~limit])[length.max() // 2 :]
     if count >= np.max(3 * others, initial=FEW):
         yield (
@@ -109,13 +110,12 @@ def of_numbers(columns, meta):
             "to -1: write the limits of the actions as action_low and action_high"
         )
     for key in ("observations", "rewards"):
-        x = columns[key]
-        if x.dtype.str[1:] in "i1 u1 u2 u4 u8 f2" and len(np.unique(x)) > 4:
-            yield f"{key} are {x.dtype}, which has lost digits or signs: write float32"
+        kind = columns[key].dtype
+        if kind.str[1:] in "i1 u1 u2 u4 u8 f2" and len(np.unique(columns[key])) > 4:
+            yield f"{key} are {kind}, which has lost digits or signs: write float32"
     for key in meta.keys() - KNOWN:
-        near = " or ".join(difflib.get_close_matches(key, KNOWN, 2))
-        if near:
-            yield f"metadata {key} has no effect: rename it if you mean {near}"
+        for near in difflib.get_close_matches(key, KNOWN, 1):
+            yield f"metadata {key} has no effect: do you mean {near}?"
     low, high = (meta.get(key) or 0 for key in ("ref_min_score", "ref_max_score"))
     if high - low < 1e-4 * abs(high):
         yield "scores mean nothing, since ref_max_score is hardly above ref_min_score: correct it"
