@@ -71,7 +71,7 @@ def of_order(obs, end, jump, marks):
             return
     rest = jump * ~end / max(3, 0.6 * np.median(jump[end]))
     far = np.flatnonzero(rest > 1)
-    later = [np.abs(obs[k:] - obs[:-k]).mean(0) for k in range(1, 9)]
+    later = [np.abs(np.roll(obs, k, 0) - obs).mean(0) for k in range(1, 9)]
     if (later[0] >= 0.9 * np.max(later, 0)).all():
         yield "rows do not follow each other, so next observations are wrong: sort them by time"
     elif len(far) >= max(FEW, sum(rest > 0.75) / 1.5):
@@ -88,7 +88,7 @@ def of_limits(end, terminals, timeouts):
     limit = timeouts[last] | (length == length.max())
     count = sum(limit & terminals[last])
     others = np.bincount(length[~limit])[length.max() // 2 :]
-    if count >= np.max(3 * others, initial=FEW):
+    if count >= max([FEW, *3 * others]):
         yield (
             f"{count} terminals come with timeouts or after {length.max()} rows, the longest "
             "episode, but after a time limit the future counts: make them timeouts alone"
@@ -116,6 +116,6 @@ def of_numbers(columns, meta):
     for key in meta.keys() - KNOWN:
         for near in difflib.get_close_matches(key, KNOWN, 1):
             yield f"metadata {key} has no effect: do you mean {near}?"
-    low, high = (meta.get(key) or 0 for key in ("ref_min_score", "ref_max_score"))
+    low, high = meta.get("ref_min_score") or 0, meta.get("ref_max_score") or 0
     if high - low < 1e-4 * abs(high):
         yield "scores mean nothing, since ref_max_score is hardly above ref_min_score: correct it"

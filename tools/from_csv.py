@@ -73,7 +73,8 @@ class Args:
             count = len(getattr(self, name))
             fits = count in (0, 1, len(self.actions))
             require(fits, f"--{name} has {count} numbers: use one, or one for each of --actions")
-        require(self.out.endswith(".npz"), f"--out is {self.out}: use a name that ends in .npz")
+        named = self.out.endswith(".npz") and not Path(self.out).is_dir()
+        require(named, f"--out is {self.out}: use a file's name that ends in .npz")
 
 
 # ---- reading ---------------------------------------------------------------------------------
