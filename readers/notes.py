@@ -25,14 +25,14 @@ def notes(columns: dict, meta: dict) -> list[str]:
     marks = {key: columns.get(key, 0 * obs[:, 0]) != 0 for key in ("terminals", "timeouts")}
     end = ends(columns, obs, **marks)
     found = [*of_order(obs, end, jumps(obs), marks)]
-    if end.sum() < FEW:
-        return found
-    return [*(found or of_limits(end, **marks)), *of_numbers(columns, meta)]
+    if end.sum() >= FEW:
+        found += of_numbers(columns, meta)
+    return found
 
 
 def ends(columns, obs, terminals, timeouts):
     """Whether an episode ends after each row (N,), by whatever shows it."""
-    end = terminals | timeouts
+    end = columns.get("ends", terminals | timeouts) != 0
     end[-1] = True
     for key in ("step", "episode"):
         x = columns.get(key, 0 * end)
@@ -79,6 +79,8 @@ def of_order(obs, end, jump, marks):
             f"observations jump after {len(far)} rows that nothing marks, first after row "
             f"{far[0]}, so two episodes share a transition there; set timeouts in these rows"
         )
+    else:
+        yield from of_limits(end, **marks)
 
 
 def of_limits(end, terminals, timeouts):
@@ -105,10 +107,7 @@ def of_numbers(columns, meta):
             "correct its unit or the bounds, or leave it out if it never changes"
         )
     if "action_low" not in meta and columns["actions"].min() >= 0:
-        yield (
-            "no action is negative, and the metadata has no action_low, so a policy may act down "
-            "to -1: write the limits of the actions as action_low and action_high"
-        )
+        yield "no action is negative; a policy may go down to -1: add action_low to the metadata"
     for key in ("observations", "rewards"):
         kind = columns[key].dtype
         if kind.str[1:] in "i1 u1 u2 u4 u8 f2" and len(np.unique(columns[key])) > 4:

@@ -140,6 +140,14 @@ def test_inverted_terminals_are_not_called_time_limits(sets):
     assert len(notes(columns | {key: ~columns[key] for key in MARKS}, meta)) == 1
 
 
+def test_ends_that_are_no_flags_count(sets):
+    """OGBench's: a recording goes on where its task is solved."""
+    columns, meta = sets[MAZE]
+    ends = columns["terminals"] | columns["timeouts"]
+    more = {key: 0 * ends for key in MARKS}
+    assert notes(columns | more | {"ends": ends}, meta) == [] != notes(columns | more, meta)
+
+
 def test_fewer_than_ten_ends_are_too_few_to_judge(sets):
     """The same mistakes are found with ten."""
     columns, meta = sets[HOPPER]

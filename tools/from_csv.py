@@ -333,7 +333,7 @@ def main(args):
         arrays["final_observations"] = after[terminal | timeout]
     names = {"observations": args.obs, "actions": args.actions, "reward": args.reward}
     meta = {"action_low": low, "action_high": high, "columns": names}
-    run.rows(arrays, meta, args.out, "cpu")  # raises before an older file is replaced
+    run.rows(arrays, meta, args.log, "cpu")  # raises before an older file is replaced
     file = io.BytesIO()
     np.savez(file, **arrays, metadata=json.dumps(meta))
     with in_one_line(args.out, "use another folder"):
