@@ -14,19 +14,10 @@ from stand_in import PlainRun
 from torch import nn
 from torch.testing import assert_close
 
-from common import MLP, Adam, Data, InputError
+from common import MLP, InputError
 from run import parse
 
 INF = math.inf
-
-
-def optimizers(nets, optimizer=Adam, lr=1e-3):
-    actor = [*nets.actor.parameters(), *([] if nets.log_std is None else [nets.log_std])]
-    return SimpleNamespace(
-        score=optimizer(nets.score.parameters(), lr),
-        q=optimizer(nets.q.parameters(), lr),
-        actor=optimizer(actor, lr),
-    )
 
 
 def make(data, **values):
@@ -89,33 +80,6 @@ mixture_raw = exact_raw(lambda x, m, sigma: mixture(m, sigma).log_prob(x))
 # ---- the SDE and its network -----------------------------------------------------------------
 
 
-def test_schedule_is_that_of_the_paper():
-    t, m, sigma, beta = torch.tensor(
-        [
-            [1e-5, 0.999999, 0.0010005, 0.1002],
-            [1e-3, 0.999945, 0.0104854, 0.1199],
-            [0.1, 0.946722, 0.322053, 2.09],
-            [0.5, 0.281183, 0.959654, 10.05],
-            [1, 0.0065716, 0.999978, 20],
-        ],
-        dtype=torch.float64,
-    ).T
-    for found, expected in zip(schedule(t), (beta, m, sigma)):
-        assert_close(found, expected, atol=1e-6, rtol=5e-5)
-    assert_close(m**2 + sigma**2, torch.ones_like(m), atol=1e-5, rtol=0)
-
-
-def test_times_are_even_in_lambda():
-    t, m, sigma, h = arq.even_times(7)
-    t, m, sigma = (torch.tensor(x, dtype=torch.float64) for x in (t, m, sigma))
-    assert_close(t[[0, -1]], torch.tensor([1.0, 1e-3]).double(), atol=1e-9, rtol=1e-6)
-    assert_close(schedule(t)[1], m)
-    assert_close(schedule(t)[2], sigma)
-    steps = (m / sigma).log().diff()
-    assert_close(steps, torch.full((7,), h).double(), atol=1e-7, rtol=0)
-    assert abs(7 * h - (4.558 + 5.025)) < 1e-3
-
-
 def test_initial_networks(tiny_data):
     torch.manual_seed(0)
     nets = Nets(tiny_data(obs_dim=17, act_dim=6), Args())
@@ -176,35 +140,6 @@ def test_solver_finds_three_modes():
     assert 0.015 < (mixture().log_prob(x) < -5).double().mean() < 0.055  # exact: 0.0285
 
 
-def modes(s):
-    """Four densities at states s (S,): lists of (weight (S,), distribution)."""
-    left = (s < 0).to(s)
-    right = (s >= 0).to(s)
-    near = lambda center: D.Normal(center, 0.08)
-    arc = 0.9 * (1 - s**2).clamp(min=0).sqrt()
-    band = D.Uniform(0 * s - 0.4, 0.4, validate_args=False)
-    step = [
-        (left, near(0 * s - 0.5)),
-        (right, near(0 * s + 0.5)),
-    ]
-    branches = []
-    for k in (-1, 1):
-        center = k * (0.2 + 0.6 * s.abs())
-        branches.append(((left + right) / 2, near(center)))
-    three = []
-    for k in (-0.6, 0, 0.6):
-        weight = left * (k == 0) + right / 3
-        center = 0 * s + k
-        three.append((weight, near(center)))
-    arcs = [(right / 2, near(k * arc)) for k in (-1, 1)]
-    return {
-        "a step": step,
-        "two branches": branches,
-        "one to three": three,
-        "a band, then an arc": [(left, band), *arcs],
-    }
-
-
 # ---- likelihood ------------------------------------------------------------------------------
 
 
@@ -218,25 +153,6 @@ def test_likelihood_of_a_gaussian(std):
     x = 0.3 + std * torch.randn(200, 3).double()
     expected = D.Normal(0.3, std).log_prob(x).sum(1)
     assert_close(likelihood(gaussian(0.3, std), x), expected, atol=0.02, rtol=0)
-
-
-def test_random_vectors_in_many_dimensions():
-    """A Jacobian that is not diagonal: random vectors agree on average; a diagonal one exactly."""
-    x = 0.3 + 0.4 * torch.randn(20, 12).double()
-    assert arq.trace_vectors(x).shape == (10, 20, 12)
-    expected = D.Normal(0.3, 0.4).log_prob(x).sum(1)
-    assert_close(likelihood(gaussian(0.3, 0.4), x), expected, atol=0.03, rtol=0)
-    torch.manual_seed(0)
-    x = mixture().sample((60,))
-    signs = torch.randint(2, (10, 60, 6)).double() * 2 - 1
-    error = log_likelihood(mixture_raw, x, signs / math.sqrt(10)) - likelihood(mixture_raw, x)
-    assert 1e-3 < error.abs().mean() < 0.3
-
-
-def slow_time(nets):
-    """Time features that a few hundred steps can use."""
-    nets.score.frequencies.div_(30)
-    nets.score_ema.frequencies.div_(30)
 
 
 @pytest.mark.parametrize(("sampler", "by_hand"), [("sde", sample_dpm), ("pc", sample_pc)])
@@ -344,40 +260,6 @@ def test_clone_alone_needs_no_q_and_no_filter(data):
 
 
 # ---- what the constraint is for --------------------------------------------------------------
-
-
-def test_bandit():
-    """Two modes at -0.5 (70 %) and 0.4 (30 %), reward a: the best action inside the support is at
-    0.4, while Q is largest at 1, where there is no data."""
-    torch.manual_seed(0)
-    left = torch.rand(1000, 1) < 0.7
-    action = torch.where(left, -0.5, 0.4) + 0.04 * torch.randn(1000, 1)
-    zeros = torch.zeros(1000, 1)
-    data = arq.with_next_rows(Data(zeros, action, action[:, 0], zeros, torch.ones(1000)))
-    args = Args(batch_size=128, width=32, n=10, k=1, alpha=50.0, alpha_pi=20.0, sample_steps=15)
-    nets = Nets(data, args)
-    slow_time(nets)
-    opt = optimizers(nets, Adam, 2e-3)
-    for _ in range(700):
-        arq.update_score(nets, opt, data, args)
-    nets.score_ema.load_state_dict(nets.score.state_dict())
-    x = arq.draw_samples(nets, data.obs[:1], args)
-    data.candidates = nets.z_action.inverse(x).clamp(-1, 1).expand(1000, -1, -1)
-    data.in_support = torch.ones(1000, 10, dtype=torch.bool)
-    for _ in range(250):
-        arq.update_q(nets, opt, data, args)
-    nets.q_target.load_state_dict(nets.q.state_dict())
-    support = data.candidates, data.in_support
-    data.advantage = arq.advantage(nets, data.obs, data.action, *support)
-    opt.actor.lr.fill_(1e-2)
-    for _ in range(150):
-        arq.update(nets, opt, data, args)
-    grid = torch.linspace(-1, 1, 201)[:, None]
-    free = grid[nets.q_target(torch.zeros(201, 1), grid, member=0).argmax()]
-    assert free > 0.9, "without the constraint, Q is maximal where no data is"
-    a = arq.implicit_policy(nets, torch.zeros(50, 1), args)
-    assert ((a - 0.4).abs() < 0.2).float().mean() > 0.9
-    assert abs(arq.policy(nets, torch.zeros(1, 1), args).item() - 0.4) < 0.12
 
 
 def test_masked_value_iteration():

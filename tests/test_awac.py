@@ -116,29 +116,6 @@ def test_the_run_hears_the_largest_q_of_the_shifted_rewards(tiny_data):
     assert_close(run.largest, {"q_mean": largest})
 
 
-def test_bandit(tiny_data):
-    """One state, r = 1 - (a - 0.5)^2: the policy is the mean and the deviation of the data's
-    actions, weighted by exp(r / temperature)."""
-    data = tiny_data(obs_dim=1, act_dim=1, n=65)
-    data.obs[:], data.next_obs[:], data.terminal[:] = 0, 0, 1
-    data.action = torch.linspace(-1, 1, 65)[:, None]
-    data.reward = 1 - (data.action[:, 0] - 0.5).square()
-    args = Args(batch_size=128, temperature=0.3, max_weight=100.0)
-    torch.manual_seed(0)
-    nets = Nets(data, args)
-    nets.log_std.data.fill_(-0.8)  # it moves by lr a step
-    opt = optimizers(nets, lr=1e-3)
-    for t in range(500):
-        opt.actor.lr.fill_(1e-3 if t < 400 else 2e-4)
-        update(nets, opt, data, args)
-    weight, a = (data.reward / 0.3).exp(), data.action[:, 0]
-    best = (weight * a).sum() / weight.sum()
-    deviation = ((weight * (a - best) ** 2).sum() / weight.sum()).sqrt()
-    assert best > 0.25
-    assert abs(awac.policy(nets, data.obs[:1], args).item() - best) < 0.08
-    assert abs(nets.log_std.exp().item() - deviation) < 0.08
-
-
 @pytest.mark.parametrize("flag", ["--temperature 0", "--temperature nan", "--max-weight -1"])
 def test_values_that_mean_nothing_are_refused(flag, capsys):
     with pytest.raises(SystemExit):

@@ -155,25 +155,6 @@ def test_tables_of_many_rows_equal_one_forward(tiny_data):
     assert not data.returns.requires_grad and not data.advantage.requires_grad
 
 
-def test_an_episode_knows_nothing_of_its_neighbors(data):
-    nets, _, data, args = make(data, normalize_advantage=False)
-    returns = data.returns.clone()
-    data.obs[8:], data.next_obs[8:], data.reward[8:] = 7.0, -9.0, 1e4
-    tabulate(nets, data, args)
-    assert torch.equal(data.returns[:8], returns[:8]) and (data.returns[8:] > 1e3).all()
-    data.next_obs[7] = 1e3  # at a terminal it has no value
-    tabulate(nets, data, args)
-    assert torch.equal(data.returns[:8], returns[:8])
-
-
-def test_cut_bootstraps_from_its_own_next_observation(data):
-    nets, _, data, args = make(data)
-    data.next_obs[15] += 1
-    tabulate(nets, data, args)
-    v2 = nets.v_target(data.next_obs[15:]).item()
-    assert_close(data.returns[15].item(), data.reward[15].item() + 0.99 * v2)
-
-
 def test_advantage_is_standardized_over_the_dataset(data):
     nets, _, data, args = make(data)
     assert abs(data.advantage.mean()) < 1e-12
@@ -317,37 +298,6 @@ def test_resume_between_two_tables(tiny_data, stop):
     rest = trained(tiny_data, checkpoint=part.saved)
     assert part.rows + rest.rows == whole.rows
     assert equal(whole.weights[-1], rest.weights[-1])
-
-
-def moments(p, a):
-    mean = (p * a).sum() / p.sum()
-    return mean.item(), ((p * (a - mean) ** 2).sum() / p.sum()).sqrt().item()
-
-
-@pytest.mark.parametrize("temperature", [1.0, 1e30])
-def test_bandit(tiny_data, temperature):
-    """One state, r = 1 - (a - 0.5)^2: V is the mean reward, the policy the weighted mean action,
-    or the plain one."""
-    data = tiny_data(obs_dim=1, act_dim=1, n=65)
-    data.obs[:], data.next_obs[:], data.terminal[:] = 0, 0, 1
-    data.action = torch.linspace(-1, 1, 65)[:, None]
-    data.reward, data.episode = 1 - (data.action[:, 0] - 0.5).square(), torch.arange(65)
-    args = Args(batch_size=128, temperature=temperature)
-    torch.manual_seed(0)
-    nets, data = Nets(data, args), with_tables(data)
-    nets.log_std.data.fill_(-0.8)  # it moves by lr a step
-    opt = optimizers(nets, lr=1e-3)
-    tabulate(nets, data, args)
-    for t in range(400):
-        opt.actor.lr.fill_(1e-3 if t < 250 else 2e-4)
-        opt.v.lr.copy_(opt.actor.lr)
-        update(nets, opt, data, args)
-    assert torch.equal(data.returns, data.reward)
-    assert abs(nets.v(data.obs[:1]).item() - data.reward.mean().item()) < 0.05
-    std, mean = torch.std_mean(data.reward, correction=0)
-    best, std = moments(((data.reward - mean) / std / temperature).exp(), data.action[:, 0])
-    assert abs(awr.policy(nets, data.obs[:1], args).item() - best) < 0.05
-    assert abs(nets.log_std.exp().item() - std) < 0.05
 
 
 @pytest.mark.parametrize(

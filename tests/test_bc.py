@@ -1,16 +1,11 @@
 """bc.py: its losses, the choice of episodes, and what a trained policy does."""
 
-from types import SimpleNamespace
-
 import bc
 import numpy as np
 import pytest
 import torch
-import torch.distributions as D
 from stand_in import PlainRun
 from torch.testing import assert_close
-
-from common import Adam
 
 # ---- losses ----------------------------------------------------------------------------------
 
@@ -78,33 +73,6 @@ def test_observations_are_scaled_over_the_cloned_episodes(tiny_data, normalize):
 
 
 # ---- behavior --------------------------------------------------------------------------------
-
-
-def one_state(data):
-    """One observation, two actions: 0.5 twice as often as -0.4; mean 0.2, deviation 0.4243."""
-    data.obs[:] = 0.3
-    data.action[:] = torch.tensor([0.5, 0.5, -0.4]).repeat(4)[:, None]
-    return data
-
-
-@pytest.mark.parametrize("gaussian", [False, True])
-def test_one_state_goes_to_the_mean_action(tiny_data, gaussian):
-    data = one_state(tiny_data(obs_dim=2, act_dim=1))
-    args = bc.Args(gaussian=gaussian, batch_size=1024)
-    torch.manual_seed(0)
-    nets = bc.Nets(data, args)
-    nets.log_std.data.fill_(-0.7)
-    params = [*nets.actor.parameters(), *([nets.log_std] if gaussian else [])]
-    opt = SimpleNamespace(actor=Adam(params, 3e-3))
-    for t in range(300):
-        opt.actor.lr.fill_(3e-3 if t < 200 else 3e-4)
-        metrics = bc.update(nets, opt, data, args)
-    assert_close(bc.policy(nets, data.obs[:1], args), torch.tensor([[0.2]]), atol=0.02, rtol=0)
-    std = 0.18**0.5
-    if gaussian:
-        assert_close(nets.log_std.exp(), torch.tensor([std]), atol=0.02, rtol=0)
-    floor = D.Normal(0.0, std).entropy().item() if gaussian else std**2
-    assert abs(metrics["pi_loss"] - floor) < 0.03
 
 
 def test_train_clones_actions_of_their_own_observations(tiny_data):

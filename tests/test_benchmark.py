@@ -270,23 +270,6 @@ def place(tmp_path):
         place.script.wait(30)
 
 
-@pytest.mark.parametrize(
-    "env",
-    [dict(SEEDS=""), dict(SEEDS="a"), dict(JOBS="0"), dict(JOBS="x"), dict(DATA="nine")]
-    + [dict(OUT="-x"), dict(OUT="a\nb"), dict(FLAGS="--compile\n--x"), dict(FLAGS="--name it's")]
-    + [dict(FLAGS="--lr 1 --seed=3"), dict(FLAGS="--out x"), dict(OUT="/dev/null/runs")],
-)
-def test_bad_variables(place, env):
-    place.go()
-    late = env["OUT"].startswith("/") if "OUT" in env else False  # no folder can be made there
-    for flags in ((), ("--slurm",)) + (() if late else (("--print",),)):
-        found = place.bash("local", *flags, **env)
-        assert found.returncode == 2 and found.stderr.startswith(f"{next(iter(env))}")
-        assert found.stdout == "" and not place.out.exists()
-    if "DATA" in env:
-        assert "hopper-replay-demo pointmaze-stitch-demo hopper-medium-expert-demo" in found.stderr
-
-
 def test_progress_logs_and_threads(place):
     place.go()
     found = place.bash("local", JOBS="3")

@@ -15,19 +15,7 @@ from oracles import in_double
 from stand_in import PlainRun
 from torch.testing import assert_close
 
-from common import Adam, Data
-
 BOUND = 1 - 1e-3  # actions are clipped to it where log b is evaluated
-
-
-def optimizers(nets, optimizer, lr):
-    return SimpleNamespace(
-        behavior=optimizer(nets.behavior.parameters(), lr),
-        bc_weight=optimizer([nets.bc_weight], lr),
-        q=optimizer(nets.q.parameters(), lr),
-        actor=optimizer(nets.actor.parameters(), lr),
-        alpha=optimizer([nets.alpha], lr),
-    )
 
 
 @pytest.fixture
@@ -201,24 +189,3 @@ def test_q_cannot_have_more_samples_than_d():
         Args(q_samples=5).resolve()
     assert "\n" not in str(caught.value)
     Args(q_samples=4).resolve()
-
-
-@pytest.mark.parametrize(("alpha", "low", "high"), [(0.3, 0.35, 0.9), (30.0, -0.1, 0.15)])
-def test_bandit_from_data(alpha, low, high):
-    """Actions around 0, reward 2 a: little alpha leaves the data's mean, much of it stays there;
-    both phases and all networks learn from rows alone."""
-    torch.manual_seed(0)
-    n = 256
-    a, s = (0.4 * torch.randn(n, 1)).tanh(), torch.ones(n, 1)
-    data = Data(s, a, 2 * a[:, 0], s, torch.ones(n))
-    args = Args(batch_size=32, alpha=alpha)
-    nets = Nets(data, args)
-    opt = optimizers(nets, Adam, 2e-3)
-    for _ in range(200):
-        brac.update_behavior(nets, opt, data, args)
-    for t in range(240):
-        metrics = brac.update(nets, opt, data, args, t < 80)
-        assert all(value.isfinite() and value.ndim == 0 for value in metrics.values())
-    with torch.no_grad():
-        action = brac.policy(nets, s[:1], args).item()
-    assert low < action < high, action

@@ -1,9 +1,7 @@
 """common.py, helper by helper, against oracles that share no code with it."""
 
 import copy
-import importlib
 import math
-import re
 from types import SimpleNamespace
 
 import numpy as np
@@ -11,9 +9,7 @@ import pytest
 import scipy.stats
 import torch
 import torch.distributions as D
-from golden.tools import Inject
 from oracles import stack
-from short_runs import SCRIPTS
 from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.testing import assert_close
@@ -270,29 +266,6 @@ def test_minimize_touches_its_own_parameters_only():
         assert_close(p, q, atol=1e-7, rtol=0)
 
 
-def test_the_recipe_of_adamw_is_torchs():
-    """The class in minimize's docstring, as it stands there, with its weight decay of 0.01."""
-    recipe = minimize.__doc__[minimize.__doc__.index("        class AdamW") :]
-    names = {"Adam": Adam, "torch": torch}
-    exec(re.sub("^        ", "", recipe, flags=re.M), names)
-    torch.manual_seed(0)
-    start = [torch.randn(4, 3), torch.randn(3)]
-    grads = [[torch.randn_like(p) for p in start] for _ in range(20)]
-    expected = [nn.Parameter(p.clone()) for p in start]
-    oracle = torch.optim.AdamW(expected, lr=1e-2, weight_decay=0.01)
-    opt = names["AdamW"]([nn.Parameter(p.clone()) for p in start], lr=1e-2)
-    for g in grads:
-        for p, x in zip(expected, g):
-            p.grad = x.clone()
-        oracle.step()
-        loss = sum((p * x).sum() for p, x in zip(opt.params, g))  # whose gradient is g
-        minimize(opt, loss)
-    for p, q, first in zip(opt.params, expected, start):
-        assert_close(p, q, atol=3e-6, rtol=0)
-        assert (p - first).abs().max() > 0.01
-    assert len(opt.state()) == 2 * len(start) + 2
-
-
 def test_polyak_average():
     target, online = MLP(2, 3, 1, members=2), MLP(2, 3, 1, members=2)
     before = copy.deepcopy(target), copy.deepcopy(online)
@@ -469,36 +442,6 @@ def test_largest_value_is_the_largest_reward_for_ever(gamma, bonus, largest, cap
 
 
 # ---- what the files make of it ---------------------------------------------------------------
-
-DETERMINISTIC = "awac awr bc brac cql fisher_brc iql itrpo rebrac sac_bc td3_bc".split()
-
-
-@pytest.mark.parametrize("name", DETERMINISTIC)
-def test_a_policy_is_the_squashed_mean_between_raw_observations_and_the_bounds(name, tiny_data):
-    """Nothing is drawn, by no dropout either."""
-    module, data = importlib.import_module(name), tiny_data(obs_dim=2, act_dim=1)
-    data.obs_mean, data.obs_std = torch.tensor([1.0, 2.0]), torch.tensor([0.5, 4.0])
-    data.action_low, data.action_high = torch.tensor([-2.0]), torch.tensor([6.0])
-    args = module.Args(**({"dropout": 0.5} if name == "iql" else {}))
-    torch.manual_seed(0)
-    nets, raw = module.Nets(data, args), 3 * torch.randn(5, 2)
-    orthogonal_(nets.actor, 1.4, 3.0)
-    mean = stack(nets.actor)((raw - data.obs_mean) / data.obs_std)[:, :1]
-    assert mean.abs().max() > 0.3
-    with Inject():
-        assert_close(module.policy(nets, raw, args), 2 + 4 * mean.tanh())
-
-
-@pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.stem)
-def test_targets_start_as_copies(path, tiny_data):
-    module = importlib.import_module(path.stem)
-    nets = module.Nets(tiny_data(), module.Args())
-    for name, target in nets.named_children():
-        online = getattr(nets, re.sub("_(target|ema)$", "", name))
-        for p, t in zip(online.parameters(), target.parameters(), strict=True):
-            assert torch.equal(p, t)
-            assert target is online or (p is not t and not t.requires_grad)
-
 
 # ---- running ---------------------------------------------------------------------------------
 

@@ -13,7 +13,7 @@ from oracles import SGD, in_double
 from stand_in import PlainRun
 from torch.testing import assert_close
 
-from common import Adam, Data, orthogonal_
+from common import orthogonal_
 
 LOG2 = math.log(2)
 B, ACT = 16, 2  # rows and action dimensions of `data`
@@ -102,14 +102,6 @@ def test_constant_q_under_a_uniform_policy(n, act_dim, value):
     diff = conservative_diff(q[..., 0], q, log_uniform[:, :1].expand(4, 3 * n), args)
     assert_close(diff, torch.full((2,), math.log(3 * n) + act_dim * LOG2))
     assert abs(diff[0].item() - value) < 1e-3
-
-
-def test_floor_is_one_of_rows_and_stops_their_gradient():
-    q_data, q = torch.tensor([[300.0, 1.0]]).requires_grad_(), torch.zeros(1, 2, 1).requires_grad_()
-    diff = conservative_diff(q_data, q, torch.zeros(2, 1), Args(diff_floor=-200.0))
-    assert_close(diff, torch.tensor([-100.5]))
-    by_data, by_other = torch.autograd.grad(diff.sum(), (q_data, q))
-    assert by_data.tolist() == [[0, -0.5]] and by_other.flatten().tolist() == [0, 0.5]
 
 
 @pytest.mark.parametrize("regularizer", ["basic", "h"])
@@ -211,16 +203,6 @@ def test_warm_steps_come_first(tiny_data):
     assert {k for k in two[2] if two[2][k] != four[2][k]} == {"pi_loss"}
 
 
-def test_note_on_actions_at_their_bounds(tiny_data, capsys):
-    """Only where their likelihood is taken as it is: in a warm start without dequantization."""
-    for values in (dict(), dict(warm_start=1, dequantize=0.05), dict(warm_start=1)):
-        data = tiny_data()
-        data.action[:3] = 1.0
-        assert capsys.readouterr().out == ""
-        train(data, **values)
-    assert "25% of the action numbers" in capsys.readouterr().out
-
-
 @pytest.mark.parametrize("normalize", [True, False])
 def test_training_sees_scaled_rewards_and_observations(tiny_data, normalize):
     data = tiny_data()
@@ -257,28 +239,3 @@ def test_presets_of_the_domains():
 
 
 # ---- behavior --------------------------------------------------------------------------------
-
-
-def play(weight):
-    """Action and Q of a bandit: data near -0.5 and 0.3, reward 10 a, rising beyond it."""
-    torch.manual_seed(0)
-    n = 400
-    a = torch.where(torch.rand(n) < 0.5, -0.5, 0.3) + 0.05 * torch.randn(n).clamp(-2, 2)
-    s = torch.ones(n, 1)
-    data = Data(s, a[:, None], 10 * a, s, torch.ones(n))
-    args = Args(weight=weight, batch_size=32, n_actions=2)
-    nets = Nets(data, args)
-    opt = optimizers(nets, Adam, 2e-3)
-    for _ in range(200):
-        metrics = cql.update(nets, opt, data, args, False)
-        assert all(x.isfinite() for x in metrics.values())
-    grid = torch.tensor([[-0.5], [0.3], [0.95]])
-    return cql.policy(nets, s[:1], args).item(), nets.q(torch.ones(3, 1), grid).amin(0).tolist()
-
-
-def test_bandit_takes_the_best_action_of_the_data():
-    """Conservative critics rate what lies beyond the data below the data's best; SAC's do not."""
-    action, (low, best, beyond) = play(weight=5.0)
-    assert 0.1 < action < 0.5 and best > low and best > beyond + 1
-    action, (low, best, beyond) = play(weight=0.0)
-    assert action > 0.6 and beyond > best

@@ -86,32 +86,6 @@ def test_fqe_finds_the_exact_value_of_a_tabular_policy(action):
     assert found["action_distance"] == pytest.approx(distance)
 
 
-def walk(episodes=60, length=20, seed=0):
-    """x' = x + a / 10 + noise, with reward x, in episodes that a time limit ends. A policy that
-    always takes a has V(x) = x / (1 - gamma) + a / 10 gamma / (1 - gamma)^2."""
-    rng = np.random.default_rng(seed)
-    x, a = np.zeros((episodes, length + 1)), rng.uniform(-1, 1, (episodes, length))
-    x[:, 0] = rng.normal(size=episodes) + 1
-    for t in range(length):
-        x[:, t + 1] = x[:, t] + a[:, t] / 10 + 0.1 * rng.normal(size=episodes)
-    rows = [torch.tensor(y.reshape(-1, 1)).float() for y in (x[:, :-1], a, x[:, 1:])]
-    episode = torch.arange(episodes * length) // length
-    return Data(rows[0], rows[1], rows[0][:, 0], rows[2], torch.zeros(len(episode)), episode)
-
-
-def test_policy_and_data_have_one_horizon():
-    """In a log cut by time limits, the recorded returns are too small for the policy that made it,
-    and are not shown. FQE of the data's own actions and of a policy go on, both."""
-    data = walk()
-    own, found = fqe.compare(data, {"x": always(0.5)}, 0.9, 1_500, seed=1)
-    start = float(data.obs[fqe.first_rows(data)].mean())
-    assert own["recorded_return"] is None
-    assert own["fqe"] == pytest.approx(10 * start, abs=1.5)
-    assert found["minus_data"] == pytest.approx(4.5, abs=1)
-    low, high = found["minus_data_interval"]
-    assert low < 4.5 < high and low > 0
-
-
 def test_recorded_return_by_hand(tiny_data):
     data = tiny_data(n=4)
     data.reward = torch.tensor([1.0, 2, 4, 8])
@@ -335,25 +309,6 @@ def test_simulated_return_and_its_discounted_form(here):
         total, discounted = total + reward, discounted + 0.9**t * reward
     assert found["return"] == pytest.approx(total) == pytest.approx(found["returns"][0])
     assert found["discounted_return"] == pytest.approx(discounted)
-
-
-def test_later_commands_add_to_the_file(here, capsys):
-    """Of the same seed, gamma and checkpoint; one episode has no deviation."""
-    folder = trained("bc")
-    capsys.readouterr()
-    before = judged(folder, fqe_steps=3)
-    found = judged(folder, export="policy.pt2", episodes=1)
-    assert found["return_standard_error"] is None and len(found["returns"]) == 1
-    assert "fqe" in before and before.items() <= found.items()
-    out = capsys.readouterr().out
-    assert "the data" in out and "return" in out and "nan" not in out
-    assert "fqe" not in judged(folder, seed=2) and "fqe" not in judged(folder, gamma=0.9)
-    judged(folder, fqe_steps=3)
-    saved = torch.load(folder / "checkpoint.pt")
-    torch.save(saved | {"step": 19}, folder / "checkpoint.pt")
-    assert "fqe" not in judged(folder)
-    (folder / "evaluation.json").write_text("{damaged")
-    assert judged(folder)["step"] == 19
 
 
 # ---- the film --------------------------------------------------------------------------------

@@ -23,7 +23,6 @@ from oracles import in_double
 from stand_in import PlainRun
 from torch.testing import assert_close
 
-from common import Data, orthogonal_
 from run import parse
 
 EPS = 1e-6  # actions are clipped to +-(1 - EPS) where the density is evaluated
@@ -33,16 +32,6 @@ EPS = 1e-6  # actions are clipped to +-(1 - EPS) where the density is evaluated
 def data(tiny_data):
     """Two action dimensions, everything in float64."""
     return in_double(tiny_data(obs_dim=3, act_dim=2, n=16))
-
-
-def make(data, **values):
-    """Networks in float64 with outputs of size one, and a target that differs."""
-    args = Args(batch_size=16, **values)
-    torch.manual_seed(0)
-    nets = Nets(data, args)
-    for net in (nets.behavior, nets.actor, nets.offset, nets.offset_target):
-        orthogonal_(net, 1.0, 0.5)
-    return nets.double(), args
 
 
 def mixture_of(k, b, a, seed=0):
@@ -159,22 +148,6 @@ def test_target_by_hand():
     assert_close(y, torch.tensor([1 + 0.9 * 1, 2, 3 + 0.9 * 4]))
 
 
-def test_bonus_is_a_linear_reward_for_q(data):
-    """The gradient of -c Q + (y - Q)^2 is that of (y + c/2 - Q)^2."""
-    nets, _ = make(data)
-    s, a = data.obs, data.action
-    y, with_bonus = (
-        target_value(
-            nets, data.next_obs, data.reward, data.terminal, a, 0.0, Args(bonus=b)
-        ).detach()
-        for b in (0.0, 2.5)
-    )
-    q, params = nets.offset(s, a), list(nets.offset.parameters())
-    left = torch.autograd.grad((-5 * q + (y - q) ** 2).sum(), params, retain_graph=True)
-    right = torch.autograd.grad((with_bonus - q).square().sum(), params)
-    assert_close(left, right)
-
-
 # ---- training --------------------------------------------------------------------------------
 
 
@@ -200,31 +173,6 @@ def test_without_the_offset_form_there_is_no_clone(tiny_data):
     run = PlainRun()
     train(run, tiny_data(), Args(offset=False, bc_steps=9, steps=2, batch_size=4))
     assert list(run.phases) == ["train"] and not run.references
-
-
-def play(**method):
-    """Mean and samples of the policy learned on a bandit: actions near -0.5 and near 0.3, reward
-    10 a, so that the reward rises out of the data on the right."""
-    torch.manual_seed(0)
-    a = torch.where(torch.rand(400) < 0.5, -0.5, 0.3) + 0.1 * torch.randn(400).clamp(-2, 2)
-    s = torch.ones(400, 1)
-    data = Data(s, a[:, None], 10 * a, s, torch.ones(400))
-    args = Args(batch_size=32, bonus=0.0, bc_steps=200, steps=250, bc_lr=3e-3, lr=1e-3, **method)
-    run = PlainRun()
-    train(run, data, args)
-    mean, log_std = (x[0, 0].detach() for x in run.nets.pi(s[:1]))
-    assert_close(run.act(s[:1]), mean.tanh().view(1, 1))
-    return mean.tanh().item(), (mean + log_std.exp() * torch.randn(1000)).tanh()
-
-
-def test_bandit_takes_the_best_action_of_the_data():
-    """The better of two clusters, and no step beyond it; without the density and the penalty the
-    same file walks out of the data."""
-    action, samples = play()
-    assert 0.2 < action < 0.5
-    assert ((samples > 0.0) & (samples < 0.6)).float().mean() > 0.95
-    action, _ = play(offset=False, lam=0.0)
-    assert action > 0.55
 
 
 @pytest.mark.parametrize("env", ["antmaze-umaze-v2", "D4RL/antmaze/umaze-v1"])

@@ -3,15 +3,12 @@
 import json
 import os
 import re
-import subprocess
-import sys
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
 import tyro
-from short_runs import ROOT
 
 from common import InputError
 from run import load
@@ -336,13 +333,3 @@ def test_a_terminal_column_that_never_changes_is_noted(log, capsys):
     save(log.assign(failed=0))
     convert()
     assert "note: failed is 0 in every row, so failures do not count" in capsys.readouterr().out
-
-
-@pytest.mark.parametrize("code", ["ascii", "latin-1"])
-def test_names_that_a_terminal_cannot_show(log, code):
-    save(log.rename(columns={"x": "\u03b8"}))
-    words = ["log.csv", *ALL.replace("x v", "\u03b8 v").split()]
-    line = [sys.executable, "-X", "utf8=0", ROOT / "tools" / "from_csv.py", *words]
-    env = os.environ | {"PYTHONIOENCODING": code}
-    done = subprocess.run(line, env=env, capture_output=True)
-    assert done.returncode == 0 and b"\\u03b8" in done.stdout, done.stderr

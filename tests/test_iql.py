@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 import td3_bc
 import torch
-import torch.distributions as D
 from golden.tools import Inject
 from iql import Args, Nets, awr_loss, ddpg_bc_loss, scale_rewards, update, value_loss
 from oracles import SGD, in_double, rows, stack
@@ -79,28 +78,6 @@ def test_expectiles_in_closed_form(tau):
 
 
 # ---- advantage-weighted regression -----------------------------------------------------------
-
-
-def actor_that_says(mean, log_std):
-    return SimpleNamespace(pi=lambda s, dropout: mean, log_std=log_std)
-
-
-def test_awr_by_hand():
-    """Weights: exp(0) = 1; exp(-0.5 * 2); exp(10 * 10) and beyond, 100."""
-    torch.manual_seed(0)
-    mean, a = torch.randn(2, 3, 2).double()
-    log_std = torch.tensor([-0.5, 0.4]).double()
-    density = D.Independent(D.Normal(mean, log_std.exp()), 1).log_prob(a)
-    nets = actor_that_says(mean, log_std)
-    for u, beta, weight in (
-        ([0.0, -0.5, 0.25], 2.0, [1, math.exp(-1), math.exp(0.5)]),
-        ([0.0, 10.0, 1e6], 10.0, [1, 100, 100]),
-    ):
-        u, weight = (torch.tensor(x, dtype=torch.float64) for x in (u, weight))
-        loss, found = awr_loss(nets, None, a, u, Args(beta=beta))
-        assert_close(found, weight, rtol=1e-12, atol=0)
-        assert_close(loss, -(weight * density).sum() / 3)
-    assert awr_loss(nets, None, a, u, Args(beta=10.0, max_weight=7.0))[1].max() == 7
 
 
 def test_beta_zero_is_behavior_cloning(data):
@@ -288,30 +265,6 @@ def test_fixed_point_is_that_of_expectile_value_iteration(tau):
 
 
 # ---- training --------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("method", "low", "high"),
-    [
-        ({"beta": 10.0}, 0.35, 0.65),
-        ({"beta": 0.0}, -0.2, 0.2),
-        ({"extraction": "ddpg_bc", "alpha_bc": 0.3}, 0.35, 0.65),
-        ({"extraction": "ddpg_bc", "alpha_bc": 100.0}, -0.2, 0.2),
-    ],
-)
-def test_bandit(tiny_data, method, low, high):
-    """One state, actions -1 to 0.98 alike, r = 1 - 4 (a - 0.5)^2: the best action, or the mean."""
-    data = tiny_data(obs_dim=1, act_dim=1, n=100)
-    data.obs[:], data.next_obs[:], data.terminal[:] = 1, 1, 1
-    data.action = torch.linspace(-1, 0.98, 100)[:, None]
-    data.reward = 1 - 4 * (data.action[:, 0] - 0.5).square()
-    torch.manual_seed(0)
-    args, run = Args(batch_size=64, polyak=0.05, lr=1e-3, steps=500, **method), PlainRun()
-    iql.train(run, data, args)
-    assert (run.nets.q(data.obs, data.action) - data.reward).abs().mean() < 0.2
-    v = run.nets.v(data.obs[:1]).item()
-    assert data.reward.mean() + 0.3 < v < 1 and run.rows[-1]["advantage"] < 0
-    assert low < run.act(data.obs[:1]).item() < high
 
 
 # ---- rewards, observations, flags ------------------------------------------------------------

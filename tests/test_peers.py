@@ -6,7 +6,6 @@ import json
 import re
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -88,32 +87,6 @@ def test_a_program_runs_as_it_lies_there_and_is_counted(tmp_path):
     assert speed.measure(ours, args, str(tmp_path)) > 0
     with pytest.raises(subprocess.CalledProcessError):
         speed.measure(iql, args, str(tmp_path))
-
-
-def test_the_meter_leaves_the_warm_up_out():
-    """Slow calls at first, as compilation makes them; four updates a call."""
-    waited = []
-    meter = speed.Meter(0.3, waited.append)
-    with pytest.raises(speed.Measured):
-        for call in range(10_000):
-            end = time.process_time() + (0.1 if call < 3 else 0.01)
-            while time.process_time() < end:
-                pass
-            meter(4, call)
-    assert meter.rate == pytest.approx(400, rel=0.2)
-    assert len(waited) == 2, "at the beginning and at the end, for what is computed meanwhile"
-
-
-def test_the_table_of_speeds(tmp_path):
-    for title, (file, _) in speed.PEERS.items():
-        checkout(tmp_path / title, file, "")
-    found = speed.programs(speed.Args(tuple(str(tmp_path / title) for title in speed.PEERS)))
-    assert [row[:2] for row in found][-3:] == [("cql", x) for x in ("CORL", *speed.OURS)]
-    assert len(found) == 5 + 5 + 3 and {*speed.STARTERS} == {*speed.PEERS}
-    rates = [[90, 110, 100], [200], [300]]
-    lines = speed.table(found[-3:], rates).splitlines()
-    assert lines[2] == "| CQL(H) | CORL | 100.0 | 90.0 | 110.0 | 2.00 x | 3.00 x |"
-    assert lines[3] == "| CQL(H) | ours | 200.0 | 200.0 | 200.0 |  |  |"
 
 
 # ---- training --------------------------------------------------------------------------------

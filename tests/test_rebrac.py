@@ -127,20 +127,6 @@ def test_a_terminal_row_is_its_reward_whatever_the_next_action(data):
     assert_close(losses[0], (nets.q(s, a) - r).square().mean(1).sum())
 
 
-def test_value_of_one_state_with_a_constant_penalty():
-    """r = 1, gamma = 0.9, critic_bc = 0.5, distance 0.2: Q = (1 - 0.9 * 0.1) / (1 - 0.9) = 9.1 is
-    its own target."""
-    nets = SimpleNamespace(
-        actor_target=lambda s2: torch.zeros(1, 1).double(),
-        q_target=lambda s2, a2: torch.full((2, 1), 9.1).double(),
-        q=lambda s, a: torch.full((2, 1), 9.1).double(),
-    )
-    one, next_a = torch.ones(1).double(), torch.full((1, 1), math.sqrt(0.2)).double()
-    args = Args(gamma=0.9, critic_bc=0.5, policy_noise=0.0)
-    loss, _ = critic_loss(nets, next_a, next_a, one, next_a, 0 * one, next_a, args)
-    assert loss < 1e-12
-
-
 # ---- actor -----------------------------------------------------------------------------------
 
 
@@ -250,18 +236,3 @@ def test_presets_are_the_published_ones(env, expected):
     args, _ = parse(Args, PRESETS, ["--env", env])
     found = args.actor_bc, args.critic_bc, args.batch_size, args.actor_lr, args.critic_lr
     assert (*found, args.gamma, args.reward_scale) == expected
-
-
-@pytest.mark.parametrize(("actor_bc", "best"), [(0.0, 0.5), (100.0, 0.0)])
-def test_bandit(tiny_data, actor_bc, best):
-    """One state, r = 1 - (a - 0.5)^2: Q alone finds the best action, cloning the data's mean."""
-    data = tiny_data(obs_dim=1, act_dim=1, n=65)
-    data.obs[:], data.next_obs[:], data.terminal[:] = 0, 0, 1
-    data.action = torch.linspace(-1, 1, 65)[:, None]
-    data.reward, run = 1 - (data.action[:, 0] - 0.5).square(), PlainRun()
-    torch.manual_seed(0)
-    train(run, data, Args(steps=250, batch_size=64, actor_bc=actor_bc))
-    with torch.no_grad():
-        q = run.nets.q(data.obs, data.action)
-        assert (q - data.reward).abs().mean() < 0.1
-        assert abs(run.act(data.obs[:1]).item() - best) < 0.15

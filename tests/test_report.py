@@ -254,17 +254,6 @@ def test_the_picture_has_yours_in_red_above_the_others_sorted_by_mean(here):
     assert bars == [2.0, 4.0, 8.5, 5.5]
 
 
-def test_panels_share_the_axis_of_scores_and_show_a_papers_runs(here):
-    write_run("runs", "halfcheetah-random-v2", "rebrac", scores=(90.0,))
-    write_run("runs", "hopper-random-v2", "rebrac", scores=(-20.0,))
-    paper, _ = report.paper_table("random_v2")
-    runs = report.runs_of(paper, report.read_runs(["runs"]))
-    one, two = report.picture(runs, "a title", paper).axes
-    assert one.get_xlim() == two.get_xlim() and one.get_xlim()[0] < -20
-    blue = [x for x in one.lines if x.get_color() == "tab:blue"]
-    assert [len(x.get_xdata()) for x in blue] == [10, 1] and blue[1].get_xdata()[0] == 29.5
-
-
 # ---- stored runs -----------------------------------------------------------------------------
 
 

@@ -4,7 +4,6 @@ from types import SimpleNamespace
 
 import bc
 import pytest
-import td3_bc
 import torch
 from golden.tools import Inject
 from oracles import in_double
@@ -132,24 +131,3 @@ def test_training_sees_shifted_rewards_and_scaled_observations(tiny_data, normal
 
 
 # ---- behavior --------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(("alpha", "best"), [(1000.0, 0.5), (0.0, 0.0)])
-def test_bandit(tiny_data, alpha, best):
-    """One state, r = 1 - (a - 0.5)^2: much Q finds the best action, none the mean of the data."""
-    data = tiny_data(obs_dim=1, act_dim=1, n=65)
-    data.obs[:], data.next_obs[:], data.terminal[:] = 0, 0, 1
-    data.action = torch.linspace(-1, 1, 65)[:, None]
-    data.reward = 1 - (data.action[:, 0] - 0.5).square()
-    args = Args(alpha=alpha, batch_size=128, lr=1e-3)
-    torch.manual_seed(0)
-    nets = Nets(data, args)
-    opt = SimpleNamespace(
-        **{k: Adam(getattr(nets, k).parameters(), args.lr) for k in ("q", "actor")}
-    )
-    for t in range(450):  # the actor follows once the critics know the reward
-        metrics = update(nets, opt, data, args, t >= 250 and t % 2 == 0)
-    q = nets.q(data.obs, data.action)
-    assert (q - data.reward).abs().mean() < 0.1
-    assert metrics["q_loss"] < 0.05
-    assert abs(td3_bc.policy(nets, data.obs[:1], args).item() - best) < 0.15
