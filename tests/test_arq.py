@@ -15,7 +15,6 @@ from torch import nn
 from torch.testing import assert_close
 
 from common import MLP, InputError
-from run import parse
 
 INF = math.inf
 
@@ -325,25 +324,6 @@ def table(first=0, stage="sample", seed=3):
     return arq.train_table(run, stage, (500, 2), values, health, seed), run
 
 
-def test_every_chunk_is_drawn_by_a_generator_of_its_own():
-    """The chunks differ, and so do those of another seed and of another table."""
-    tables = [table()[0], table(seed=4)[0], table(stage="grade")[0]]
-    chunks = torch.cat([x[::64] for x in tables])
-    assert len(torch.unique(chunks, dim=0)) == 24
-    state = torch.get_rng_state()
-    assert torch.equal(table()[0], tables[0])
-    assert torch.equal(torch.get_rng_state(), state), "the run's own random stream has no part"
-
-
-@pytest.mark.parametrize("first", [3, 8])
-def test_a_resumed_table_equals_an_uninterrupted_one(first):
-    whole, run = table()
-    assert len(run.rows) == 8
-    assert_close([row["mean"] for row in run.rows], [x.mean().item() for x in whole.split(64)])
-    resumed, run = table(first)
-    assert len(run.rows) == 8 - first and torch.equal(resumed, whole)
-
-
 SHORT = dict(batch_size=8, width=16, steps=4, q_steps=5, score_steps=6, n=3, k=2, sample_steps=5)
 
 
@@ -433,34 +413,3 @@ def test_k_is_at_most_the_number_of_candidates():
         Args(k=9, n=3).resolve()
     Args(k=4, n=3).resolve()
     Args(k=9, n=3, value="sarsa").resolve()
-
-
-def test_presets_are_the_papers():
-    def preset(env):
-        return parse(Args, arq.PRESETS, ["--env", env])[0]
-
-    for env in ("hopper-medium-v2", "mujoco/walker2d/expert-v0"):
-        a = preset(env)
-        assert (a.batch_size, a.n, a.k, a.q_lr, a.alpha) == (512, 30, 9, 3e-4, 1)
-        assert (a.score_steps, a.ensemble, a.pi) == (1_000_000, 1, "gaussian")
-        assert a.filter and a.normalize_reward
-    for env in ("pen-human-v0", "D4RL/relocate/cloned-v2"):
-        a = preset(env)
-        assert (a.k, a.q_lr, a.alpha, a.alpha_pi) == (9, 1e-4, 10, 10)
-        assert (a.score_steps, a.ensemble, a.filter) == (300_000, 3, True)
-    for env in ("antmaze-large-play-v0", "D4RL/antmaze/umaze-v1"):
-        a = preset(env)
-        assert (a.k, a.q_lr, a.alpha, a.alpha_pi, a.reward_shift) == (3, 3e-4, 10, 10, -1)
-        assert a.pi == "deterministic" and a.filter
-    for env in ("kitchen-partial-v0", "D4RL/kitchen/mixed-v2"):
-        a = preset(env)
-        assert (a.k, a.q_lr, a.alpha, a.score_steps, a.ensemble) == (9, 1e-4, 1, 300_000, 1)
-        assert a.filter and not a.normalize_reward
-    for env in ("hopper-replay-demo", "hopper-medium-expert-demo", "pointmaze-stitch-demo"):
-        a = preset(env)
-        assert (a.n, a.k, a.width, a.batch_size, a.filter) == (10, 3, 128, 256, False)
-        maze = env.startswith("pointmaze")
-        assert (a.normalize_reward, a.pi == "deterministic") == (not maze, maze)
-        sharp = 3 if env == "hopper-replay-demo" else 1
-        assert (a.alpha, a.alpha_pi, a.reward_shift) == ((10, 10, -1) if maze else (1, sharp, 0))
-    assert not preset("D4RL/pointmaze/large-v2").filter

@@ -132,29 +132,6 @@ def test_tables_are_the_definition_on_networks(data, normalize):
     assert_close(data.advantage, expected)
 
 
-def test_tables_of_many_rows_equal_one_forward(tiny_data):
-    """More than one block of rows, and of episode ends; written in place."""
-    data = tiny_data(obs_dim=2, act_dim=1, n=40_000)
-    data.episode = torch.arange(40_000) // 2
-    data = with_tables(linked(data))
-    torch.manual_seed(0)
-    args = Args(normalize_advantage=False, td_lambda=0.5)
-    nets = Nets(data, args)
-    before = data.returns.data_ptr(), data.advantage.data_ptr()
-    tabulate(nets, data, args)
-    assert before == (data.returns.data_ptr(), data.advantage.data_ptr())
-    with torch.no_grad():
-        v, v2 = nets.v_target(data.obs), nets.v_target(data.next_obs)
-    one = data.reward + 0.99 * (1 - data.terminal) * v2
-    first, second = one.view(-1, 2).unbind(1)
-    alive = 1 - data.terminal.view(-1, 2)[:, 0]
-    first = first + 0.99 * 0.5 * alive * (second - v2.view(-1, 2)[:, 0])
-    g = torch.stack([first, second], 1).flatten()
-    assert_close(data.returns, g)
-    assert_close(data.advantage, g - v, atol=1e-5, rtol=1e-5)
-    assert not data.returns.requires_grad and not data.advantage.requires_grad
-
-
 def test_advantage_is_standardized_over_the_dataset(data):
     nets, _, data, args = make(data)
     assert abs(data.advantage.mean()) < 1e-12
@@ -288,16 +265,6 @@ def test_tables_are_renewed_when_due(tiny_data):
     assert run.rows[:5] == once.rows[:5]
     assert run.rows[5]["v_loss"] != once.rows[5]["v_loss"], "the sixth update has other returns"
     assert run.rows[5]["pi_loss"] != once.rows[5]["pi_loss"], "and other advantages"
-
-
-@pytest.mark.parametrize("stop", [3, 5, 8, 10, 13])
-def test_resume_between_two_tables(tiny_data, stop):
-    """The tables are no part of a checkpoint, and V of the tables is: the same steps follow."""
-    whole = trained(tiny_data)
-    part = trained(tiny_data, limit=stop)
-    rest = trained(tiny_data, checkpoint=part.saved)
-    assert part.rows + rest.rows == whole.rows
-    assert equal(whole.weights[-1], rest.weights[-1])
 
 
 @pytest.mark.parametrize(

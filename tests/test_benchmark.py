@@ -115,22 +115,6 @@ def changed(args, base) -> dict:
     return {k: v for k, v in vars(args).items() if v != vars(base)[k] and k != "name"}
 
 
-def test_local_ablations_change_what_their_names_say():
-    local = {(args.env, module): args for module, args in map(parsed, commands("local"))}
-    found = {
-        (module.__name__, args.name): changed(args, local[args.env, module])
-        for module, args in map(parsed, commands("local_ablations"))
-    }
-    lam = {("fisher_brc", f"lam{lam:g}"): {"lam": lam} for lam in (0, 0.1, 10)}
-    assert found == lam | {
-        ("fisher_brc", "no-offset"): {"offset": False},
-        ("brac", "alpha0"): {"alpha": 0},
-        ("itrpo", "trust"): {"setting": "trust", "shape_coef": 0.9},
-        ("itrpo", "trust-control"): {"setting": "trust", "control": True}
-        | {"shape_coef": 0, "kl_coef": pytest.approx(0.1)},
-    }
-
-
 def test_ablations_are_those_of_the_papers():
     listed = [(module.__name__, args) for module, args in map(parsed, commands("ablations"))]
     fisher = [args for name, args in listed if name == "fisher_brc"]

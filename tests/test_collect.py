@@ -7,7 +7,6 @@ from types import SimpleNamespace
 import gymnasium
 import numpy as np
 import pytest
-import torch
 import tyro
 from short_runs import ROOT, outcome
 
@@ -38,7 +37,6 @@ class Walk(gymnasium.Env):
 gymnasium.register("Walk-v0", f"{__name__}:Walk", max_episode_steps=7)
 
 # Uniform actions nearly to the end.
-RANDOM = "--env Walk-v0 --level random --steps 300"
 ROWS = ("observations", "actions", "rewards", "terminals", "timeouts", "final_observations")
 
 
@@ -69,43 +67,6 @@ def assert_same_rows(a, b):
 
 def agent_returns(path):
     return json.loads(str(arrays(path)["metadata"]))["agent_returns"]
-
-
-def by_hand(seed, steps):
-    """What "random" must hold for Walk-v0: every row with its true next observation."""
-    env, rows = gymnasium.make("Walk-v0"), []
-    torch.manual_seed(seed)
-    obs = None
-    for i in range(steps):
-        if obs is None:
-            obs = env.reset(seed=seed if i == 0 else None)[0]
-        raw = (2 * torch.rand(1)).numpy() - np.float32(0.5)
-        next_obs, reward, terminal, timeout, _ = env.step(raw)
-        rows.append((obs, raw, reward, next_obs, terminal, timeout and not terminal))
-        obs = None if terminal or timeout else next_obs
-    obs, action, reward, next_obs, terminal, timeout = map(np.array, zip(*rows))
-    timeout[-1] |= not terminal[-1]
-    return obs, action, reward, next_obs, terminal, timeout
-
-
-def test_random_level_row_by_row():
-    """As it is written, and as it is read, with a task and without."""
-    run(f"{RANDOM} --flat walk.npz")
-    obs, action, reward, next_obs, terminal, timeout = by_hand(3, 300)
-    ends = terminal | timeout
-    assert terminal.sum() > 2 and timeout.sum() > 2, "the walk must end in both ways"
-    assert terminal[obs[:, 0] == 6].any(), "and in both at once, which is a terminal"
-    file = arrays("walk.npz")
-    for key, want in zip(ROWS, (obs, action, reward, terminal, timeout, next_obs[ends])):
-        np.testing.assert_allclose(file[key], want, rtol=1e-6, atol=1e-6, err_msg=key)
-    meta = json.loads(str(file["metadata"]))
-    assert (meta["env_id"], meta["level"], meta["seed"]) == ("Walk-v0", "random", 3)
-    for eval_env in (None, "none"):
-        data, task = load("walk.npz", eval_env=eval_env)
-        assert (task is None) == (eval_env == "none") and len(data.obs) == 300
-        np.testing.assert_allclose(data.next_obs, next_obs, rtol=1e-6, atol=1e-6)
-        np.testing.assert_array_equal(data.terminal, terminal)  # so every time limit bootstraps
-        np.testing.assert_allclose(data.action, action - 0.5, atol=1e-6)  # bounds to [-1, 1]
 
 
 # ---- the maze --------------------------------------------------------------------------------

@@ -25,7 +25,6 @@ from common import (
     glorot_,
     graphed,
     largest_value,
-    minimize,
     normalize_obs,
     orthogonal_,
     polyak,
@@ -51,27 +50,6 @@ def test_what_compilers_see_is_the_same_function(members, sizes, monkeypatch):
     assert_close(seen, plain, rtol=1e-12, atol=1e-12)
     gradients = [torch.autograd.grad(y.sin().sum(), list(net.parameters())) for y in (seen, plain)]
     assert_close(*gradients, rtol=1e-12, atol=1e-12)
-
-
-@pytest.mark.parametrize("lead", [(7,), (3, 7), (1, 7)])
-def test_members_are_separate_linear_stacks(lead):
-    torch.manual_seed(0)
-    net = MLP(5, 8, 6, 2, members=3).double()
-    s, a = torch.randn(*lead, 3).double(), torch.randn(*lead, 2).double()
-    x, out = torch.cat([s, a], -1), net(s, a)
-    assert out.shape == (3, 7, 2)
-    coefficients = torch.randn(3, 7, 2).double()
-    grads = torch.autograd.grad((out * coefficients).sum(), list(net.parameters()))
-    for e in range(3):
-        oracle = stack(net, e)
-        own = x if len(lead) == 1 else x.expand(3, 7, 5)[e]
-        expected = oracle(own)
-        assert_close(out[e], expected)
-        assert_close(net(own, member=e), expected)
-        (expected * coefficients[e]).sum().backward()
-        for i, linear in enumerate(m for m in oracle if isinstance(m, nn.Linear)):
-            assert_close(grads[i][e], linear.weight.grad.T)
-            assert_close(grads[i + 3][e, 0], linear.bias.grad)
 
 
 @pytest.mark.parametrize("members", [None, 3])
@@ -248,24 +226,6 @@ def test_adam_is_torch_adam(compiling, eps):
         assert_close(p, q, atol=3e-6, rtol=0)
 
 
-def test_minimize_touches_its_own_parameters_only():
-    torch.manual_seed(0)
-    nets = nn.ModuleDict({"own": nn.Linear(3, 2), "other": nn.Linear(2, 1)})
-    kept, x = copy.deepcopy(nets), torch.randn(8, 3, requires_grad=True)
-    opt = Adam(nets["own"].parameters(), lr=1e-2)
-    loss = nets["other"](nets["own"](x)).square().mean()
-    returned = minimize(opt, loss)
-    assert not returned.requires_grad and returned == loss
-    assert x.grad is None and all(p.grad is None for p in nets.parameters())
-    for p, q in zip(nets["other"].parameters(), kept["other"].parameters()):
-        assert torch.equal(p, q)
-    oracle = torch.optim.Adam(kept["own"].parameters(), lr=1e-2)
-    kept["other"](kept["own"](x)).square().mean().backward()
-    oracle.step()
-    for p, q in zip(nets["own"].parameters(), kept["own"].parameters()):
-        assert_close(p, q, atol=1e-7, rtol=0)
-
-
 def test_polyak_average():
     target, online = MLP(2, 3, 1, members=2), MLP(2, 3, 1, members=2)
     before = copy.deepcopy(target), copy.deepcopy(online)
@@ -360,23 +320,6 @@ def test_dequantize_spreads_only_what_lies_at_a_bound():
 
 
 # ---- data ------------------------------------------------------------------------------------
-
-
-def test_normalized_observations_and_the_policy_see_the_same(tiny_data):
-    data = tiny_data(obs_dim=3, n=40)
-    data.obs[:, 2] = 7  # a constant column stays finite
-    obs, next_obs = data.obs.numpy().copy(), data.next_obs.numpy().copy()
-    normalize_obs(data, eps=1e-3)
-    mean, std = obs.mean(0), obs.std(0) + 1e-3  # numpy's std is the population's
-    assert_close(data.obs, torch.tensor((obs - mean) / std), atol=1e-4, rtol=1e-4)
-    assert_close(data.next_obs, torch.tensor((next_obs - mean) / std), atol=1e-4, rtol=1e-4)
-    scaling = Scaling(data)
-    assert torch.equal(scaling.obs(torch.tensor(obs)), data.obs)
-    other = tiny_data(obs_dim=3, n=40)
-    fresh = Scaling(other)
-    fresh.load_state_dict(scaling.state_dict())
-    assert torch.equal(fresh.obs(torch.tensor(obs)), data.obs)
-    assert not other.obs_mean.any() and (other.obs_std == 1).all(), "a checkpoint changes no data"
 
 
 def test_normalization_computes_in_float64(tiny_data):

@@ -14,7 +14,6 @@ import subprocess
 import sys
 import typing
 
-import conftest
 import numpy as np
 import pytest
 import torch
@@ -164,34 +163,12 @@ def test_resume_continues_to_the_bit_in_every_phase(name, here, whole, capsys):
             assert_same_run(name, uncut, "parts")
 
 
-@pytest.mark.parametrize("name", some("td3_bc", "fisher_brc", "arq"))
-def test_resume_twice_and_at_the_last_step(name, here, whole):
-    for resume, step in ((False, 1), (True, 4), (True, 20)):
-        with pytest.raises(SystemExit):
-            hook = at("train", step, stop_by(signal.SIGTERM))
-            start(name, hook, out="parts", eval_env=None, resume=resume)
-    start(name, out="parts", eval_env=None, resume=True)
-    assert (folder(name, "parts") / "summary.json").exists()
-    assert_same_run(name, whole(name)[0], "parts")
-
-
 @pytest.mark.parametrize("name", some("td3_bc"))
 def test_kill_at_random_moments_changes_nothing(name, here, request):
     killed_at_random(name, kills=10 if request.config.getoption("--soak") else 2)
 
 
 # ---- flags -----------------------------------------------------------------------------------
-
-
-@algorithm
-def test_help_names_every_flag(name, capsys):
-    with pytest.raises(SystemExit) as left:
-        parse(module(name).Args, module(name).PRESETS, ["--help"])
-    assert left.value.code == 0
-    text = " ".join(capsys.readouterr().out.split())  # long lines are wrapped
-    for field in dataclasses.fields(module(name).Args):
-        assert f"--{field.name.replace('_', '-')}" in text, field.name
-    assert module(name).__doc__.splitlines()[0].split(" (")[0] in text
 
 
 @algorithm
@@ -832,18 +809,3 @@ def test_a_planted_error_is_named(case, tmp_path, monkeypatch):
     more = [monkeypatch] if "target_actor" in test else []
     with pytest.raises(AssertionError, match=message):
         globals()[test](name, *more)
-
-
-def test_a_users_own_file_is_not_tested(tmp_path, monkeypatch):
-    """Files that git does not track are left out, but for those that -k names; without git, all
-    files count."""
-    (tmp_path / "algorithms").mkdir()
-    for name in ("mine", "ours"):
-        (tmp_path / "algorithms" / f"{name}.py").touch()
-    assert [path.stem for path in tracked("algorithms", tmp_path)] == ["mine", "ours"]
-    for line in ("init -q", "add algorithms/ours.py"):
-        subprocess.run(["git", "-C", str(tmp_path), *line.split()], check=True)
-    assert [path.stem for path in tracked("algorithms", tmp_path)] == ["ours"]
-    monkeypatch.setattr(conftest, "named", {"mine", "and", "policy"})
-    assert [path.stem for path in tracked("algorithms", tmp_path)] == ["mine", "ours"]
-    assert {"bc", "td3_bc", "fisher_brc"} <= set(NAMES)

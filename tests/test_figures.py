@@ -154,23 +154,6 @@ def test_an_ablation_stands_beside_its_counterpart(tmp_path):
     assert other.count("| IQL |") == 1 and "FQL" not in other
 
 
-def test_the_way_from_the_clone_by_hand(tmp_path):
-    arq = {"data": 21.0, "implicit policy": 60.0, "clone s_psi": 10.0}
-    write_seeds(tmp_path, (20.0, 35.0), method="arq", references=arq)
-    clone = {"data": 21.0, "its clone (BC)": 5.0}
-    write_seeds(tmp_path, (27.5,), method="brac", env="hopper-medium-expert-demo", references=clone)
-    write_seeds(tmp_path, (1.0,), method="td3_bc")
-    found = results.read_cells(str(tmp_path))
-    text = results.clones(found)
-    assert cells(text, "ARQ") == ["ARQ", "-", "10.0 → 60.0 → 27.5"]
-    assert cells(text, "BRAC") == ["BRAC", "5.0 → 27.5", "-"] and "TD3" not in text
-    left, right = results.arrows(found).axes
-    assert [x.get_text() for x in left.get_yticklabels()] == ["BRAC", "ARQ"]
-    ways = [[*x.get_xdata()] for x in right.lines if len(x.get_xdata()) > 1]
-    assert ways == [[10, 60, 20], [10, 60, 35]], "one way a seed"
-    assert left.get_xlim() == right.get_xlim()
-
-
 def test_the_gap_of_fisher_brc_by_hand(tmp_path):
     """Over the second half: 1.5 - 0.25 in every step of 1 / (1 - 0.9); Q(a') is -9 + 0.5 * 2."""
     for name, offset in (("", True), ("-no-offset", False)):

@@ -34,12 +34,6 @@ def gaussian(m, c):
     return field
 
 
-def two_points(x, t):
-    """The velocity of flow matching where the data are +1 and -1, equally often."""
-    mean = torch.tanh(x * t / (1 - t) ** 2)
-    return (mean - x) / (1 - t)
-
-
 # ---- the flow --------------------------------------------------------------------------------
 
 
@@ -60,14 +54,6 @@ def test_flow_to_a_gaussian_has_a_known_spread(steps, c, multiplier):
     z = torch.randn(50, 1).double()
     x = run_flow(gaussian(0.4, c), z, steps)
     assert_close(x, 0.4 + multiplier * z, atol=2e-6, rtol=0)
-
-
-@pytest.mark.parametrize(("steps", "size"), [(1, 0.0), (2, 0.56), (5, 0.98), (10, 1.0)])
-def test_two_modes_need_steps(steps, size):
-    torch.manual_seed(0)
-    x = run_flow(two_points, torch.randn(20_000, 1).double(), steps)
-    assert abs(x.abs().mean().item() - size) < 0.006
-    assert steps == 1 or abs((x > 0).double().mean() - 0.5) < 0.02
 
 
 # ---- critics ---------------------------------------------------------------------------------
@@ -236,16 +222,6 @@ def test_reward_shift_and_normalization_reach_the_data(data):
 # ---- published settings ----------------------------------------------------------------------
 
 PUBLISHED = {  # alpha, aggregation, gamma, steps, reward shift
-    "antmaze-large-navigate-singletask-v0": (10, "min", 0.99, 1_000_000, 0),
-    "antmaze-giant-navigate-singletask-task5-v0": (10, "min", 0.995, 1_000_000, 0),
-    "humanoidmaze-medium-navigate-singletask-task2-v0": (30, "mean", 0.995, 1_000_000, 0),
-    "humanoidmaze-large-navigate-singletask-v0": (30, "mean", 0.995, 1_000_000, 0),
-    "antsoccer-arena-navigate-singletask-v0": (10, "mean", 0.995, 1_000_000, 0),
-    "cube-single-play-singletask-task1-v0": (300, "mean", 0.99, 1_000_000, 0),
-    "cube-double-play-singletask-v0": (300, "mean", 0.99, 1_000_000, 0),
-    "scene-play-singletask-v0": (300, "mean", 0.99, 1_000_000, 0),
-    "puzzle-3x3-play-singletask-v0": (1000, "mean", 0.99, 1_000_000, 0),
-    "puzzle-4x4-play-singletask-v0": (1000, "mean", 0.99, 1_000_000, 0),
     "antmaze-umaze-v2": (10, "mean", 0.99, 500_000, -1),
     "antmaze-umaze-diverse-v2": (10, "mean", 0.99, 500_000, -1),
     "antmaze-medium-play-v2": (10, "mean", 0.99, 500_000, -1),

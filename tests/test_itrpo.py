@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.distributions as D
 from golden.tools import Inject
-from itrpo import Args, Nets, gaussian_kl, log_ratio, pre_tanh, target_value, train, value
+from itrpo import Args, Nets, log_ratio, pre_tanh, target_value, train, value
 from oracles import in_double, rows
 from stand_in import PlainRun
 from torch.testing import assert_close
@@ -114,18 +114,6 @@ def test_log_ratio_is_finite_where_the_action_is_at_its_bound():
     assert_close(spread[:, 0], inner[:, 0])
     for distance in (1 - spread[:, 1], 1 + spread[:, 2]):
         assert distance.min() > 0 and distance.max() < 0.1 and distance.std() > 0.02
-
-
-def test_closed_form_kl():
-    pi, behavior = gaussians(6, 3)
-    normal = [D.Normal(mean, log_std.exp()) for mean, log_std in (pi, behavior)]
-    kl = gaussian_kl(pi, behavior)
-    assert_close(kl, D.kl_divergence(*normal).sum(-1))
-    torch.manual_seed(0)
-    x = itrpo.draw(pi, 100_000)
-    assert x.shape == (100_000, 6, 3)
-    assert_close(log_ratio(x, pi, behavior).mean(0), kl, rtol=0.01, atol=0)
-    assert not gaussian_kl(pi, pi).any()
 
 
 # ---- value and target by hand ----------------------------------------------------------------

@@ -14,7 +14,6 @@ from data.make import ogbench as make_ogbench
 from data.make.ogbench import Recipe, recipe_of, record, seed_recording
 from readers.ogbench import MADE, SETS
 from readers.tasks import table
-from run import load as load_dataset
 
 installed = pytest.mark.skipif(not importlib.util.find_spec("ogbench"), reason="no ogbench")
 MAZE = "pointmaze-medium-stitch"
@@ -175,23 +174,6 @@ def test_keys_and_types_are_ogbenchs_and_the_note_says_how_it_was_made(folder):
             assert np.flatnonzero(file["terminals"]).tolist() == [*range(3, 4 * recordings, 4)]
     assert note["seed"] == 5 and note["recipe"]["oracle"]["gripper_always_closed"]
     assert note["recipe"]["env"] == "puzzle-3x3-v0" and "mujoco" in note["versions"]
-
-
-@installed
-def test_rows_of_a_made_file_are_those_of_ogbenchs_own_loader(folder):
-    import ogbench
-
-    path, _ = make()
-    task = f"{MAZE}-singletask-task1-v0"
-    _, theirs, validation = ogbench.make_env_and_datasets(task, dataset_path=str(path))
-    ours, _ = load_dataset(task, eval_env="none")
-    pairs = {"obs": "observations", "action": "actions", "reward": "rewards"}
-    for name, key in (pairs | {"next_obs": "next_observations"}).items():
-        np.testing.assert_array_equal(getattr(ours, name).numpy(), theirs[key])
-    np.testing.assert_array_equal(ours.terminal.numpy(), 1 - theirs["masks"])
-    assert len(ours.obs) == 10 * 8 and len(validation["observations"]) == 8
-    compact = ogbench.utils.load_dataset(str(path), compact_dataset=True)
-    assert len(compact["observations"]) == 90 and compact["valids"].sum() == 80
 
 
 def test_without_the_package_one_line_says_how_to_install_it(monkeypatch):

@@ -416,21 +416,6 @@ def test_the_first_lines_tell_data_preset_and_folder(here, capsys):
     assert "preset: none\n" in out and f"folder: {folder('bc')}, cpu\n" in out
 
 
-@pytest.mark.parametrize(
-    ("values", "due"),
-    [
-        (dict(env="a/b-v0", name="x"), "a-b-v0__bc-x__3"),
-        (dict(env="/data/log.hdf5"), "log__bc__3"),
-        (dict(env="log.npz", name="../../x"), "log__bc-..-..-x__3"),
-    ],
-)
-def test_names_of_folders(values, due):
-    import bc
-
-    run = page.Run(bc.Args(**{"out": "there", "seed": 3} | values))
-    assert run.folder == Path("there", due)
-
-
 @pytest.mark.parametrize(("value", "said"), [(1e6, 1), (-1e6, 1), (1.0, 0)])
 def test_q_beyond_what_the_rewards_allow_is_named_once(here, capsys, value, said):
     runs_away = lambda run, t, metrics: metrics | {"q_mean": torch.tensor(value)}
