@@ -32,7 +32,7 @@ from torch import nn
 
 import run as page
 from common import Adam, BatchSize, Count, InputError, NonNegative, RunArgs, Seed, Share, sample
-from run import evaluate, load, main, parse, prepare_device, score
+from run import evaluate, flat, load, main, make, parse, prepare_device, score
 
 CPU = torch.device("cpu")
 BC = ROOT / "algorithms" / "bc.py"
@@ -245,7 +245,7 @@ def test_bounds_limit_and_references_are_those_of_the_task_or_of_the_file(here):
     ("task", "returns", "due"),
     [
         ({}, [1, 3], 2),
-        ({"ref_min_score": 1, "ref_max_score": 5}, [1, 3], 25),
+        ({"ref_min_score": 1, "ref_max_score": 5}, [1, 2, 9], 75),
         ({"env_kwargs": {"continuing_task": False}}, [0, 3], 50),
         ({"success": True, "ref_min_score": 0, "ref_max_score": 1}, [0.1, 0, 7, 7], 75),
         ({"success": False, "env_kwargs": {"continuing_task": False}}, [4], 4),
@@ -259,6 +259,16 @@ def test_score(task, returns, due):
 def test_a_return_that_is_no_number_has_no_score(x):
     with pytest.raises(InputError):
         score({}, [1, x])
+
+
+def test_a_policy_sees_the_mazes_parts_in_the_order_of_the_data():
+    """The position, the goal, and the position again with the speed."""
+    data, task = load("pointmaze-stitch-demo", "cpu")
+    env = make(task)
+    obs = flat(env.reset(seed=0)[0])
+    place, goal = env.unwrapped.point_env.data.qpos, env.unwrapped.goal
+    assert np.allclose(obs[:6], [*place, *goal, *place])
+    assert torch.equal(data.obs[:, :2], data.obs[:, 4:6])
 
 
 # ---- evaluation ------------------------------------------------------------------------------
