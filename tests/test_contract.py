@@ -440,6 +440,10 @@ def test_q_of_the_step_before_is_discounted_once_and_an_end_ends(name):
         data = pairs(0.25, lambda step, action: pay * step, after)
         run = quick(name, data)
         q = module(name).q(run.nets, data.obs, data.action).detach()
+        told = [run.rows[-1][key] for key in ("q_mean", "q_data") if key in run.rows[-1]]
+        assert all(abs(x - q.mean()) < 1 + 0.2 * abs(q.mean()) for x in told), (
+            "the log has another Q"
+        )
         return q.reshape(-1, 128, 2).mean((0, 1))
 
     if hasattr(module(name), "q"):
