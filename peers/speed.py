@@ -236,11 +236,12 @@ def table(found: list[tuple], rates: list[list[float]]) -> str:
         "|---" * 7 + "|",
     ]
     for (algorithm, title, _), values in zip(found, rates):
-        median = medians[algorithm, title]
-        line = f"| {TITLES[algorithm]} | {title} | {median:.1f}"
-        line += f" | {min(values):.1f} | {max(values):.1f}"
+        mid = medians[algorithm, title]
+        line = (
+            f"| {TITLES[algorithm]} | {title} | {mid:.1f} | {min(values):.1f} | {max(values):.1f}"
+        )
         for name in OURS:
-            ratio = medians[algorithm, name] / median
+            ratio = medians[algorithm, name] / mid
             line += f" | {ratio:.2f} x" if title in PEERS else " | "
         lines.append(f"{line} |")
     return "\n".join(lines)
@@ -250,10 +251,10 @@ def main(args):
     found = programs(args)
     rates = [[] for _ in found]
     with tempfile.TemporaryDirectory() as folder:
-        for number in range(args.rounds):
+        for _ in range(args.rounds):
             for program, values in zip(found, rates):
                 values.append(measure(program, args, folder))
-                print(number + 1, *program[:2], values[-1], file=sys.stderr)
+                print(*program[:2], values[-1], file=sys.stderr)
     print(table(found, rates))
     print("\nCommits:", *(f"{x} {stand_ins.commit(x)}" for x in args.checkouts))
 

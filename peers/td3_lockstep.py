@@ -54,8 +54,10 @@ def start_ours(data, args):
     layers = list(zip(nets.actor.weights, nets.actor.biases))
     for j in (0, 1):
         layers += [(w[j], b[j, 0]) for w, b in zip(nets.q.weights, nets.q.biases)]
-    adams = [Adam(net.parameters(), args.lr) for net in (nets.q, nets.actor)]
-    opt = SimpleNamespace(q=adams[0], actor=adams[1])
+    opt = SimpleNamespace(
+        q=Adam(nets.q.parameters(), args.lr),
+        actor=Adam(nets.actor.parameters(), args.lr),
+    )
 
     def update(t, rows):
         td3_bc.update(nets, opt, data, args, t % args.policy_freq == 0)

@@ -48,13 +48,18 @@ import tyro
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "algorithms")]
-from common import InputError, Scaling, normalize_obs
+from common import Scaling, normalize_obs, require
 from peers import stand_ins
 from run import CONTROL, evaluate, load, make, parse, score
 from tools.store import portable, summary_of
 
-ROWS = dict(observations="obs", actions="action", rewards="reward", terminals="terminal")
-ROWS |= dict(next_observations="next_obs")
+ROWS = dict(
+    observations="obs",
+    actions="action",
+    rewards="reward",
+    terminals="terminal",
+    next_observations="next_obs",
+)
 CONFIG = "import ml_collections\n\n\ndef get_config():\n    return ml_collections.ConfigDict({})\n"
 
 
@@ -104,11 +109,11 @@ def settings(program, words):
     module = importlib.import_module(program.ours)
     ours, _ = parse(module.Args, module.PRESETS, words)
     for name, value in program.fixed.items():
-        if getattr(ours, name) != value:
-            line = f"our {program.ours}.py has {name} {getattr(ours, name)} for {ours.env}"
-            raise InputError(f"{line}, but the program's code fixes it to {value}")
-    if ours.steps % ours.eval_every:
-        raise InputError(f"--steps {ours.steps} is no multiple of --eval-every {ours.eval_every}")
+        own = getattr(ours, name)
+        line = f"our {program.ours}.py has {name} {own} for {ours.env}, but the program's code"
+        require(own == value, f"{line} fixes it to {value}")
+    whole = f"--steps {ours.steps} is no multiple of --eval-every {ours.eval_every}"
+    require(ours.steps % ours.eval_every == 0, whole)
     return ours, {theirs: getattr(ours, name) for name, theirs in program.names.items()}
 
 
@@ -195,8 +200,11 @@ def run_iql(path, rows, theirs, judge, ours, scaling):
     theirs["hidden_dims"] = (ours.hidden,) * ours.layers
     theirs["dropout_rate"] = ours.dropout or None
     flags = {"env_name": "rows", "seed": ours.seed, "batch_size": ours.batch_size, "tqdm": False}
-    flags |= {"max_steps": ours.steps, "eval_interval": ours.eval_every}
-    flags |= {"log_interval": ours.steps + 1}
+    flags |= {
+        "max_steps": ours.steps,
+        "eval_interval": ours.eval_every,
+        "log_interval": ours.steps + 1,
+    }
     np.random.seed(ours.seed)
     sys.path.insert(0, str(path.parent))
     put_jax()
@@ -228,8 +236,7 @@ def main(args, words):
     program = PROGRAMS[args.program]
     ours, theirs = settings(program, words)
     path = Path(args.checkout, program.file).resolve()
-    if not path.is_file():
-        raise InputError(f"--checkout {args.checkout}: there is no {program.file}")
+    require(path.is_file(), f"--checkout {args.checkout}: there is no {program.file}")
     name = "-".join(filter(None, (args.program, ours.name)))
     folder = Path(ours.out, f"{ours.env.replace('/', '-')}__{name}__{ours.seed}")
     if summary_of(folder) and not ours.overwrite:
@@ -251,8 +258,8 @@ def main(args, words):
     judge = judge_of(ours, task, scaling, found)
     run(path, rows, theirs, judge, ours, scaling)
     scores = [row["score"] for row in found]
-    if len(scores) != ours.steps // ours.eval_every:
-        raise InputError(f"{path.name} left before its last step: use the commit of --help")
+    ended = len(scores) == ours.steps // ours.eval_every
+    require(ended, f"{path.name} left before its last step: use the commit of --help")
     folder.mkdir(parents=True, exist_ok=True)
     references = {"data": score(task, data.episode_return.numpy())}
     summary = {"score": float(np.mean(scores[-10:])), "references": references}

@@ -6,7 +6,7 @@ import io
 import tokenize
 
 import pytest
-from short_runs import ROOT
+from short_runs import ROOT, tracked
 
 CAPS = {"common.py": 3_400, "run.py": 6_200, "readers/notes.py": 900}
 TOGETHER = 15_150  # common.py, run.py and readers/, without the notes on data
@@ -54,3 +54,13 @@ def test_no_function_is_squeezed(path):
 def test_the_flags_of_a_run_are_a_page():
     text = (ROOT / "common.py").read_text()
     assert len(text[text.index("# ---- flags") :].splitlines()) <= 73
+
+
+@pytest.mark.parametrize("folders, cap", [
+    (("tools", "data/make", "peers", "figures"), 37_900),
+    (("peers",), 5_000),
+    (("tests",), 103_300),
+])  # fmt: skip
+def test_what_stands_around_the_page_does_not_grow(folders, cap):
+    found = [path for folder in folders for path in tracked(folder)]
+    assert sum(measured(path.read_text())[0] for path in found) <= cap, "leave something out"
