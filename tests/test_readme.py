@@ -184,6 +184,21 @@ def test_the_verdict_on_td3_bc_is_welchs():
     assert f"difference is {gap:.1f}, with a 95% interval from {low:.1f} to {high:.1f}" in page
 
 
+def test_fresh_seeds_of_iql_and_its_authors_program():
+    """Seeds 20 to 39 of both programs: what docs/peers.md and published.md say of them."""
+    env = "hopper-replay-demo"
+    cells = pictures.read_cells(str(pictures.FRESH))
+    ours, theirs = (cells[env, method].sort_values("seed") for method in ("iql", "iql_authors"))
+    assert [*ours.seed] == [*theirs.seed] == [*range(20, 40)]
+    test = scipy.stats.ttest_ind(theirs.score, ours.score, equal_var=False)
+    low, high = test.confidence_interval(0.95)
+    said = [f"{x.score.mean():.1f} ± {x.score.sem():.1f}" for x in (ours, theirs)]
+    said.append(f"a 95% interval from {low:.1f} to {high:.1f}")
+    for name in ("peers", "published"):
+        page = " ".join((ROOT / "docs" / f"{name}.md").read_text().split())
+        assert all(words in page for words in said), said
+
+
 def test_the_readme_and_the_docs_are_short():
     """Words of the README do not count code and the bars of tables."""
     prose = [line for line in README.splitlines() if not line.startswith("    ")]
