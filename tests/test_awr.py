@@ -9,7 +9,6 @@ import pytest
 import torch
 from awr import Args, Nets, Tables, awr_loss, lambda_returns, tabulate, update
 from oracles import in_double, stack
-from stand_in import PlainRun
 from torch.testing import assert_close
 
 from common import Adam, orthogonal_
@@ -208,63 +207,8 @@ def test_weights_that_all_underflow_leave_finite_metrics(data):
 # ---- training --------------------------------------------------------------------------------
 
 
-class WatchedRun(PlainRun):
-    """Keeps V of the tables, the weights and what a checkpoint holds, as of every step."""
-
-    def __init__(self, limit=None, checkpoint=None):
-        super().__init__(limit)
-        self.checkpoint, self.v_targets, self.weights = checkpoint, [], []
-
-    def start(self, nets, opt, **largest):
-        super().start(nets, opt, **largest)
-        if self.checkpoint:
-            t, weights, states, _ = self.checkpoint
-            nets.load_state_dict(weights)
-            for o, state in zip(vars(opt).values(), states):
-                for x, saved in zip(o.state(), state):
-                    x.data.copy_(saved)
-
-    def loop(self, steps, phase="train"):
-        torch.manual_seed(0)
-        if not self.checkpoint:
-            return super().loop(steps, phase)
-        t, *_, rng = self.checkpoint
-        torch.set_rng_state(rng)
-        return super().loop(steps, phase)[t:]
-
-    def after(self, t, metrics, act=None):
-        super().after(t, metrics, act)
-        self.v_targets.append(copy.deepcopy(self.nets.v_target.state_dict()))
-        weights = copy.deepcopy(self.nets.state_dict())
-        states = [[x.clone() for x in o.state()] for o in vars(self.opt).values()]
-        self.weights.append(weights)
-        self.saved = t, weights, states, torch.get_rng_state()
-
-
-def trained(tiny_data, limit=None, checkpoint=None, **values):
-    run, args = WatchedRun(limit, checkpoint), dict(steps=17, returns_every=5, batch_size=8)
-    torch.manual_seed(1)
-    awr.train(run, linked(tiny_data(n=40)), Args(**(args | values)))
-    return run
-
-
 def equal(one, two):
     return all(torch.equal(one[key], two[key]) for key in one)
-
-
-def test_tables_are_renewed_when_due(tiny_data):
-    """After updates 5, 10 and 15 they are those of the V of that moment."""
-    run = trained(tiny_data)
-    renewed = [t for t in range(2, 18) if not equal(run.v_targets[t - 2], run.v_targets[t - 1])]
-    assert renewed == [5, 10, 15]
-    for t in renewed:
-        weights = run.weights[t - 1]
-        v = {key.removeprefix("v."): x for key, x in weights.items() if key.startswith("v.")}
-        assert equal(v, run.v_targets[t - 1])
-    once = trained(tiny_data, returns_every=1000)
-    assert run.rows[:5] == once.rows[:5]
-    assert run.rows[5]["v_loss"] != once.rows[5]["v_loss"], "the sixth update has other returns"
-    assert run.rows[5]["pi_loss"] != once.rows[5]["pi_loss"], "and other advantages"
 
 
 @pytest.mark.parametrize(

@@ -39,12 +39,6 @@ def constant(mean, std):
     return lambda *x: out.expand(*x[0].shape[:-1], 2)
 
 
-def moved(before, after):
-    """Names of the parts of Nets that differ."""
-    old, new = before.state_dict(), after.state_dict()
-    return {name.split(".")[0] for name in new if (new[name] != old[name]).any()}
-
-
 # ---- Gaussians -------------------------------------------------------------------------------
 
 
@@ -222,23 +216,6 @@ def test_first_phases(trained):
     assert_close(nets.eps, nets.first_d + 0.3)
 
 
-def test_the_first_policy_is_scored_by_its_mode(trained):
-    run, _ = trained(polyak=1e-9, actor_lr=1e-12)
-    mean, _ = run.nets.actor_target(torch.zeros(1, 3)).chunk(2, -1)
-    found = run.references["its first policy"](torch.zeros(1, 3))
-    assert_close(found, mean.tanh(), atol=1e-4, rtol=0)
-
-
-def test_critics_can_come_first(trained):
-    run, _ = trained(q_steps=4, steps=3)
-    assert [len(run.phases[name]) for name in ("behavior", "init", "critics", "train")] == [
-        *(10, 10, 4, 3)
-    ]
-    assert moved(run.ends["init"], run.ends["critics"]) == {"q", "q_target"}
-    assert run.opt.q.count == 7
-    assert not trained()[0].phases["critics"]
-
-
 def test_threshold_is_set_by_epochs(trained):
     """Mean + population deviation of D over all states of the epoch, from the next one on."""
     run, _ = trained(steps=7, epoch_steps=3, eps=9.0, actor_lr=1e-3)
@@ -271,13 +248,6 @@ def test_largest_value_is_that_of_scaled_rewards(trained):
     run, _ = trained(gamma=0.9)
     assert run.largest.keys() == {"q_mean", "q_pi"} <= run.phases["train"][0].keys()
     assert all(abs(value - 10) < 1e-3 for value in run.largest.values())
-
-
-def test_observations_can_be_normalized(trained):
-    raw, scaled = (trained(normalize_obs=how) for how in (False, True))
-    assert not raw[0].nets.scaling.obs_mean.any()
-    assert_close(scaled[1].obs.mean(0), torch.zeros(3), atol=1e-5, rtol=0)
-    assert_close(scaled[0].nets.scaling.obs_mean, raw[1].obs.mean(0))
 
 
 # ---- tasks -----------------------------------------------------------------------------------

@@ -96,19 +96,6 @@ def test_the_mazes_pieces():
     assert env.spec.max_episode_steps == collect.LIMIT
 
 
-def test_homing_walks_end_nearer_home():
-    env = collect.make_env("PointMaze_Medium-v3", continuing_task=False)
-    maze = env.unwrapped.maze
-    paths = collect.paths_from(maze.maze_map, collect.START)
-    nearer = []
-    for homing in (0.0, 1.0):
-        walks = collect.drive_maze(env, 3000, 0, homing)
-        ends = [walks.obs[[e.start, e.stop - 1], :2].numpy() for e in walks.episodes()]
-        cells = [[tuple(maze.cell_xy_to_rowcol(xy)) for xy in pair] for pair in ends]
-        nearer.append(np.mean([len(paths[b]) < len(paths[a]) for a, b in cells]))
-    assert nearer[0] < 0.7 and nearer[1] > 0.9
-
-
 # ---- refusals --------------------------------------------------------------------------------
 
 BAD = {

@@ -649,46 +649,6 @@ def test_every_update_is_compiled_where_asked(name, monkeypatch):
 
 # ---- a file on its own -----------------------------------------------------------------------
 
-ALONE = """
-import sys, torch
-import stand_in
-from common import Data
-names = NAMES
-for name in names:
-    module = __import__(name)
-    torch.manual_seed(0)
-    obs, action = torch.randn(61, 3), torch.rand(60, 2) * 1.8 - 0.9
-    data = Data(obs[:-1], action, torch.randn(60), obs[1:], (torch.arange(60) % 20 == 19).float())
-    args = module.Args(batch_size=8)
-    run = stand_in.PlainRun(limit=3)
-    module.train(run, data, args)
-    assert len(run.phases["train"]) == 3 and run.nets, name
-    if run.act:
-        assert run.act(torch.randn(4, 3)).shape == (4, 2), name
-found = {m.split(".")[0] for m in sys.modules} & {"run", "readers", "gymnasium", "h5py", "minari"}
-assert not found, found
-"""
-
-
-def test_files_train_alone_beside_common_py_and_a_stand_in(tmp_path):
-    """Copied into an empty folder, without run.py."""
-    (tmp_path / "algorithms").mkdir()
-    for path in SCRIPTS:
-        shutil.copy(path, tmp_path / "algorithms")
-    for path in (ROOT / "common.py", ROOT / "tests" / "stand_in.py"):
-        shutil.copy(path, tmp_path)
-    code = ALONE.replace("NAMES", repr(NAMES))
-    place = {"PYTHONPATH": f"{tmp_path}:{tmp_path / 'algorithms'}", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        cwd=tmp_path,
-        env=os.environ | place,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
-
-
 IMPORT = """
 import importlib, os, random, signal, sys, threading
 import numpy, torch

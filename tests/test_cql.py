@@ -1,7 +1,6 @@
 """cql.py: the regularizers against integrals and tables, the targets, SAC."""
 
 import math
-from fnmatch import fnmatchcase
 from types import SimpleNamespace
 
 import cql
@@ -213,29 +212,6 @@ def test_training_sees_scaled_rewards_and_observations(tiny_data, normalize):
     assert_close(data.reward, 10 * reward - 5)
     largest = 100 * (10 * reward - 5).abs().max().item()
     assert run.largest == pytest.approx(dict.fromkeys(("q_data", "q_pi", "target"), largest))
-
-
-def preset(env):
-    """Args with the rows of PRESETS that match `env`; later rows win."""
-    values = {}
-    for pattern, row in cql.PRESETS.items():
-        if fnmatchcase(env, pattern):
-            values |= row
-    return Args(**values)
-
-
-def test_presets_of_the_domains():
-    for env in ("antmaze-umaze-v2", "D4RL/antmaze/umaze-v1", "D4RL/pointmaze/medium-v2"):
-        args = preset(env)
-        assert (args.lagrange, args.gap, args.weight, args.max_backup) == (True, 0.8, 5.0, True)
-        assert (args.actor_lr, args.lr, args.diff_floor) == (1e-4, 3e-4, -200.0)
-        assert (args.reward_scale, args.reward_shift, args.normalize_obs) == (10.0, -5.0, False)
-        assert (args.eval_every == 100_000) == ("antmaze" in env)
-    for env in ("D4RL/pointmaze/umaze-dense-v2", "hopper-medium-v2", "mujoco/hopper/medium-v0"):
-        assert preset(env) == Args()
-    for env in ("pen-human-v1", "D4RL/door/human-v2", "kitchen-mixed-v0"):
-        assert preset(env) == Args(weight=1.0, actor_lr=1e-4)
-    assert preset("maze2d-umaze-v1") == Args(lagrange=True, gap=5.0)
 
 
 # ---- behavior --------------------------------------------------------------------------------

@@ -19,8 +19,6 @@ from common import InputError
 sys.path.insert(0, str(ROOT / "figures"))
 import arq_rare  # noqa: E402
 import fisher_brc_actor  # noqa: E402
-import fisher_brc_lambda  # noqa: E402
-import itrpo_trust  # noqa: E402
 import maze  # noqa: E402
 
 import results  # noqa: E402
@@ -78,26 +76,6 @@ def test_kl_of_two_squashed_gaussians():
         for mean, std in ((0.0, 0.05), (0.05, 0.1))
     )
     assert fisher_brc_actor.kl(p, q) == pytest.approx(math.log(2) + 2 / 8 - 0.5, abs=1e-3)
-
-
-def test_a_large_lambda_flattens_the_offset():
-    """The second run reads the clone of the first."""
-    data, _ = load(HOPPER, "cpu", "none")
-    args = fisher_brc_lambda.Args(batch_size=32, steps=40, bc_steps=2)
-    free, clone = fisher_brc_lambda.curves(data, 0.0, None, args)
-    held, same = fisher_brc_lambda.curves(data, 100.0, clone, args)
-    assert all(torch.equal(clone[name], same[name]) for name in clone)
-    assert free["penalty"][0] == held["penalty"][0]
-    assert held["penalty"][-1] < 0.6 * free["penalty"][-1]
-
-
-def test_settings_of_the_trust_region_share_a_clone():
-    """And only one of them shapes rewards."""
-    args = itrpo_trust.Args(bc_steps=3, steps=4, log_every=2)
-    control, clone = itrpo_trust.curves(True, 0, None, args)
-    trust, same = itrpo_trust.curves(False, 0, clone, args)
-    assert all(torch.equal(clone[name], same[name]) for name in clone)
-    assert len(trust["kl_step"]) == 2 and control["shaping"] == [0.0, 0.0] != trust["shaping"]
 
 
 def test_a_clone_finds_no_rare_action():

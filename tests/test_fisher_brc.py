@@ -14,11 +14,9 @@ from fisher_brc import (
     Nets,
     log_mu,
     pre_tanh,
-    sample_mu,
     target_value,
     train,
 )
-from golden.tools import Inject
 from oracles import in_double
 from stand_in import PlainRun
 from torch.testing import assert_close
@@ -94,16 +92,6 @@ def test_dequantization_moves_actions_at_the_bounds_only():
     for distance in (1 - spread[:, 0], 1 + spread[:, 1]):
         assert distance.min() > 0
         assert scipy.stats.kstest(distance, "uniform", (0, 0.05)).pvalue > 1e-3
-
-
-@pytest.mark.parametrize("u", [0.0, 1.0])
-def test_extreme_uniform_draws_choose_a_component(u):
-    """Weights that sum to less than one by rounding still leave a last component."""
-    log_weight, mean, log_std = mixture_of(3, 5, 2)
-    uniform, normal = torch.full((1, 5, 2), u).double(), torch.zeros(5, 2).double()
-    with Inject(rand_like=[uniform], randn_like=[normal]):
-        x = sample_mu((log_weight - 1e-6, mean, log_std))
-    assert torch.equal(x, mean[-1 if u else 0])
 
 
 # ---- networks --------------------------------------------------------------------------------

@@ -117,30 +117,6 @@ def test_without_step_a_row_that_is_cut_is_a_gap_too(log):
     assert list(np.flatnonzero(arrays["timeouts"])) == [2, 8, 28, 48]
 
 
-@pytest.mark.parametrize(
-    "change",
-    [
-        lambda text: "\ufeff" + text,
-        lambda text: text.replace("\n", "\r\n"),
-        lambda text: text.replace(",", " , "),
-        lambda text: text + "\n\n",
-        lambda text: re.sub(
-            r",1,(4.5\n)", r",True,\1", re.sub(r",0,([\d.]+\n)", r",False,\1", text)
-        ),
-    ],
-    ids=["mark", "windows", "spaces", "blank", "words"],
-)
-def test_forms_of_one_table_give_one_file(log, change):
-    log.loc[7, "v"] = np.nan
-    save(log)
-    plain = convert(out="plain.npz")
-    with open("log.csv", "r+", newline="", encoding="utf-8") as file:
-        text = change(file.read())
-        file.seek(0)
-        file.write(text)
-    assert_same(convert(), plain)
-
-
 def test_episodes_may_have_names(log):
     numbered, _ = convert(out="plain.npz")
     save(log.assign(episode="run " + log.episode.astype(str)))

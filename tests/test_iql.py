@@ -12,7 +12,7 @@ import td3_bc
 import torch
 from golden.tools import Inject
 from iql import Args, Nets, awr_loss, ddpg_bc_loss, scale_rewards, update, value_loss
-from oracles import SGD, in_double, rows, stack
+from oracles import SGD, in_double, stack
 from stand_in import PlainRun
 from torch import nn
 from torch.testing import assert_close
@@ -304,49 +304,6 @@ def test_training_scales_the_rewards_and_says_the_largest_q(tiny_data):
     iql.train(run, data, Args(steps=3, batch_size=4, normalize_reward=True, reward_shift=-1.0))
     assert_close(data.reward, scaled)
     assert_close(run.largest, {"q_mean": scaled.abs().max().item() * 100})
-
-
-@pytest.mark.parametrize("normalize", [True, False])
-def test_normalized_observations(data, normalize):
-    """train() shifts and scales the data, and the policy what it sees, by the same constants."""
-    mean, run = data.obs.mean(0), PlainRun()
-    data = Data(*(x.float() for x in rows(data)))
-    iql.train(run, data, Args(steps=2, batch_size=4, normalize_obs=normalize))
-    mean, zeros = mean.float(), torch.zeros(3)
-    assert_close(run.nets.scaling.obs_mean, mean if normalize else zeros)
-    assert_close(data.obs.mean(0), zeros if normalize else mean)
-
-
-@pytest.mark.parametrize(
-    ("envs", "expected"),
-    [
-        ("hopper-medium-v2 mujoco/walker2d/expert-v0", dict(normalize_reward=True)),
-        ("hopper-replay-demo",
-         dict(normalize_reward=True, normalize_obs=True, beta=10.0, polyak=0.02)),
-        ("hopper-medium-expert-demo",
-         dict(normalize_reward=True, normalize_obs=True, beta=10.0, polyak=0.01)),
-        ("ant-medium-v2 log.npz maze2d-umaze-v1 halfcheetah/medium-v0 pointmaze/medium-v0 "
-         "D4RL/pointmaze/umaze-dense-v2 door/human-v0", {}),
-        ("antmaze-umaze-v2 D4RL/antmaze/umaze-v1",
-         dict(tau=0.9, beta=10.0, reward_shift=-1.0, eval_every=100_000, eval_episodes=100)),
-        ("D4RL/pointmaze/umaze-v2",
-         dict(tau=0.9, beta=10.0, reward_shift=-1.0, alpha_bc=0.003)),
-        ("pointmaze-stitch-demo",
-         dict(tau=0.9, beta=10.0, reward_shift=-1.0, alpha_bc=0.003, polyak=0.02,
-              eval_episodes=20)),
-        ("pen-human-v0 D4RL/relocate/human-v2 kitchen-mixed-v0 D4RL/kitchen/mixed-v2",
-         dict(beta=0.5, dropout=0.1)),
-        ("pen-human-v1 door-cloned-v1", dict(tau=0.8, beta=3.0, normalize_obs=True)),
-    ],
-)  # fmt: skip
-def test_presets(envs, expected):
-    """The paper's settings for AntMaze, Adroit and the kitchen, CORL's for Adroit's v1 data."""
-    for env in envs.split():
-        args, _ = parse(Args, iql.PRESETS, ["--env", env])
-        assert (args.steps < 1_000_000) == env.endswith("-demo")
-        if env.endswith("-demo"):
-            args.steps, args.eval_every = 1_000_000, 5_000
-        assert args == Args(env=env, **expected), env
 
 
 @pytest.mark.parametrize(

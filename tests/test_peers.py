@@ -13,7 +13,6 @@ import pytest
 import torch
 from short_runs import ROOT
 
-from common import InputError
 from peers import speed, td3_lockstep, train
 from run import evaluate, load, make, parse, score
 from tools import report
@@ -209,18 +208,6 @@ def test_corl_is_on_our_rows_in_our_evaluation_and_in_our_format(here, capsys):
             "corl_td3_bc", here / "CORL", "--env", "hopper-replay-demo", "--out", here / "r", *words
         )
         assert ((folder / "eval.csv").stat().st_mtime_ns > before) == again
-
-
-def test_refusals_of_the_driver(here):
-    with pytest.raises(InputError, match="there is no algorithms/offline/td3_bc.py"):
-        run("corl_td3_bc", here)
-    with pytest.raises(InputError, match="has lr 0.1 for .*, but the program's code fixes it to"):
-        run("corl_td3_bc", here, "--lr", "0.1")
-    with pytest.raises(InputError, match="--steps 20 is no multiple of --eval-every 3"):
-        run("corl_td3_bc", here, "--eval-every", "3")
-    place = corl(here, CORL.replace("range(config.max_timesteps)", "range(10)"))
-    with pytest.raises(InputError, match="td3_bc.py left before its last step"):
-        run("corl_td3_bc", place)
 
 
 # The parts of the program of IQL's authors that touch what is replaced.

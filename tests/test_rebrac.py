@@ -10,7 +10,6 @@ import torch
 from golden.tools import Inject
 from oracles import in_double, rows
 from rebrac import (
-    PRESETS,
     Args,
     Nets,
     actor_loss,
@@ -22,7 +21,6 @@ from stand_in import PlainRun
 from torch.testing import assert_close
 
 from common import Adam, Data, InputError
-from run import parse
 
 
 @pytest.fixture
@@ -215,24 +213,3 @@ def test_rates_are_those_of_the_flags(tiny_data):
     run = PlainRun(limit=1)
     train(run, tiny_data(), Args(actor_lr=0.25, critic_lr=0.5))
     assert (run.opt.actor.lr, run.opt.q.lr) == (0.25, 0.5)
-
-
-@pytest.mark.parametrize(
-    ("env", "expected"),
-    [
-        ("hopper-medium-v2", (0.01, 0.01, 1024, 1e-3, 1e-3, 0.99, 1.0)),
-        ("hopper-medium-expert-v2", (0.1, 0.01, 1024, 1e-3, 1e-3, 0.99, 1.0)),
-        ("walker2d-random-v2", (0.01, 0.0, 1024, 1e-3, 1e-3, 0.99, 1.0)),
-        ("mujoco/halfcheetah/expert-v0", (0.01, 0.01, 1024, 1e-3, 1e-3, 0.99, 1.0)),
-        ("antmaze-umaze-diverse-v2", (0.003, 0.001, 256, 3e-4, 5e-5, 0.999, 100.0)),
-        ("D4RL/antmaze/medium-play-v1", (0.001, 0.0005, 256, 3e-4, 5e-5, 0.999, 100.0)),
-        ("pen-human-v1", (0.1, 0.5, 256, 3e-4, 3e-4, 0.99, 1.0)),
-        ("D4RL/relocate/expert-v2", (0.05, 0.01, 256, 3e-4, 3e-4, 0.99, 1.0)),
-        ("maze2d-large-v1", (0.003, 0.001, 256, 3e-4, 3e-4, 0.99, 1.0)),
-        ("ant-medium-v2", (0.01, 0.01, 1024, 1e-3, 1e-3, 0.99, 1.0)),
-    ],
-)
-def test_presets_are_the_published_ones(env, expected):
-    args, _ = parse(Args, PRESETS, ["--env", env])
-    found = args.actor_bc, args.critic_bc, args.batch_size, args.actor_lr, args.critic_lr
-    assert (*found, args.gamma, args.reward_scale) == expected

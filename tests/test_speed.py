@@ -64,17 +64,6 @@ def test_speed_and_error_of_the_words_of_precision(capsys):
     assert all(float(row[1]) > 0 for row in rows[2:]) and 0 < float(rows[2][2]) < 1e-5
 
 
-@pytest.mark.parametrize(("threads", "clock"), [(1, time.process_time), (2, time.perf_counter)])
-def test_clock(threads, clock):
-    """CPU time for one thread; with more, it would add them up."""
-    watch, before = speed.Stopwatch(CPU, seconds=1), torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
-        assert abs(watch.clock() - clock()) < 0.5
-    finally:
-        torch.set_num_threads(before)
-
-
 def test_settings_are_the_defaults_or_the_presets_of_a_dataset():
     """CQL's preset of the bundled data has smaller batches."""
     assert speed.settings_of(cql, "").batch_size == 256
