@@ -479,10 +479,14 @@ DEFAULT = "hopper-medium-expert-demo.npz"
 
 def test_three_files_and_a_dataset_are_the_whole_program(here):
     """Every file, in a folder that holds it, common.py, run.py and the data that it names by
-    default: the same files with the same numbers as in the repository, and --resume."""
+    default, with a hole: the same files with the same numbers as in the repository, and --resume."""
     copied, cloned = [], []
     (here / "clone" / "data").mkdir(parents=True)
-    write_log(f"clone/data/{DEFAULT}")
+    with np.load(write_log(f"clone/data/{DEFAULT}")) as file:
+        arrays = dict(file)
+    arrays["final_observations"] = np.insert(arrays["final_observations"], 0, np.nan, 0)
+    step = np.arange(120) + (np.arange(120) > 9)  # a hole after the tenth row
+    np.savez(f"clone/data/{DEFAULT}", **arrays, step=step)
     shutil.copytree(ROOT / "algorithms", "clone/algorithms")
     for name in ("common.py", "run.py"):
         shutil.copy(ROOT / name, "clone")
@@ -498,6 +502,7 @@ def test_three_files_and_a_dataset_are_the_whole_program(here):
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-500:]
     assert len([*Path("copied").iterdir()]) == len(SCRIPTS)
+    assert done.stdout.count("note: 1 of 120 rows lack a next observation") == len(lines)
     for one in Path("copied").iterdir():
         two = Path("cloned", one.name)
         plain = lambda place: {x.name for x in place.iterdir() if "tfevents" not in x.name}
