@@ -12,13 +12,13 @@ share one; batches have 128 rows with one sample each, targets are four times as
 """
 
 import sys
+from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 
 import matplotlib.figure
 import torch
 import tyro
-from fisher_brc_lambda import Watched
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "algorithms"))
 import itrpo
@@ -40,6 +40,31 @@ class Args:
     """number of seeds"""
     out: str = "figures/itrpo_trust.png"
     """where the picture goes"""
+
+
+class Watched:
+    """A run that keeps every metric, and that reads its clone from `clone` where it is asked to."""
+
+    device = torch.device("cpu")
+    reference = lambda self, *args: None
+
+    def __init__(self, seed, clone):
+        self.seed, self.clone = seed, clone
+
+    def start(self, nets, opt, **largest):
+        self.nets = nets
+
+    def read_clone(self, module):
+        module.load_state_dict(self.clone)
+
+    def loop(self, steps, phase="train"):
+        torch.manual_seed(self.seed + 1)
+        self.seen = defaultdict(list)
+        return range(1, steps + 1)
+
+    def after(self, t, metrics, act=None):
+        for name, value in metrics.items():
+            self.seen[name].append(value.item())
 
 
 def curves(control, seed, clone, args):

@@ -265,31 +265,11 @@ def gaps(cells, folder) -> str:
     return markdown(pd.DataFrame(rows)) if rows else ""
 
 
-def stopping(cells) -> str:
-    """Means over seeds of the first four and of the last four evaluations on the mixture."""
-    rows = []
-    for method in TITLES | PEERS:
-        if (MIXTURE, method) in cells:
-            curves = [curve.score for curve in cells[MIXTURE, method].curve]
-            row = {"method": report.title_of(method)}
-            row["evaluations 1 to 4"] = f"{np.mean([curve.head(4) for curve in curves]):.1f}"
-            row["the last 4"] = f"{np.mean([curve.tail(4) for curve in curves]):.1f}"
-            rows.append(row)
-    return markdown(pd.DataFrame(rows)) if rows else ""
-
-
 def ogbench(folder) -> str:
     """Our shortened runs on OGBench's tasks, for docs/ogbench.md; empty where there are none."""
     cells = read_cells(folder, "-singletask")
     order = [(env, x) for env in sorted({env for env, _ in cells}) for x in TITLES | PEERS]
-    rows = []
-    for env, method in order:
-        if (env, method) in cells:
-            own = cells[env, method].score
-            row = {"task": f"`{env}`", "run": report.title_of(method)}
-            row["scores of its seeds"] = ", ".join(f"{score:.1f}" for score in own)
-            rows.append(row | {"mean ± standard error": mean_text(own.mean(), own.sem())})
-    return markdown(pd.DataFrame(rows)) if rows else ""
+    return beside(cells, [cell for cell in order if cell in cells]) if cells else ""
 
 
 def tables(cells, folder) -> dict:
@@ -297,7 +277,6 @@ def tables(cells, folder) -> dict:
     found = {"Scores": scores(cells), "From the clone to the policy": clones(cells)}
     found |= ablations(cells)
     found["What Fisher-BRC's backups pay"] = gaps(cells, folder)
-    found["The mixture ranks stopping times"] = stopping(cells)
     if peers(cells):
         found["Beside other people's code"] = beside(cells, peers(cells))
     return {heading: text for heading, text in found.items() if text}

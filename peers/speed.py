@@ -179,7 +179,7 @@ def ours(algorithm, folder, how):
     def run():
         data = Data(*(torch.from_numpy(x) for x in synthetic().values()))
         args = module.Args(compile=how["compile"])
-        module.train(Counted(device, None), data, args)
+        module.train(Counted(device, 0), data, args)
 
     return meter, run
 

@@ -49,7 +49,7 @@ def here(tmp_path, monkeypatch):
 def run(line):
     """collect.py with the words of `line` as its flags; the steps that it took."""
     STEPS.count = 0
-    words = f"--device cpu --precision highest --seed 3 {line}".split()
+    words = f"--seed 3 {line}".split()
     collect.collect(tyro.cli(collect.Args, args=words))
     return STEPS.count
 
@@ -96,14 +96,31 @@ def test_the_mazes_pieces():
     assert env.spec.max_episode_steps == collect.LIMIT
 
 
+# ---- the agent -------------------------------------------------------------------------------
+
+
+def test_the_agents_rows(monkeypatch):
+    """Two rollouts of one agent, the first of an earlier stage; the same command repeats them."""
+    monkeypatch.setattr(collect, "EVAL_EVERY", 20)
+    monkeypatch.setattr(collect, "RANDOM_STEPS", 10)
+    line = "--env Walk-v0 --level medium-expert --medium-step 20 --expert-step 40 --steps 30"
+    for name in ("one", "two"):
+        run(f"{line} --flat {name}.npz")
+    assert_same_rows("one.npz", "two.npz")
+    assert len(arrays("one.npz")["actions"]) == 60 and len(agent_returns("one.npz")) == 2
+    run(line.replace("medium-expert", "full-replay"))
+    rows = arrays("data.npz")
+    assert len(rows["actions"]) == 40 and (np.ptp(rows["actions"][10:], 0) > 0.1).all()
+
+
 # ---- refusals --------------------------------------------------------------------------------
 
 BAD = {
-    "--env CartPole-v1 --level random": "CartPole-v1 has Discrete",
-    "--env Walk-v0 --level expert --expert-step 60": "use multiples of 5,000",
-    "--env Walk-v0 --level random --flat file/x.npz": "a folder that exists",
-    "--env Walk-v0 --level random --flat x.hdf5": "a name ending in .npz",
-    "--env Walk-v0 --level random --flat there.npz": "exists: add --overwrite",
+    "--env CartPole-v1 --level homing": "CartPole-v1 has Discrete",
+    "--env Walk-v0 --expert-step 60": "use multiples of 5,000",
+    "--env Walk-v0 --level homing --flat file/x.npz": "a folder that exists",
+    "--env Walk-v0 --level homing --flat x.hdf5": "a name ending in .npz",
+    "--env Walk-v0 --level homing --flat there.npz": "exists: move it away",
     "--env PointMaze_UMaze-v3 --level homing": "drives PointMaze_Medium-v3, not",
 }
 

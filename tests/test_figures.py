@@ -27,7 +27,6 @@ from run import load  # noqa: E402
 TINY = {  # figure: settings of a picture that is drawn at once
     "arq_rare": dict(steps=3, rows=40),
     "fisher_brc_actor": dict(steps=2, rows=20, seeds=(0,)),
-    "fisher_brc_lambda": dict(bc_steps=2, steps=4),
     "itrpo_trust": dict(bc_steps=2, steps=4, log_every=2, seeds=1),
 }
 HOPPER, MAZE = "hopper-replay-demo", "pointmaze-stitch-demo"

@@ -57,7 +57,7 @@ def test_the_flags_of_a_run_are_a_page():
 
 
 @pytest.mark.parametrize("folders, cap", [
-    (("tools", "data/make", "peers", "figures"), 37_900),
+    (("tools", "data/make", "peers", "figures"), 36_000),
     (("peers",), 5_000),
     (("tests",), 100_000),
 ])  # fmt: skip

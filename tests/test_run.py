@@ -479,7 +479,7 @@ DEFAULT = "hopper-medium-expert-demo.npz"
 
 def test_three_files_and_a_dataset_are_the_whole_program(here):
     """Every file, in a folder that holds it, common.py, run.py and the data that it names by
-    default, with a hole: the same files with the same numbers as in the repository, and --resume."""
+    default, with a hole: the same files and numbers as in the repository, and --resume."""
     copied, cloned = [], []
     (here / "clone" / "data").mkdir(parents=True)
     with np.load(write_log(f"clone/data/{DEFAULT}")) as file:

@@ -1,4 +1,4 @@
-"""speed.py: its counts and its clock on work of a known size, its flags, its table."""
+"""speed.py: its clock on work of a known size, its flags, its table."""
 
 import time
 
@@ -14,25 +14,13 @@ from tools import speed
 CPU = torch.device("cpu")
 
 
-def watched(train, seconds=None, steps=1_000):
+def watched(train, seconds, steps):
     """What a Stopwatch finds for `train(t)`, called in every step of one phase."""
     watch = speed.Stopwatch(CPU, seconds)
     for t in watch.loop(steps):
         train(t)
         watch.after(t, {})
     return watch.phases["train"]
-
-
-def test_products_are_counted_with_every_delayed_step_equally_often():
-    a = torch.randn(10, 20, requires_grad=True)
-    b = torch.randn(20, 30)
-
-    def update(t):
-        loss = (a @ b).sum()
-        if t % 2 == 0:  # one more product for the gradient of a
-            torch.autograd.grad(loss, a)
-
-    assert watched(update) == 2 * 10 * 20 * 30 * 1.5
 
 
 @pytest.mark.parametrize("steps", [40, 1_000, 10**9])
@@ -81,11 +69,8 @@ def test_table(capsys):
     rows = [dict(zip(columns, (x.strip() for x in row.split("|")))) for row in rows]
     phases = [(row["algorithm"], row["phase"]) for row in rows]
     assert phases == [("bc", "train"), ("fisher_brc", "behavior"), ("fisher_brc", "train")]
-    forward = 2 * 256 * (5 * 256 + 256 * 256 + 256 * 2)  # BC: a batch of 256 through three layers
-    backward = forward + 2 * 256 * (256 * 256 + 256 * 2)  # weights, and inputs of the upper layers
-    assert rows[0]["mflop_per_update"] == str(round((forward + backward) / 1e6))
     for row in rows:
-        assert 0 < float(row["efficiency"]) < 2 and float(row["updates_per_second"]) > 0
+        assert float(row["updates_per_second"]) > 0
         minutes = 1e6 / float(row["updates_per_second"]) / 60
         assert float(row["minutes_per_million"]) == pytest.approx(minutes, rel=0.05)
 

@@ -23,7 +23,6 @@ import importlib
 import io
 import json
 import sys
-import typing
 from pathlib import Path
 
 import gymnasium
@@ -36,8 +35,8 @@ from torch.overrides import TorchFunctionMode
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "algorithms")]
-from common import CountOrZero, Data, InputError, Seed, ShareBelow1
-from run import evaluate, load, load_tensors, make, prepare_device, score, write_whole
+from common import CountOrZero, Data, InputError, Seed, ShareBelow1, require
+from run import evaluate, in_one_line, load, load_tensors, make, prepare_device, score, write_whole
 from tools import fqe
 
 
@@ -58,7 +57,7 @@ class Args:
     seed: Seed = 1
     """seeds the simulator's start states and FQE"""
     video: str = ""
-    """film one episode into this .gif of at most 1 MB (or .mp4, with imageio-ffmpeg)"""
+    """film one episode into this .gif (or .mp4, with imageio-ffmpeg)"""
     export: str = ""
     """write the policy to this file for torch.export.load; needs no data by itself"""
 
@@ -98,49 +97,33 @@ class LoadedRun:
         return self.module.q(self.nets, *self.inputs(obs, action))
 
 
-def fits(kind, value) -> bool:
-    """Whether a value read from JSON is of a field's type: a class, a Literal or a union."""
-    if options := typing.get_args(kind):
-        return any(fits(option, value) for option in options)
-    if not isinstance(kind, type):  # a Literal's value
-        return value == kind
-    return isinstance(value, int | float if kind is float else kind)
-
-
 def load_run(folder, eval_env: str | None = None, env: str = "", with_data: bool = True):
     """The LoadedRun of a run's folder. `env` names the data where it was moved; without
     `with_data`, neither data nor task is looked for. Raises InputError."""
     folder = Path(folder)
-    try:
-        config = json.loads((folder / "config.json").read_text())
-        name, values, digest = config["algorithm"], dict(config["args"]), config["settings"]["data"]
-    except (FileNotFoundError, NotADirectoryError):
-        raise InputError(f"{folder} is no run: use a folder with a config.json") from None
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        line = f"{folder}/config.json cannot be read ({type(error).__name__}: {error})"
-        raise InputError(f"{line}: repeat the run with --overwrite") from None
+    path, fix = folder / "config.json", "repeat the run with --overwrite"
+    require(path.is_file(), f"{folder} is no run: use a folder with a config.json")
+    with in_one_line(path, fix):
+        config = json.loads(path.read_text())
+        name, values, digest = config["algorithm"], config["args"], config["settings"]["data"]
     known = sorted(path.stem for path in (ROOT / "algorithms").glob("*.py"))
-    if name not in known:
-        raise InputError(f"{folder}: there is no algorithms/{name}.py, only {', '.join(known)}")
+    line = f"{folder}: there is no algorithms/{name}.py, only {', '.join(known)}"
+    require(name in known, line)
     module = importlib.import_module(name)
-    kinds = {f.name: f.type for f in dataclasses.fields(module.Args)}
-    odd = [k for k, value in values.items() if k not in kinds or not fits(kinds[k], value)]
-    other = f"{folder} was made by another version of {name}.py or is damaged"
-    if odd:
-        had = ", ".join(f"{k}={values[k]!r:.80}" for k in odd)
-        raise InputError(f"{other} (it has {had}): repeat the run with --overwrite")
-    args = module.Args(**values | {"device": "cpu"})
-    if not (folder / "checkpoint.pt").exists():
-        raise InputError(f"{folder} has no checkpoint.pt: let the run finish, or interrupt it once")
-    saved = load_tensors(folder / "checkpoint.pt")
-    if not isinstance(saved, dict) or saved.get("phase") != "train":
-        raise InputError(f"{folder} has not reached its last phase: continue it with --resume")
+    other = f"{folder}, of another version of {name}.py or damaged,"
+    with in_one_line(other, fix):
+        args = module.Args(**values | {"device": "cpu"})
+    path = folder / "checkpoint.pt"
+    require(
+        path.exists(), f"{folder} has no checkpoint.pt: let the run finish, or interrupt it once"
+    )
+    saved = load_tensors(path)
+    last = saved.get("phase") == "train"
+    require(last, f"{folder} has not reached its last phase: continue it with --resume")
     device = prepare_device("cpu", args.precision)
-    try:
+    with in_one_line(other, fix):
         nets = module.Nets(blank_data(saved["nets"]), args)
         nets.load_state_dict(saved["nets"])
-    except (RuntimeError, KeyError, TypeError, AttributeError, IndexError):
-        raise InputError(f"{other} (its networks): repeat the run with --overwrite") from None
     data = task = None
     if with_data and not eval_env and ":" in (args.eval_env or ""):
         raise InputError(
@@ -149,8 +132,8 @@ def load_run(folder, eval_env: str | None = None, env: str = "", with_data: bool
         )
     if with_data:
         data, task = load(env or args.env, device, eval_env or args.eval_env)
-        if data.digest != digest:
-            raise InputError(f"{env or args.env} is not the data that {folder} was trained on")
+        same = data.digest == digest
+        require(same, f"{env or args.env} is not the data that {folder} was trained on")
     step, columns = saved.get("step"), config.get("columns") or {}
     return LoadedRun(module, nets.requires_grad_(False), args, data, task, step, columns)
 
@@ -164,11 +147,8 @@ def blank_data(state) -> Data:
 
 def write(path, content) -> None:
     """Raises InputError where the file cannot be written, on a full disk say."""
-    try:
+    with in_one_line(path, "free some space or use another place"):
         write_whole(Path(path), content)
-    except OSError as error:
-        line = f"{path} cannot be written ({error.strerror})"
-        raise InputError(f"{line}: free some space or use another place") from None
 
 
 # ---- with a simulator ------------------------------------------------------------------------
@@ -190,49 +170,39 @@ class Discounted(gymnasium.Wrapper):
 
 
 class Filmed(gymnasium.Wrapper):
-    """An environment that hands a picture of every `every`-th state to `keep`."""
+    """An environment that keeps a picture of every `every`-th state, at half its height."""
 
-    def __init__(self, env, keep, every):
+    def __init__(self, env, every):
         super().__init__(env)
-        self.keep, self.every, self.steps = keep, every, 0
+        self.pictures, self.every, self.steps = [], every, 0
 
     def step(self, action):
         if self.steps % self.every == 0:
-            self.keep(self.env.render())
+            self.pictures.append(self.env.render()[::2, ::2])
         self.steps += 1
         return self.env.step(action)
 
 
 def film(act, task, path: str, seed: int) -> float:
-    """One episode into a .gif or .mp4; returns its return. Raises InputError."""
+    """One episode into an endless .gif, or an .mp4; returns its return. Raises InputError."""
     try:
-        import imageio
+        import imageio.v3
 
-        env, frames = with_camera(task), []
-        fps, is_gif = env.metadata.get("render_fps", 30), path.lower().endswith(".gif")
-        every = max(1, round(fps / 12)) if is_gif else 1
-        with contextlib.ExitStack() as stack:
-            keep = lambda frame: frames.append(shrunk(frame))
-            if not is_gif:
-                keep = stack.enter_context(imageio.get_writer(path, fps=fps)).append_data
-            filmed = Filmed(env, keep, every)
-            (total,) = evaluate(act, [filmed], seed, torch.device("cpu"))
-        if is_gif:
-            write(path, gif(frames, every / fps))
+        env, is_gif = with_camera(task), path.lower().endswith(".gif")
+        fps = env.metadata.get("render_fps", 30)
+        filmed = Filmed(env, max(1, round(fps / 12)) if is_gif else 1)
+        (total,) = evaluate(act, [filmed], seed, torch.device("cpu"))
+        how = (
+            {"duration": 10 * round(100 * filmed.every / fps), "loop": 0}
+            if is_gif
+            else {"fps": fps}
+        )
+        imageio.v3.imwrite(path, filmed.pictures, **how)
     except Exception as error:  # no display, no ffmpeg, no such folder: each library has its own
         line = (str(error).splitlines() or [type(error).__name__])[0]
         fix = "free some space" if isinstance(error, OSError) else "on a server set MUJOCO_GL=egl"
         raise InputError(f"--video {path}: {line}; {fix}") from None
     return total
-
-
-def shrunk(frame, most: int = 240):
-    """A picture (H, W, 3), at most 240 pixels high."""
-    from PIL import Image
-
-    image = Image.fromarray(frame)
-    image.thumbnail((10 * most, most))
-    return np.asarray(image)
 
 
 def with_camera(task):
@@ -251,25 +221,6 @@ def with_options(task, **options):
     if "make" in task:
         return task["make"](**options)
     return make(task | {"env_kwargs": task.get("env_kwargs", {}) | options})
-
-
-def gif(frames: list, seconds: float, most: int = 1_000_000) -> bytes:
-    """Frames, `seconds` apart, as an endless animation of at most `most` bytes: 240 pixels high in
-    64 colors, or as much smaller as that takes."""
-    from PIL import Image
-
-    images = [Image.fromarray(frame) for frame in frames]
-    width, height = images[0].size
-    pause = 10 * round(100 * seconds)  # the format has hundredths of a second
-    palette = images[len(images) // 2].quantize(64)  # one for all, so that still parts stay still
-    scale, content = min(1.0, 240 / height), bytes(most + 1)
-    while len(content) > most and scale * height > 20:
-        size = round(scale * width), round(scale * height)
-        first, *rest = (x.resize(size).quantize(palette=palette, dither=0) for x in images)
-        buffer = io.BytesIO()
-        first.save(buffer, "GIF", save_all=True, append_images=rest, duration=pause, loop=0)
-        content, scale = buffer.getvalue(), 0.8 * scale
-    return content
 
 
 # ---- taking the policy away ------------------------------------------------------------------
@@ -403,15 +354,13 @@ def save(folder, found: dict) -> None:
 
 
 def main(args):
-    if not args.runs:
-        raise InputError("use the folder of a run, for example runs/hopper-replay-demo__td3_bc__0")
+    example = "runs/hopper-replay-demo__td3_bc__0"
+    require(args.runs, f"use the folder of a run, for example {example}")
     for path in filter(None, (args.export, args.video)):
-        if len(args.runs) > 1:
-            raise InputError("--export and --video take one run: name the best alone")
-        if not Path(path).absolute().parent.is_dir():
-            raise InputError(f"no folder {Path(path).parent} for {path}: make it first")
-        if Path(path).is_dir():
-            raise InputError(f"{path} is a folder: use a file's name")
+        require(len(args.runs) == 1, "--export and --video take one run: name the best alone")
+        folder = Path(path).absolute().parent
+        require(folder.is_dir(), f"no folder {Path(path).parent} for {path}: make it first")
+        require(not Path(path).is_dir(), f"{path} is a folder: use a file's name")
     run, *_ = runs = load_runs(args)
     if args.export:
         inputs = export(run.module, run.nets, run.args, args.export, run.columns)
@@ -419,8 +368,7 @@ def main(args):
         for key, names in run.columns.items():
             print(f"{key}: {', '.join(map(str, [names] if isinstance(names, str) else names))}")
     if args.video:
-        if not run.task:
-            raise InputError("--video needs a simulator: use --eval-env")
+        require(run.task, "--video needs a simulator: use --eval-env")
         print(f"{args.video}: return {film(run.act, run.task, args.video, args.seed):.1f}")
     task = run.task["env_id"] if run.task else None
     same = {"seed": args.seed, "gamma": args.gamma, "task": task}

@@ -294,13 +294,8 @@ def show(args, table, episode, low, high):
         share = pd.Series(near.mean(0), args.actions).map("{:.1%}".format)
         shown[title] = share.reindex(names).fillna("")
     print(shown.to_string(float_format="{:.6g}".format))
-    for which, typed in (("lowest", args.low), ("highest", args.high)):
-        flag = "--low" if which == "lowest" else "--high"
-        source = f"typed as {flag}" if typed else f"the data's, because {flag} is not given"
-        print(f"{which} action: {source}")
-    constant = [name for name in args.obs if x[name].min() == x[name].max()]
-    if constant:
-        print(f"note: constant, so of no use in --obs: {', '.join(constant)}")
+    if not (args.low and args.high):
+        print("note: without --low and --high, the bounds of actions are the data's")
     coarse = [
         name for name in args.obs if x[name].astype(np.float32).nunique() < x[name].nunique() / 2
     ]

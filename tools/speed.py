@@ -1,4 +1,4 @@
-"""Updates per second and efficiency of every algorithm: one command, two tables.
+"""Updates per second of every algorithm: one command, two tables.
 
     python tools/speed.py                                 # every algorithm, one CPU thread, eager
     python tools/speed.py --algorithms td3_bc --compile   # one of them, compiled whole
@@ -12,10 +12,8 @@ Then every file's own `train` runs on synthetic data (200,000 transitions, 17 ob
 actions) with its default settings, or with the preset of --env, and is measured instead of logged.
 A method with a first phase has a row for each.
 
-Efficiency is floor time / measured time. The floor is the time that the matrix products of one
-update take at the rate of a 256 x 256 x 256 fp32 product, measured in the same process. Times are
-seconds: the process's own CPU time with one thread, wall-clock time with more and on a GPU; the
-best of five blocks counts.
+Times are those of the process's own CPU time with one thread, wall-clock time with more and on a
+GPU; the best of five blocks counts.
 """
 
 import importlib
@@ -29,7 +27,6 @@ from typing import Literal
 
 import torch
 import tyro
-from torch.utils.flop_counter import FlopCounterMode
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "algorithms")]
@@ -37,7 +34,6 @@ from common import Count, Data, Positive, require
 from run import parse, prepare_device
 
 SHOWN = ("algorithm", "phase", "batch_size", "updates_per_second", "minutes_per_million")
-SHOWN += ("mflop_per_update", "efficiency")
 SHAPES = ((256, 32, 256), (256, 256, 256), (1024, 256, 256))  # rows, inputs, outputs of a layer
 
 
@@ -50,7 +46,7 @@ class Args:
     device: str = "cpu"
     """cpu or cuda"""
     threads: Count = 1
-    """CPU threads; efficiency compares with the rate of as many"""
+    """CPU threads"""
     compile: bool = False
     """compile each update whole"""
     precision: Literal["highest", "high", "medium"] = "highest"
@@ -75,10 +71,9 @@ def synthetic(args, device):
 
 
 class Stopwatch:
-    """Stands where a run does: the same loop, measured instead of logged. Without `seconds` it
-    counts the floating-point operations of the matrix products."""
+    """Stands where a run does: the same loop, measured instead of logged."""
 
-    def __init__(self, device, seconds: float | None):
+    def __init__(self, device, seconds: float):
         self.device, self.seconds, self.phases = device, seconds, {}
 
     def start(self, nets, opt, **largest):
@@ -95,11 +90,6 @@ class Stopwatch:
 
     def loop(self, steps, phase="train"):
         t = steps // 2  # past any warm start
-        if self.seconds is None:  # 12 updates contain every delayed step equally often
-            with FlopCounterMode(display=False) as counter:
-                yield from range(t + 1, t + 13)
-            self.phases[phase] = counter.get_total_flops() / 12
-            return
         yield from range(t + 1, t + 21)  # warm up, compile, capture
         t, best, end = t + 20, float("inf"), time.monotonic() + self.seconds
         block = 12
@@ -172,22 +162,13 @@ def settings_of(module, env: str):
 def measure(name, args, device):
     """Cells of the table for each phase of one algorithm, under SHOWN."""
     module = importlib.import_module(name)
-    results = []
-    for seconds in (None, args.seconds):
-        counting = seconds is None  # on the CPU: nothing counts the products of a CUDA graph
-        settings = settings_of(module, args.env)
-        settings.compile = args.compile and not counting
-        place = torch.device("cpu") if counting else device
-        watch = Stopwatch(place, seconds)
-        data = synthetic(args, place)
-        torch.manual_seed(0)
-        module.train(watch, data, settings)
-        results.append(watch.phases)
-    floor = product_rate(device, watch.clock)
-    for (phase, flops), rate in zip(results[0].items(), results[1].values()):
-        minutes, efficiency = 1e6 / rate / 60, flops * rate / floor
-        numbers = f"{rate:.1f}", f"{minutes:.1f}", round(flops / 1e6), f"{efficiency:.3f}"
-        yield name, phase, settings.batch_size, *numbers
+    settings = settings_of(module, args.env)
+    settings.compile = args.compile
+    watch, data = Stopwatch(device, args.seconds), synthetic(args, device)
+    torch.manual_seed(0)
+    module.train(watch, data, settings)
+    for phase, rate in watch.phases.items():
+        yield name, phase, settings.batch_size, f"{rate:.1f}", f"{1e6 / rate / 60:.1f}"
 
 
 def processor() -> str:
@@ -204,7 +185,7 @@ def main(args):
     torch.set_num_threads(args.threads)
     device = prepare_device(args.device, args.precision)
     print(f"{processor()}\n")
-    print_precisions(device, Stopwatch(device, None).clock)
+    print_precisions(device, Stopwatch(device, 0).clock)
     torch.set_float32_matmul_precision(args.precision)
     threads = f"{args.threads} thread{'s' * (args.threads > 1)}"
     how = f"precision {args.precision}, {'compiled' if args.compile else 'eager'}"

@@ -1,18 +1,15 @@
-"""Make a D4RL-style offline dataset for any Gymnasium task with continuous actions.
+"""Make the three bundled datasets: rows of an online agent, and of a controller in a maze.
 
-    python data/make/collect.py --env Hopper-v5 --level medium-replay --flat hopper.npz
+    python data/make/collect.py --env Hopper-v5 --level full-replay --flat hopper.npz
     python algorithms/td3_bc.py --env hopper.npz
 
-Most levels need an online agent, SAC (Haarnoja et al., arXiv:1812.05905), which is trained as far
-as the level asks; its deterministic return, the mean of 10 episodes, is printed every 5,000 steps:
-
-    random         actions drawn uniformly from the bounds; no agent
-    medium-replay  every transition of the agent's first --medium-step
-    full-replay    every transition of the agent's first --expert-step
-    medium         --steps transitions of the agent after --medium-step, actions sampled
-    expert         --steps transitions of the agent after --expert-step, actions sampled
-    medium-expert  --steps transitions of each of the two
+    full-replay    every transition of an agent's first --expert-step
+    medium-expert  --steps transitions of the agent after --medium-step, and as many of it after
+                   --expert-step, actions sampled
     homing         --steps transitions of a noisy controller in a point maze; no agent
+
+The agent is SAC (Haarnoja et al., arXiv:1812.05905), on a CPU. Its
+deterministic return, the mean of 10 episodes, is printed every 5,000 steps.
 
 The controller wanders in the medium maze. Every episode starts in another cell, and the controller
 walks to a cell at most four cells away, with noise; in half of the episodes it stops midway. The
@@ -27,7 +24,6 @@ import json
 import shlex
 import sys
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Literal
@@ -45,13 +41,11 @@ from common import (
     MLP,
     Adam,
     Count,
-    CountOrZero,
-    InputError,
     ScalarMLP,
     Seed,
-    graphed,
     minimize,
     polyak,
+    require,
     sample_tanh_normal,
 )
 from readers.tasks import reference_scores, register
@@ -59,9 +53,9 @@ from run import evaluate, prepare_device
 
 START, GOAL, LIMIT = (6, 5), (2, 5), 300  # of the maze's task: two cells (row, column), and steps
 HOMING, RESTS = 0.5, (1, 6)  # the share of homing walks; steps of a rest, the second excluded
-WITHOUT_AGENT = ("random", "homing")
 COLUMNS = ("obs", "action", "reward", "next_obs", "terminal", "cut")
 GAMMA, POLYAK, LR, BATCH = 0.99, 0.005, 3e-4, 256  # SAC's own settings
+RANDOM_STEPS = 5_000  # the first ones, with uniform actions and no updates
 EVAL_EVERY, EVAL_EPISODES = 5_000, 10
 
 
@@ -69,36 +63,18 @@ EVAL_EVERY, EVAL_EPISODES = 5_000, 10
 class Args:
     env: str = "Hopper-v5"
     """Gymnasium id of the task"""
-    level: Literal[
-        "random",
-        "medium-replay",
-        "full-replay",
-        "medium",
-        "expert",
-        "medium-expert",
-        "homing",
-    ] = "medium-replay"
+    level: Literal["full-replay", "medium-expert", "homing"] = "full-replay"
     """which policy acts (see above)"""
-    steps: Count = 1_000_000
-    """transitions to write (of each half for medium-expert; no effect on the replay levels)"""
-    random_steps: CountOrZero = 5_000
-    """first online steps with uniform actions and no updates"""
-    medium_step: Count = 100_000
+    steps: Count = 50_000
+    """transitions to write (of each half for medium-expert; no effect on full-replay)"""
+    medium_step: Count = 115_000
     """online step, a multiple of 5,000, after which the agent is "medium"; see its returns"""
-    expert_step: Count = 300_000
+    expert_step: Count = 220_000
     """online step, a multiple of 5,000, after which the agent is "expert"; see its returns"""
     seed: Seed = 0
     """seeds networks, environment and sampling"""
     flat: str = "data.npz"
     """the .npz file to write (algorithms read it with --env FILE)"""
-    overwrite: bool = False
-    """replace an existing dataset"""
-    device: str = "auto"
-    """cpu, cuda or auto"""
-    precision: Literal["highest", "high", "medium"] = "highest"
-    """how fp32 products are computed"""
-    compile: bool = False
-    """compile the agent's update: it runs faster on a CPU, after half a minute of compilation"""
 
 
 class Nets(nn.Module):
@@ -140,9 +116,9 @@ class Recorder:
             getattr(self, name)[self.size] = torch.as_tensor(value)
         self.size += 1
 
-    def sample(self, batch_size, device):
-        i = torch.randint(self.size, (batch_size,))
-        return [getattr(self, name)[i].to(device) for name in COLUMNS[:-1]]
+    def sample(self):
+        i = torch.randint(self.size, (BATCH,))
+        return [getattr(self, name)[i] for name in COLUMNS[:-1]]
 
     def close(self):
         """Cut the episode in progress."""
@@ -164,26 +140,22 @@ class Collector:
 
     def __init__(self, args):
         self.args = args
-        self.device = prepare_device(args.device, args.precision)
+        prepare_device("cpu", "medium")
         seed(args.seed)
         self.kwargs = {}  # of the task, for gymnasium.make
         self.env = make_env(args.env)
         space = self.env.action_space
         self.low, self.high = torch.tensor(space.low), torch.tensor(space.high)
         self.dims = self.env.observation_space.shape[0], space.shape[0]
-        self.nets = Nets(*self.dims).to(self.device)
+        self.nets = Nets(*self.dims)
         self.opt = SimpleNamespace(
             q=Adam(self.nets.q.parameters(), LR),
             actor=Adam(self.nets.actor.parameters(), LR),
             alpha=Adam([self.nets.log_alpha], LR),
         )
-        self.update = partial(update, self.nets, self.opt)
-        if self.device.type == "cpu":
-            self.update = graphed(update, self.nets, self.opt, compile=args.compile)
         self.returns, self.snapshots = [], {}  # of the agent every EVAL_EVERY steps
-        if args.level not in WITHOUT_AGENT:
-            self.replay = Recorder(*self.dims, max(args.medium_step, args.expert_step))
-            self.eval_envs = [make_env(args.env) for _ in range(EVAL_EPISODES)]
+        self.replay = Recorder(*self.dims, max(args.medium_step, args.expert_step))
+        self.eval_envs = [make_env(args.env) for _ in range(EVAL_EPISODES)]
 
     def act(self, actor, obs, deterministic=False):
         """Observations (n, S) -> actions (n, A) in [-1, 1]."""
@@ -191,7 +163,7 @@ class Collector:
         return mean.tanh() if deterministic else sample_tanh_normal(mean, log_std)[0]
 
     def to_bounds(self, action):
-        return self.low + (action.cpu() + 1) / 2 * (self.high - self.low)
+        return self.low + (action + 1) / 2 * (self.high - self.low)
 
     @torch.no_grad()
     def step(self, recorder, obs, actor):
@@ -202,7 +174,7 @@ class Collector:
         if actor is None:
             action = 2 * torch.rand(len(self.low)) - 1
         else:
-            action = self.act(actor, row.to(self.device))[0].cpu()
+            action = self.act(actor, row)[0]
         next_obs, reward, terminal, timeout, _ = self.env.step(self.to_bounds(action).numpy())
         recorder.add(row[0], action, reward, next_obs, terminal, timeout)
         return None if terminal or timeout else next_obs
@@ -213,10 +185,10 @@ class Collector:
         obs = None if size else self.env.reset(seed=self.args.seed)[0]
         bar = progress(last_step, size)
         for t in range(size + 1, last_step + 1):
-            warm = t <= self.args.random_steps
+            warm = t <= RANDOM_STEPS
             obs = self.step(self.replay, obs, None if warm else self.nets.actor)
             if not warm:
-                self.update(*self.replay.sample(BATCH, self.device))
+                update(self.nets, self.opt, *self.replay.sample())
             bar.update()
             if t % EVAL_EVERY == 0:
                 self.evaluate(t, bar)
@@ -227,7 +199,7 @@ class Collector:
         def act(obs):
             return self.to_bounds(self.act(self.nets.actor, obs, deterministic=True))
 
-        returns = evaluate(act, self.eval_envs, 10_000 + self.args.seed, self.device)
+        returns = evaluate(act, self.eval_envs, 10_000 + self.args.seed, torch.device("cpu"))
         mean = float(returns.mean())
         self.returns.append((t, mean))
         state = self.nets.actor.state_dict()
@@ -235,14 +207,11 @@ class Collector:
         bar.set_postfix_str(f"return {mean:.0f}")
         bar.disable and print(f"agent {t:,}: return {mean:.0f}", flush=True)
 
-    def roll_out(self, recorder, step: int | None) -> None:
-        """Add --steps transitions of the agent as it was after online step `step` (None: of uniform
-        actions)."""
-        actor = None
-        if step is not None:
-            actor = copy.deepcopy(self.nets.actor)
-            actor.load_state_dict(self.snapshots[step])
-        seed(self.args.seed + (step or 0))
+    def roll_out(self, recorder, step: int) -> None:
+        """Add --steps transitions of the agent as it was after online step `step`."""
+        actor = copy.deepcopy(self.nets.actor)
+        actor.load_state_dict(self.snapshots[step])
+        seed(self.args.seed + step)
         obs = self.env.reset(seed=self.args.seed)[0]
         for _ in progress(self.args.steps):
             obs = self.step(recorder, obs, actor)
@@ -339,15 +308,9 @@ def make_env(env_id, **kwargs):
     """The task with flat float32 observations; InputError for what SAC cannot act in."""
     register(env_id)
     env = gymnasium.make(env_id, **kwargs)
-    if not isinstance(env.action_space, gymnasium.spaces.Box):
-        raise InputError(
-            f"--env {env_id} has {env.action_space} actions: use a task whose actions "
-            "are continuous (a Box)"
-        )
-    flat = isinstance(env.observation_space, gymnasium.spaces.Box)
-    if not flat or len(env.observation_space.shape) != 1:
-        env = gymnasium.wrappers.FlattenObservation(env)
-    return env
+    box = isinstance(env.action_space, gymnasium.spaces.Box)
+    require(box, f"--env {env_id} has {env.action_space} actions: use a task with a Box of them")
+    return gymnasium.wrappers.FlattenObservation(env)
 
 
 def write_flat(path, recorder, to_bounds, metadata):
@@ -365,8 +328,8 @@ def write_flat(path, recorder, to_bounds, metadata):
 
 def record_maze(job, args):
     """The controller's transitions: it starts in every cell, the task only in one."""
-    if not args.env.startswith("PointMaze_Medium-"):
-        raise InputError(f"--level {args.level} drives PointMaze_Medium-v3, not {args.env}")
+    medium = args.env.startswith("PointMaze_Medium-")
+    require(medium, f"--level {args.level} drives PointMaze_Medium-v3, not {args.env}")
     maze = job.env.unwrapped.maze.maze_map
     anywhere = maze_with(maze, paths_from(maze, START).keys() - {GOAL}, GOAL)
     env = make_env(args.env, maze_map=anywhere, continuing_task=False)
@@ -379,31 +342,26 @@ def record(job, args):
     """The transitions that the level asks for."""
     if args.level == "homing":
         return record_maze(job, args)
-    if args.level.endswith("replay"):
-        job.train(args.medium_step if args.level == "medium-replay" else args.expert_step)
+    if args.level == "full-replay":
+        job.train(args.expert_step)
         job.replay.close()
         return job.replay
-    recorder = Recorder(*job.dims, args.steps * (1 + (args.level == "medium-expert")))
-    if args.level == "random":
-        job.roll_out(recorder, None)
-    if args.level.startswith("medium"):
-        job.train(args.medium_step)
-        job.roll_out(recorder, args.medium_step)
-    if args.level.endswith("expert"):
-        job.train(args.expert_step)
-        job.roll_out(recorder, args.expert_step)
+    recorder = Recorder(*job.dims, 2 * args.steps)
+    for step in (args.medium_step, args.expert_step):
+        job.train(step)
+        job.roll_out(recorder, step)
     return recorder
 
 
 def check(args):
-    """InputError for a task that SAC cannot act in, and for a dataset that could not be written."""
+    """Raises InputError, before any work, for what could not be written or trained."""
     make_env(args.env).close()
-    if args.medium_step % EVAL_EVERY or args.expert_step % EVAL_EVERY:
-        raise InputError(f"--medium-step, --expert-step: use multiples of {EVAL_EVERY:,}")
-    if not Path(args.flat).absolute().parent.is_dir() or not args.flat.endswith(".npz"):
-        raise InputError(f"--flat {args.flat}: use a name ending in .npz, in a folder that exists")
-    if Path(args.flat).exists() and not args.overwrite:
-        raise InputError(f"{args.flat} exists: add --overwrite or use another name")
+    whole = args.medium_step % EVAL_EVERY == args.expert_step % EVAL_EVERY == 0
+    require(whole, f"--medium-step, --expert-step: use multiples of {EVAL_EVERY:,}")
+    path = Path(args.flat)
+    fits = path.suffix == ".npz" and path.absolute().parent.is_dir()
+    require(fits, f"--flat {path}: use a name ending in .npz, in a folder that exists")
+    require(not path.exists(), f"{path} exists: move it away or use another name")
 
 
 def collect(args):

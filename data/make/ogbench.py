@@ -9,12 +9,11 @@ arXiv:2410.20092; data_gen_scripts in its repository). What it writes has OGBenc
 types and sizes, and lies in OGBench's folder, but it is another draw, because the published
 scripts seed no generator. The key `made_by` of the file (JSON text) says that it was made, and how.
 
-Every recording has generators of its own, seeded by --seed, the name and its number, so no draw
-depends on --workers. The simulation was not always equal to the bit, however: of 24 repeated
-recordings of scene-noisy one differed, with the same draws in the same process. Recordings wait
-beside the target until all are there; the same command continues after Ctrl-C, a kill or a power
-cut, and a second one waits. cube-single-play takes 1.4 hours of one core; with --recordings 20 for
-a first look, 2 minutes.
+Every recording has generators of its own, seeded by --seed, the name and its number, and a fresh
+environment, because what one recording leaves there can change the next. So --workers changes no
+number: ten recordings of scene-noisy by one process and by two are equal to the bit. Recordings
+wait beside the target until all are there; the same command continues after Ctrl-C or a kill.
+cube-single-play takes 1.4 hours of one core; with --recordings 20 for a first look, 2 minutes.
 """
 
 import dataclasses
@@ -26,24 +25,26 @@ import os
 import shutil
 import signal
 import sys
-import time
 import warnings
-import zipfile
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
 import gymnasium
 import numpy as np
 import tyro
+from tqdm import tqdm
 
 HERE = Path(__file__).resolve().parent  # leaves the path: its ogbench.py is not the package
 sys.path[:] = [str(HERE.parents[1]), *(x for x in sys.path if x != str(HERE))]
 
 from common import Count, InputError, Seed, number, require
 from readers import ogbench
-from readers.fetch import lock
 from readers.tasks import INSTALL, near, table
+from run import write_whole
 
 MORE_RECORDINGS = {"triple": 3000, "4x5": 3000, "quadruple": 5000, "4x6": 5000}
 STACKS = {"single": (0, 0), "double": (0, 0.25), "triple": (0.05, 0.35), "quadruple": (0.1, 0.5)}
@@ -267,60 +268,35 @@ def record_maze(env, space, recipe: Recipe) -> list[dict]:
 # ---- the files -------------------------------------------------------------------------------
 
 
-def is_whole(path) -> bool:
-    """Whether every array of a recording can be read: a power cut empties files."""
-    try:
-        with zipfile.ZipFile(path) as file:
-            return file.testzip() is None
-    except (zipfile.BadZipFile, EOFError):
-        return False
-
-
 def finished(parts) -> set[int]:
     """Numbers of the recordings in the folder."""
     return {int(path.stem) for path in parts.glob("*.npz")}
 
 
-def write_whole(path, content) -> None:
-    """A file that is there is whole, also after a kill."""
-    temporary = path.with_name(f"{path.name}.part")
-    temporary.write_bytes(content)
-    temporary.replace(path)
+def ignore_interrupt() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a worker ends its recording first
 
 
-def work(name, recipe, seed, indices, parts, parent) -> None:
-    """One process's share of the recordings. It stops when the process `parent` has ended."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+def work(name, recipe, seed, parts, index) -> None:
+    """One recording into a file of the folder `parts`."""
     env = make_env(recipe)
     space = env.action_space  # kept: an arm returns a new one, without a seed, at every access
-    for index in indices:
-        if os.getppid() != parent:
-            return
-        seed_recording(env, space, name, seed, index)
-        buffer = io.BytesIO()
-        np.savez(buffer, **record(env, space, recipe))
-        write_whole(parts / f"{index:05}.npz", buffer.getbuffer())
+    seed_recording(env, space, name, seed, index)
+    buffer = io.BytesIO()
+    np.savez(buffer, **record(env, space, recipe))
+    write_whole(parts / f"{index:05}.npz", buffer.getbuffer())
 
 
 def record_all(name, recipe, args, parts, total: int) -> None:
-    """Fill the folder `parts` with recordings 0 to `total` - 1. Raises InputError where a process
-    ends early."""
-    from tqdm import tqdm
-
+    """Fill the folder `parts` with recordings 0 to `total` - 1."""
     missing = sorted(set(range(total)) - finished(parts))
-    jobs = []
-    for i in range(min(args.workers, len(missing))):
-        share = missing[i :: args.workers]
-        values = name, recipe, args.seed, share, parts, os.getpid()
-        start = multiprocessing.get_context("spawn").Process
-        jobs.append(start(target=work, args=values, daemon=True))
-        jobs[-1].start()
-    with tqdm(total=total, initial=total - len(missing), disable=None, unit="rec") as bar:
-        while any(job.is_alive() for job in jobs):
-            time.sleep(0.2)
-            bar.update(len(finished(parts)) - bar.n)
-    ended = [job.exitcode for job in jobs if job.exitcode]
-    require(not ended, f"a process ended with status {ended}; the same command continues")
+    call = partial(work, name, recipe, args.seed, parts)
+    how = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(args.workers, how, ignore_interrupt) as pool:
+        results = pool.map(call, missing)
+        before = total - len(missing)
+        for _ in tqdm(results, total=total, initial=before, disable=None, unit="rec"):
+            pass
 
 
 def join(target, parts, indices, note: str) -> None:
@@ -332,36 +308,15 @@ def join(target, parts, indices, note: str) -> None:
     write_whole(target, buffer.getbuffer())
 
 
-def prepare(parts, note: str) -> None:
-    """Make the folder of recordings, without damaged ones. Raises InputError where it holds
-    others."""
-    parts.mkdir(exist_ok=True)
-    told = parts / "made_by.json"
-    same = not told.exists() or told.read_text().strip("\0") in ("", note)
-    differs = f"{parts} has recordings of another seed, number or version"
-    require(same, f"{differs}; delete it to start again")
-    write_whole(told, note.encode())
-    for path in parts.glob("*.npz"):
-        if not is_whole(path):
-            path.unlink()
-
-
 def make(name: str, recipe: Recipe, args) -> list[Path]:
     """Record the set `name` and write its two files. Raises InputError."""
     folder = ogbench.data_folder()
-    with lock(folder / f"{name}-v0.lock"):
-        return make_alone(name, recipe, args, folder)
-
-
-def make_alone(name: str, recipe: Recipe, args, folder: Path) -> list[Path]:
-    """`make`, while no other process makes the same set."""
     train, validation = folder / f"{name}-v0.npz", folder / f"{name}-v0-val.npz"
     parts = folder / f"{name}-v0.parts"
     exists = [str(path) for path in (train, validation) if path.exists()]
-    require(
-        args.overwrite or finished(parts) or not exists,
-        f"{' and '.join(exists)} would be replaced: add --overwrite, or set OGBENCH_DATASET_DIR",
-    )
+    free = args.overwrite or finished(parts) or not exists
+    fix = "add --overwrite, or set OGBENCH_DATASET_DIR"
+    require(free, f"{' and '.join(exists)} would be replaced: {fix}")
     note = {"made_by": "StayClose, data/make/ogbench.py", "name": name, "seed": args.seed}
     note["published_recordings"] = recipe.recordings
     recipe = dataclasses.replace(recipe, recordings=args.recordings or recipe.recordings)
@@ -369,14 +324,20 @@ def make_alone(name: str, recipe: Recipe, args, folder: Path) -> list[Path]:
     note = json.dumps(note)
     total = recipe.recordings + recipe.recordings // 10
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        prepare(parts, note)
+        parts.mkdir(parents=True, exist_ok=True)
+        told = parts / "made_by.json"
+        same = not told.exists() or told.read_text() == note
+        differs = f"{parts} has recordings of another seed, number or version"
+        require(same, f"{differs}; delete it to start again")
+        write_whole(told, note.encode())
         record_all(name, recipe, args, parts, total)
         join(validation, parts, range(recipe.recordings, total), note)
         join(train, parts, range(recipe.recordings), note)
         shutil.rmtree(parts)
     except OSError as error:
         raise InputError(f"{folder}: {error.strerror}; set OGBENCH_DATASET_DIR") from None
+    except BrokenProcessPool:
+        raise InputError("a process was killed; the same command continues") from None
     return [train, validation]
 
 
