@@ -13,7 +13,6 @@ The last row of each has no next observation and is no transition, as in OGBench
 import os
 import re
 import zipfile
-import zlib
 from pathlib import Path
 
 import numpy as np
@@ -21,13 +20,13 @@ import numpy as np
 from common import InputError, require
 from readers.fetch import download
 from readers.tasks import HEAVY, make, near, register, table
+from run import in_one_line
 
 SETS = "ogbench_sets.csv"
 # A copy that a colleague of OGBench's author keeps, for when the host of the package is down.
 HUB = "https://huggingface.co/datasets/zhouzypaul/ogbench_datasets/resolve/main/{file}"
 MADE = ("pointmaze", *HEAVY)  # begin the names of data that data/make/ogbench.py can make
 IMAGES = ("visual-", "powderworld-")
-DAMAGED = (OSError, EOFError, ValueError, LookupError, zipfile.BadZipFile, zlib.error)
 
 
 def is_name(name: str) -> bool:
@@ -62,15 +61,10 @@ def read(name: str) -> tuple[dict, dict]:
     data, env_id = split(name)
     register(env_id)
     path = fetch(data)
-    try:
+    with in_one_line(path, "delete it, so that it is downloaded again"):
         with np.load(path, allow_pickle=False) as file:
             file = {key: file[key] for key in file if key != "qvel"}
         reward, mask = relabeled(env_id, file)
-    except DAMAGED as error:
-        raise InputError(
-            f"{path} is not a whole file of OGBench ({type(error).__name__} {error!s:.200}); "
-            "delete it, so that it is downloaded again"
-        ) from None
     columns = columns_of(file | {"rewards": reward, "masks": mask})
     episode = np.cumsum(columns["ends"]) - columns["ends"]
     solved = np.bincount(episode, mask == 0) > 0  # (E,)

@@ -8,8 +8,8 @@ import tokenize
 import pytest
 from short_runs import ROOT, tracked
 
-CAPS = {"common.py": 3_400, "run.py": 6_200, "readers/notes.py": 900}
-TOGETHER = 15_150  # common.py, run.py and readers/, without the notes on data
+CAPS = {"common.py": 3_400, "run.py": 6_150, "readers/notes.py": 900}
+TOGETHER = 15_000  # common.py, run.py and readers/, without the notes on data
 READERS = sorted({*(ROOT / "readers").glob("*.py")} - {ROOT / "readers" / "notes.py"})
 PAGE = [ROOT / "common.py", ROOT / "run.py"]
 SILENT = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT}
