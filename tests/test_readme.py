@@ -184,12 +184,13 @@ def test_the_verdict_on_td3_bc_is_welchs():
     assert f"difference is {gap:.1f}, with a 95% interval from {low:.1f} to {high:.1f}" in page
 
 
-def test_fresh_seeds_of_iql_and_its_authors_program():
-    """Seeds 20 to 39 of both programs: what docs/peers.md and published.md say of them."""
+@pytest.mark.parametrize("one, other, end", [("iql", "iql_authors", 40), ("td3_bc", "corl_td3_bc", 35)])
+def test_fresh_seeds_beside_other_peoples_programs(one, other, end):
+    """Seeds from 20 on of both programs: what docs/peers.md and published.md say of them."""
     env = "hopper-replay-demo"
     cells = pictures.read_cells(str(pictures.FRESH))
-    ours, theirs = (cells[env, method].sort_values("seed") for method in ("iql", "iql_authors"))
-    assert [*ours.seed] == [*theirs.seed] == [*range(20, 40)]
+    ours, theirs = (cells[env, method].sort_values("seed") for method in (one, other))
+    assert [*ours.seed] == [*theirs.seed] == [*range(20, end)]
     test = scipy.stats.ttest_ind(theirs.score, ours.score, equal_var=False)
     low, high = test.confidence_interval(0.95)
     said = [f"{x.score.mean():.1f} ± {x.score.sem():.1f}" for x in (ours, theirs)]
