@@ -47,7 +47,7 @@ PEERS = {  # name: (a file that shows a checkout, algorithms)
     "JAX-CORL": ("algos/td3bc.py", ("td3_bc", "iql")),
     "unifloral": ("algorithms/unifloral.py", ("td3_bc", "iql")),
 }
-TITLES = {"td3_bc": "TD3+BC", "iql": "IQL", "cql": "CQL(H)"}
+ALGORITHMS = ("td3_bc", "iql", "cql")
 OURS = ("ours", "ours, compiled")
 
 
@@ -205,7 +205,7 @@ def programs(args) -> list[tuple]:
     """[(algorithm, title, folder)] in the order of the table: in each algorithm the peers, then
     ours, eager and compiled."""
     found = []
-    for algorithm in TITLES:
+    for algorithm in ALGORITHMS:
         for folder in args.checkouts:
             for title, (file, algorithms) in PEERS.items():
                 if (Path(folder) / file).exists() and algorithm in algorithms:
@@ -237,9 +237,7 @@ def table(found: list[tuple], rates: list[list[float]]) -> str:
     ]
     for (algorithm, title, _), values in zip(found, rates):
         mid = medians[algorithm, title]
-        line = (
-            f"| {TITLES[algorithm]} | {title} | {mid:.1f} | {min(values):.1f} | {max(values):.1f}"
-        )
+        line = f"| {algorithm} | {title} | {mid:.1f} | {min(values):.1f} | {max(values):.1f}"
         for name in OURS:
             ratio = medians[algorithm, name] / mid
             line += f" | {ratio:.2f} x" if title in PEERS else " | "

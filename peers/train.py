@@ -29,6 +29,7 @@ optax 0.2.8 and tfp-nightly 0.26.0.dev20261027; what has changed since is suppli
 finished run is not repeated; one that was stopped starts from the beginning.
 """
 
+import contextlib
 import hashlib
 import importlib
 import importlib.metadata
@@ -51,7 +52,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "algorithms")]
 from common import Scaling, normalize_obs, require
 from peers import stand_ins
 from run import CONTROL, evaluate, load, make, parse, score
-from tools.store import portable, summary_of
+from tools.store import summary_of
 
 ROWS = dict(
     observations="obs",
@@ -101,9 +102,11 @@ class Args:
     """the program"""
     checkout: str = "../CORL"
     """folder of its checkout"""
+    until: int = 0
+    """leave after the evaluation at this step, with the schedules of --steps; 0: do not leave"""
 
 
-def settings(program, words):
+def settings(program, words, until=0):
     """Args of our file for the words of a command line, and the program's own. Raises
     InputError."""
     module = importlib.import_module(program.ours)
@@ -112,14 +115,14 @@ def settings(program, words):
         own = getattr(ours, name)
         line = f"our {program.ours}.py has {name} {own} for {ours.env}, but the program's code"
         require(own == value, f"{line} fixes it to {value}")
-    whole = f"--steps {ours.steps} is no multiple of --eval-every {ours.eval_every}"
-    require(ours.steps % ours.eval_every == 0, whole)
+    whole = f"--steps and --until are no multiples of --eval-every {ours.eval_every}"
+    require(ours.steps % ours.eval_every == until % ours.eval_every == 0, whole)
     return ours, {theirs: getattr(ours, name) for name, theirs in program.names.items()}
 
 
-def judge_of(ours, task, scaling, found):
-    """Our evaluation, in place of the program's: judge(act) adds a row to `found`. `act` maps raw
-    observations (B, S) to actions."""
+def judge_of(ours, task, scaling, found, until):
+    """Our evaluation, in place of the program's: judge(act) adds a row to `found`, and ends the
+    program at step `until`. `act` maps raw observations (B, S) to actions."""
 
     def judge(act):
         def bounded(obs):
@@ -131,6 +134,8 @@ def judge_of(ours, task, scaling, found):
         row |= {"return": returns.mean(), "score": score(task, returns)}
         found.append(row | {f"episode_{i}": x for i, x in enumerate(returns)})
         print(f"step {row['step']:,}: score {row['score']:.1f}", flush=True)
+        if row["step"] == until:
+            raise SystemExit
 
     return judge
 
@@ -199,8 +204,11 @@ def run_iql(path, rows, theirs, judge, ours, scaling):
     theirs |= dict.fromkeys(("actor_lr", "value_lr", "critic_lr"), ours.lr)
     theirs["hidden_dims"] = (ours.hidden,) * ours.layers
     theirs["dropout_rate"] = ours.dropout or None
-    flags = {"env_name": "rows", "seed": ours.seed, "batch_size": ours.batch_size, "tqdm": False}
-    flags |= {
+    flags = {
+        "env_name": "rows",
+        "seed": ours.seed,
+        "batch_size": ours.batch_size,
+        "tqdm": False,
         "max_steps": ours.steps,
         "eval_interval": ours.eval_every,
         "log_interval": ours.steps + 1,
@@ -213,28 +221,29 @@ def run_iql(path, rows, theirs, judge, ours, scaling):
         config.write_text(CONFIG.format(theirs))
         flags |= {"config": config, "save_dir": place}
         sys.argv = [str(path), *(f"--{name}={value}" for name, value in flags.items())]
-        try:
-            runpy.run_path(str(path), run_name="__main__")
-        except SystemExit:  # so it ends
-            pass
+        runpy.run_path(str(path), run_name="__main__")
 
 
-def described(args, ours, path, data, task) -> dict:
+def described(args, ours, data, task) -> dict:
     """config.json."""
-    packages = {"torch", "gymnasium", "mujoco", "jax"} & sys.modules.keys()
-    settings = {f"version of {x}": importlib.metadata.version(x) for x in packages}
-    settings |= {"data": data.digest, "program": stand_ins.commit(path.parent)}
-    for file in (path, Path(__file__)):
-        settings[f"code of {file.name}"] = hashlib.sha256(file.read_bytes()).hexdigest()[:12]
-    flags = {name: portable(x) for name, x in vars(ours).items()}
-    settings |= {name: x for name, x in flags.items() if name not in CONTROL}
-    config = {"algorithm": args.program, "args": flags, "settings": settings}
-    return config | {"task": task["env_id"], "machine": "cpu"}
+    settings = {"data": data.digest, "program": stand_ins.commit(args.checkout)}
+    for x in {"torch", "gymnasium", "mujoco", "jax"} & sys.modules.keys():
+        settings[f"version of {x}"] = importlib.metadata.version(x)
+    settings["until"] = args.until
+    settings["code of train.py"] = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:12]
+    settings |= {name: x for name, x in vars(ours).items() if name not in CONTROL}
+    return {
+        "algorithm": args.program,
+        "args": vars(ours),
+        "settings": settings,
+        "task": task["env_id"],
+        "machine": "cpu",
+    }
 
 
 def main(args, words):
     program = PROGRAMS[args.program]
-    ours, theirs = settings(program, words)
+    ours, theirs = settings(program, words, args.until)
     path = Path(args.checkout, program.file).resolve()
     require(path.is_file(), f"--checkout {args.checkout}: there is no {program.file}")
     name = "-".join(filter(None, (args.program, ours.name)))
@@ -255,19 +264,21 @@ def main(args, words):
             normalize_obs(data, eps=1e-3)
     rows = {name: getattr(data, x).numpy() for name, x in ROWS.items()}
     found, scaling = [], Scaling(data)
-    judge = judge_of(ours, task, scaling, found)
-    run(path, rows, theirs, judge, ours, scaling)
+    until = args.until or ours.steps
+    judge = judge_of(ours, task, scaling, found, until)
+    with contextlib.suppress(SystemExit):
+        run(path, rows, theirs, judge, ours, scaling)
     scores = [row["score"] for row in found]
-    ended = len(scores) == ours.steps // ours.eval_every
+    ended = len(scores) == until // ours.eval_every
     require(ended, f"{path.name} left before its last step: use the commit of --help")
     folder.mkdir(parents=True, exist_ok=True)
     references = {"data": score(task, data.episode_return.numpy())}
     summary = {"score": float(np.mean(scores[-10:])), "references": references}
-    config = described(args, ours, path, data, task)
+    config = described(args, ours, data, task)
     pd.DataFrame(found).to_csv(folder / "eval.csv", index=False)
     (folder / "config.json").write_text(json.dumps(config, indent=2))
     (folder / "summary.json").write_text(json.dumps(summary, indent=2))
-    print(folder, "score", summary["score"])
+    print(folder, summary["score"])
 
 
 if __name__ == "__main__":
