@@ -159,7 +159,7 @@ OGBENCH |= dict(eval_every=100_000, eval_episodes=50)
 PRESETS = {
     "hopper-medium-expert-demo": dict(steps=20_000, eval_every=1_000),  # shortened
     "hopper-replay-demo": dict(steps=20_000, eval_every=1_000),  # shortened
-    "pointmaze-stitch-demo": dict(steps=20_000, eval_every=1_000),  # shortened
+    "pointmaze-stitch-demo": dict(steps=20_000, eval_every=1_000, eval_episodes=20),  # shortened
     "antmaze-*": dict(eval_every=100_000, eval_episodes=100),
     "D4RL/antmaze/*": dict(eval_every=100_000, eval_episodes=100),
     **dict.fromkeys(  # the names of FQL's table 3, all five tasks of each
