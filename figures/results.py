@@ -42,7 +42,7 @@ MIXTURE = "hopper-medium-expert-demo"  # the default of --env
 CLONES = ("its clone (BC)", "its first policy", "its flow", "clone s_psi")  # a run has one of them
 IMPLICIT = "implicit policy"  # ARQ's, between its clone and its policy
 BEST = "best of 16 of its flow"  # of FQL
-FRESH = Path(__file__).resolve().parents[1] / "peers" / "outcomes"  # runs that decide about peers
+FRESH = Path(__file__).resolve().parents[1] / "peers/outcomes"  # runs that decide about peers
 REPLAY, MAZE = "hopper-replay-demo", "pointmaze-stitch-demo"
 PAIRS = {  # whom the pages compare by a test: a method, or "method: " and a reference of its runs
     (MIXTURE, REPLAY, MAZE): [
@@ -389,8 +389,8 @@ def main(args):
     save(first_run(cells), out / "fisher_brc.png")
     pairs = peers(cells)
     if pairs:
-        fresh = report.read_runs([FRESH])
-        fresh = fresh.assign(dataset=fresh.dataset + ", fresh")
+        fresh = pd.concat(read_cells(FRESH).values())
+        fresh.dataset += "\nfresh seeds"
         runs = pd.concat([*(cells[cell] for cell in pairs), fresh])
         runs = runs.assign(own=runs.method.isin(PEERS))
         title = "Our programs, and above them, in red, other people's on the same rows"

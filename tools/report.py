@@ -362,8 +362,8 @@ def rows_of(runs) -> list[tuple]:
 
 
 def draw(panel, rows, paper) -> None:
-    """One dataset: every run as a dot, every mean as a bar. Below them a paper's mean is a diamond,
-    and each of its runs, where they are known, a circle."""
+    """One dataset: every run as a dot, every mean as a bar. Below them a paper's mean is a diamond
+    with its deviation, and each of its runs, where they are known, a circle."""
     for y, (title, scores, own) in enumerate(rows):
         color = "tab:red" if own else "0.35"
         panel.plot(scores, [y] * len(scores), "o", color=color, ms=5, alpha=0.7, mew=0)
@@ -371,15 +371,15 @@ def draw(panel, rows, paper) -> None:
         for row in paper[paper.method == title].to_dict("records"):
             seeds = [float(x) for x in row.get("seeds", "").split()]
             panel.plot(seeds, [y - 0.25] * len(seeds), "o", ms=4, **PRINTED)
-            panel.plot(float(row["mean"] or "nan"), y - 0.25, "D", ms=6, **PRINTED)
+            mean, std = (float(row[x] or "nan") for x in ("mean", "std"))
+            panel.errorbar(mean, y - 0.25, xerr=std, fmt="D", ms=6, **PRINTED)
     panel.set_yticks(range(len(rows)), [title for title, _, _ in rows])
     for label, (_, _, own) in zip(panel.get_yticklabels(), rows):
         label.set_color("tab:red" if own else "black")
     panel.set_ylim(-0.7, max(len(rows), 5) - 0.3)
-    panel.tick_params(axis="y", length=0)
 
 
-def panels_of(figure, count: int) -> list:
+def panels_of(figure, count: int):
     """Panels side by side, at most three in a row."""
     across = min(3, count)
     panels = figure.subplots(-(-count // across), across, squeeze=False).flatten()
@@ -415,8 +415,8 @@ def picture(runs, title: str, paper=None):
             "mean of the data's episodes": dict(ls=":", color="0.6"),
         }
         if len(paper):
-            signs["a paper's mean"] = dict(marker="D", **PRINTED)
-            signs["a paper's run"] = dict(marker="o", **PRINTED)
+            signs["a paper's mean ± deviation"] = dict(marker="D", **PRINTED)
+            signs["a paper's run, where known"] = dict(marker="o", **PRINTED)
         plain = dict(ls="", color="0.35", ms=5)
         lines = [Line2D([], [], **plain | look) for look in signs.values()]
         figure.legend(lines, signs, loc="outside lower center", ncols=3, frameon=False)
