@@ -129,7 +129,7 @@ def prepare_device(name: str, precision: str) -> torch.device:
 def load(name: str, device="cpu", eval_env: str | None = None):
     """A dataset's name -> (Data, metadata of its task, or None without one). The task is made once
     here, before any time is spent. Raises InputError."""
-    with in_one_line(name, "correct the file or its metadata, or use another --eval-env or none"):
+    with in_one_line(name, "replace or correct the file, or use another --eval-env or none"):
         columns, meta = read(name, eval_env)
         meta = chosen({key: x for key, x in meta.items() if x is not None}, eval_env)
         score(meta, [0])  # raises for references that are no numbers
@@ -158,7 +158,7 @@ def read(name, eval_env):
     path = next((x for x in places if x.is_file()), None)
     if not path or path.suffix != ".npz":
         public = (HERE / "readers").is_dir() and name[-4:] != ".npz"
-        needs = "names of public data and other files need the folder readers/ beside run.py"
+        needs = "a copy without the folder readers/ reads .npz files alone"
         require(public, f"there is no file {name}; {needs}")
         return importlib.import_module("readers").read(name, eval_env)
     with np.load(path, allow_pickle=False) as file:
@@ -476,8 +476,9 @@ class Run:
         except (OSError, NotImplementedError) as error:  # a file system without locks
             print(f"note: {self.folder} cannot be locked ({error}): start no second run in it")
         asked = self.args.resume or self.args.overwrite
-        there = (self.folder / "config.json").exists() and not asked
-        require(not there, f"{self.folder} exists: add --resume, --overwrite, or a new --name")
+        there = self.checkpoint.exists() or any(self.folder.glob("*.csv"))
+        fix = "add --resume, --overwrite, or a new --name"
+        require(asked or not there, f"{self.folder} exists: {fix}")
         if self.args.resume and self.checkpoint.exists():
             self.restore()
             return

@@ -184,7 +184,9 @@ def test_the_verdict_on_td3_bc_is_welchs():
     assert f"difference is {gap:.1f}, with a 95% interval from {low:.1f} to {high:.1f}" in page
 
 
-@pytest.mark.parametrize("one, other, end", [("iql", "iql_authors", 40), ("td3_bc", "corl_td3_bc", 35)])
+@pytest.mark.parametrize(
+    "one, other, end", [("iql", "iql_authors", 40), ("td3_bc", "corl_td3_bc", 35)]
+)
 def test_fresh_seeds_beside_other_peoples_programs(one, other, end):
     """Seeds from 20 on of both programs: what docs/peers.md and published.md say of them."""
     env = "hopper-replay-demo"
