@@ -741,7 +741,7 @@ PRESETS = {
     ),
     "hopper-medium-expert-demo": SHORT,
     "hopper-replay-demo": SHORT | dict(alpha_pi=3.0),
-    "pointmaze-stitch-demo": SHORT  # with AntMaze's policy, sharpness and reward shift
+    "pointmaze-stitch-demo": SHORT  # with AntMaze's policy, sharpness and reward shift, not its K
     | dict(alpha=10.0, alpha_pi=10.0, pi="deterministic", reward_shift=-1.0, eval_episodes=20),
 }
 

@@ -15,6 +15,7 @@ import scipy.stats
 import torch
 
 from figures import results as pictures
+from tools import store
 
 ROOT = Path(__file__).resolve().parents[1]
 README, USE = ((ROOT / page).read_text() for page in ("README.md", "docs/use.md"))
@@ -200,6 +201,20 @@ def test_fresh_seeds_beside_other_peoples_programs(one, other, end):
     for name in ("peers", "published"):
         page = " ".join((ROOT / "docs" / f"{name}.md").read_text().split())
         assert all(words in page for words in said), said
+
+
+def test_the_first_steps_of_the_program_of_iqls_authors():
+    """Means of ten evaluations beside those of our seeds at the same steps, in docs/published.md."""
+    page = " ".join((ROOT / "docs" / "published.md").read_text().split())
+    found = []
+    for folder, method in ((pictures.FRESH, "iql_authors"), (ROOT / "results", "iql")):
+        _, rows, _ = store.stored(folder)
+        rows = rows[(rows.dataset == "halfcheetah-random-v2-made") & (rows.method == method)]
+        rows = rows[rows.step.astype(int).between(105_000, 150_000)]
+        found.append(rows.score.astype(float).groupby(rows.seed).mean())
+    (first, second), ours = ([f"{x:.1f}" for x in means] for means in found)
+    assert f"the means {first} and {second}" in page
+    assert f"seeds {', '.join(ours[:4])} and {ours[4]}" in page
 
 
 def test_the_readme_and_the_docs_are_short():
