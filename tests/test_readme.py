@@ -204,7 +204,7 @@ def test_fresh_seeds_beside_other_peoples_programs(one, other, end):
 
 
 def test_the_first_steps_of_the_program_of_iqls_authors():
-    """Means of ten evaluations beside those of our seeds at the same steps, in docs/published.md."""
+    """Means of ten evaluations beside those of our seeds at equal steps, in docs/published.md."""
     page = " ".join((ROOT / "docs" / "published.md").read_text().split())
     found = []
     for folder, method in ((pictures.FRESH, "iql_authors"), (ROOT / "results", "iql")):
