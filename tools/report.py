@@ -276,7 +276,10 @@ def table(runs, more=()) -> str:
     for env, cell in cells.groupby("dataset"):
         usual = cell.runs.mode().max()
         column = columns[f"`{env}`, {usual} seed{'s' if usual > 1 else ''}"] = {}
-        for title, scores in (("the data, mean of its episodes", data_scores(runs)), *more):
+        for title, scores in (
+            ("the data: mean of its episodes, or its FQE", data_scores(runs)),
+            *more,
+        ):
             column[title] = f"{scores[env]:.1f}" if env in scores else ""
         for x in cell.to_dict("records"):
             count = "" if x["runs"] == usual else f" ({x['runs']})"
@@ -412,7 +415,7 @@ def picture(runs, title: str, paper=None):
         signs = {
             "a run": dict(marker="o"),
             "mean": dict(marker="|", ms=11, mew=2),
-            "mean of the data's episodes": dict(ls=":", color="0.6"),
+            "the data: mean of its episodes, or its FQE": dict(ls=":", color="0.6"),
         }
         if len(paper):
             signs["a paper's mean ± deviation"] = dict(marker="D", **PRINTED)
