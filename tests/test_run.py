@@ -219,7 +219,7 @@ def test_arrays_beyond_the_memory_are_one_message(here):
 @pytest.mark.parametrize("name", ["missing.npz", "log.hdf5", "hopper-medium-v2"])
 def test_a_copy_refuses_public_names(here, monkeypatch, name):
     monkeypatch.setattr(page, "HERE", here)
-    with pytest.raises(InputError, match="need the folder readers/ beside run.py"):
+    with pytest.raises(InputError, match="without the folder readers/"):
         load(name)
 
 
