@@ -207,6 +207,10 @@ def test_corl_is_on_our_rows_in_our_evaluation_and_in_our_format(here, capsys):
             "corl_td3_bc", here / "CORL", "--env", "hopper-replay-demo", "--out", here / "r", *words
         )
         assert ((folder / "eval.csv").stat().st_mtime_ns > before) == again
+    first = train.Args("corl_td3_bc", str(here / "CORL"), until=10)
+    train.main(first, [*SHORT, "--env", "hopper-replay-demo", "--out", "u"])
+    assert len(Path("u", folder.name, "eval.csv").read_text().splitlines()) == 2
+    assert json.loads(Path("flags.json").read_text())["max_timesteps"] == 20
 
 
 # The parts of the program of IQL's authors that touch what is replaced.

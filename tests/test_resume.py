@@ -111,6 +111,11 @@ def test_a_run_that_exists_is_refused_or_replaced(here):
     (folder("bc") / "stale.csv").touch()
     start("bc", overwrite=True)
     assert not (folder("bc") / "stale.csv").exists()
+    for path in folder("bc").glob("*.csv"):
+        path.unlink()
+    assert refused()
+    (folder("bc") / "checkpoint.pt").unlink()  # nothing was computed there
+    start("bc")
 
 
 def test_a_folder_is_trained_by_one_process(here):
