@@ -141,7 +141,7 @@ commands() {
         for file in td3_bc sac_bc awr awac iql cql brac; do demos $file.py; done
         for file in brac_plus brac_plus_acml fisher_brc; do demos $file.py; done
         for file in itrpo arq rebrac fql; do demos $file.py; done ;;
-    local_ablations) # beside the runs of local; their tables are in docs/results.md
+    local_ablations) # beside the runs of local; their tables are in docs/claims.md
         each hopper-medium-expert-demo fisher_brc.py --name lam0 --lam 0
         each hopper-medium-expert-demo fisher_brc.py --name lam0.1 --lam 0.1 # its preset has 1
         each hopper-medium-expert-demo fisher_brc.py --name lam10 --lam 10
