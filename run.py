@@ -142,11 +142,13 @@ def load(name: str, device="cpu", eval_env: str | None = None):
         limit = env.spec and env.spec.max_episode_steps
         defaults = {"action_low": low, "action_high": high, "max_episode_steps": limit}
         data = rows(columns, defaults | meta, name, device)
-        own = [first.size, *low, *high]
+        own = [first.size, *low.tolist(), *high.tolist()]
         found = [data.obs.shape[1], *data.action_low.tolist(), *data.action_high.tolist()]
-        alike = len(found) == len(own) and np.allclose(found, own)
-        sizes = f"(observation size, action bounds) are {found} and {own}"
-        require(alike, f"{name} is not of the task {meta['env_id']}: their {sizes}")
+        require(
+            len(found) == len(own) and np.allclose(found, own),
+            f"{name} is not of the task {meta['env_id']}: their (observation size, action bounds) "
+            f"are {found} and {own}",
+        )
         return data, meta
 
 
