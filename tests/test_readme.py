@@ -202,18 +202,19 @@ def test_fresh_seeds_beside_other_peoples_programs(one, other, end):
     assert all(words in page for words in said), said
 
 
-def test_the_first_steps_of_the_program_of_iqls_authors():
+@pytest.mark.parametrize(
+    "other, ours, until", [("corl_td3_bc", "td3_bc", 200_000), ("iql_authors", "iql", 150_000)]
+)
+def test_the_first_steps_of_other_peoples_programs(other, ours, until):
     """Means of ten evaluations beside those of our seeds at equal steps, in docs/published.md."""
-    page = " ".join((ROOT / "docs" / "published.md").read_text().split())
-    found = []
-    for folder, method in ((pictures.FRESH, "iql_authors"), (ROOT / "results", "iql")):
+    cells = [f"{until:,}"]
+    for folder, method in ((pictures.FRESH, other), (ROOT / "results", ours)):
         _, rows, _ = store.stored(folder)
         rows = rows[(rows.dataset == "halfcheetah-random-v2-made") & (rows.method == method)]
-        rows = rows[rows.step.astype(int).between(105_000, 150_000)]
-        found.append(rows.score.astype(float).groupby(rows.seed).mean())
-    (first, second), ours = ([f"{x:.1f}" for x in means] for means in found)
-    assert f"the means {first} and {second}" in page
-    assert f"seeds {', '.join(ours[:4])} and {ours[4]}" in page
+        rows = rows[rows.step.astype(int).between(until - 45_000, until)]
+        means = rows.score.astype(float).groupby(rows.seed).mean()
+        cells.append(", ".join(f"{x:.1f}" for x in means))
+    assert f"| {' | '.join(cells)} |" in (ROOT / "docs" / "published.md").read_text()
 
 
 def test_the_readme_and_the_docs_are_short():
