@@ -98,7 +98,7 @@ def test_rows_around_a_gap_are_no_transition(log, capsys):
         "t rises by 0.5; a rise above 0.75 is a hole\n",
         "holes: 5, before each a row without a known successor: lines 4, 18, 25, 35, 43\n",
         "stopped: 3 episodes, whose last row has no known successor: lines 11, 30, 49\n",
-        "written: 55 rows in 6 episodes\n",
+        "kept: 55 rows in 6 episodes\n",
     ):
         assert line in said, line
     assert len(arrays["rewards"]) == 55 and arrays["timeouts"].sum() == 8

@@ -312,7 +312,7 @@ def main(args):
     table = complete_rows(args, whole)
     table, hole, after = final_states(args, table, holes(args, table))
     episode, terminal, timeout = marks(args, table, hole, after)
-    print(f"written: {len(table)} rows in {len(set(episode))} episodes")
+    print(f"kept: {len(table)} rows in {len(set(episode))} episodes")
     actions = table[list(args.actions)]
     low, high = bounds(args, actions)
     show(args, table, episode, low, high)
