@@ -203,14 +203,19 @@ def test_fresh_seeds_beside_other_peoples_programs(one, other, end):
 
 
 @pytest.mark.parametrize(
-    "other, ours, until", [("corl_td3_bc", "td3_bc", 200_000), ("iql_authors", "iql", 150_000)]
+    "other, ours, until",
+    [
+        ("corl_td3_bc", "td3_bc", 200_000),
+        ("corl_td3_bc", "td3_bc", 1_000_000),
+        ("iql_authors", "iql", 150_000),
+    ],
 )
 def test_the_first_steps_of_other_peoples_programs(other, ours, until):
     """Means of ten evaluations beside those of our seeds at equal steps, in docs/published.md."""
     cells = [f"{until:,}"]
     for folder, method in ((pictures.FRESH, other), (ROOT / "results", ours)):
         _, rows, _ = store.stored(folder)
-        rows = rows[(rows.dataset == "halfcheetah-random-v2-made") & (rows.method == method)]
+        rows = rows.query("dataset == 'halfcheetah-random-v2-made' and method == @method")
         rows = rows[rows.step.astype(int).between(until - 45_000, until)]
         means = rows.score.astype(float).groupby(rows.seed).mean()
         cells.append(", ".join(f"{x:.1f}" for x in means))
