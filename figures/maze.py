@@ -1,10 +1,10 @@
 """Where policies walk in the bundled maze: recorded walks, then those of trained runs.
 
 No recorded walk leads from the start (cross) to the goal (star), so a policy must stitch pieces of
-several walks together. A panel of a run shows the episodes of its last evaluation. Above it stands
-how many of them reach the goal, which in every episode lies a little beside the star, and the run's
-score, the mean of its last ten evaluations. Of ARQ the implicit policy is shown, which chooses
-among samples of its clone, and the score of this policy.
+several walks together. A panel of a run shows the episodes of its last evaluation, in each of which
+the goal lies a little beside the star. Above it stands the run's score, the mean of its last ten
+evaluations. Of ARQ the implicit policy is shown, which chooses among samples of its clone, and the
+score of its only evaluation.
 
 Differs from the papers: their ant mazes are replaced by a point in a smaller maze.
 
@@ -76,13 +76,13 @@ def joining(data, start) -> int:
 
 
 def walks(run):
-    """(paths [(T, 2), ...], how many reach the goal) of a run's last evaluation."""
+    """Paths [(T, 2), ...] of a run's last evaluation."""
     act = run.act
     if hasattr(run.module, "implicit_policy"):
         act = lambda obs: run.module.implicit_policy(run.nets, obs, run.args)
     envs = [Traced(make(run.task)) for _ in range(run.args.eval_episodes)]
-    returns = evaluate(act, envs, 1000 * run.args.seed + 100, torch.device("cpu"))
-    return [np.array(env.path) for env in envs], int((returns > 0).sum())
+    evaluate(act, envs, 1000 * run.args.seed + 100, torch.device("cpu"))
+    return [np.array(env.path) for env in envs]
 
 
 def draw(panel, cells, paths, title):
@@ -109,16 +109,14 @@ def main(args):
     panels = [(recorded, f"{title}\nfrom the start")]
     for folder in args.runs:
         run = load_run(folder)
-        paths, reached = walks(run)
         known, name = read_run(Path(folder)), TITLES[run.module.__name__]
         score = known["references"].get(IMPLICIT, known["score"])
         if IMPLICIT in known["references"]:
             name += f"'s {IMPLICIT}"
-        head = f"{name} (score {score:.0f}):\n{reached} of {len(paths)} reach it"
-        panels.append((paths, head))
+        panels.append((walks(run), f"{name}:\nscore {score:.0f}"))
     size = 2.3 * len(panels), 3.3
     figure = matplotlib.figure.Figure(size, layout="constrained")
-    axes = figure.subplots(1, len(panels), sharex=True, sharey=True, squeeze=False)[0]
+    axes = figure.subplots(1, len(panels), squeeze=False)[0]
     for panel, (paths, title) in zip(axes, panels):
         draw(panel, cells, paths, title)
     figure.suptitle(

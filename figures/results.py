@@ -395,10 +395,12 @@ def main(args):
         runs = runs.assign(own=runs.method.isin(PEERS))
         title = "Our programs, and above them, in red, other people's on the same rows"
         save(report.picture(runs, title), out / "peers.png")
-    runs = report.runs_of(paper, report.read_runs([args.folder]))
-    if len(runs):
-        title = "Data that we made by D4RL's recipe, and the papers' numbers on D4RL's own"
-        save(report.picture(runs, title, paper), out / "published.png")
+    runs = report.read_runs([args.folder, FRESH])
+    corl = runs.query("method == 'corl_td3_bc' and dataset.str.endswith('-made')")
+    corl = corl.assign(dataset=paper.dataset[0])
+    runs = [report.runs_of(paper, runs), corl]
+    title = "Data that we made by D4RL's recipe, and the papers' numbers on D4RL's own"
+    save(report.picture(pd.concat(runs), title, paper), out / "published.png")
 
 
 if __name__ == "__main__":

@@ -66,7 +66,8 @@ def main():
     print("|---|---|---|---|---|")
     for name in NAMES:
         module, found = differences(name)
-        worst = max(x if math.isfinite(x) else math.inf for _, x in found)
+        found = [x for label, x in found if "input" not in label]  # inputs are equal by the draw
+        worst = max(x if math.isfinite(x) else math.inf for x in found)
         print(f"| {name} | {module.REFERENCE} | {module.COMPARED} | {len(found)} | {worst:.1e} |")
 
 
