@@ -131,7 +131,7 @@ commands() {
         for file in td3_bc iql; do each halfcheetah-random-v2-made $file.py; done
         seeds=${SEEDS:-0 1}
         each halfcheetah-random-v2-made bc.py
-        each halfcheetah-random-v2-made rebrac.py --steps 300000
+        each halfcheetah-random-v2-made rebrac.py --steps 200000
         seeds=${SEEDS:-0 1 2} each walker2d-random-v2-made td3_bc.py ;;
     corl)
         demos train.py --program corl_td3_bc --checkout "$(quoted "${CORL:-../CORL}")" ;;

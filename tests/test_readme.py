@@ -162,7 +162,8 @@ def test_the_published_rows_are_those_of_the_runs():
     """The mean of the last ten evaluations, and the last one, of every seed that is stored."""
     env, page = "halfcheetah-random-v2-made", (ROOT / "docs" / "published.md").read_text()
     cells = pictures.read_cells(str(ROOT / "results"), env)
-    for method, title in {"td3_bc": "TD3+BC", "iql": "IQL", "bc": "BC"}.items():
+    for method, title in {"td3_bc": "TD3+BC", "iql": "IQL", "bc": "BC",
+                          "rebrac": "ReBRAC, 200,000 steps"}.items():
         runs = cells[env, method]
         lasts = [curve.score.iloc[-1] for curve in runs.curve]
         row = [", ".join(f"{x:.1f}" for x in column) for column in (runs.score, lasts)]
@@ -242,8 +243,7 @@ def test_the_readme_counts_right():
 
 def test_the_runs_name_no_folder_of_a_machine():
     """Anyone can type the command that a run's config.json has."""
-    lines = (ROOT / "results" / "runs.jsonl").read_text().splitlines()
-    for line in lines:
+    for line in (ROOT / "results/runs.jsonl").read_text().splitlines():
         assert not re.search(r'[" =]/\w', line), line[:200]
 
 
