@@ -264,7 +264,7 @@ def check_columns(columns, name):
         fits = fits and (key != "actions" or x.dtype.kind == "f")
         fits = fits or (key not in columns and key not in list(SHAPES)[:4])
         found = f"{x.dtype} {x.shape}" if key in columns else "nothing"
-        require(fits, f"{name}: {key} is {found}, not floats ({', '.join(letters)}); see README")
+        require(fits, f"{name}: {key} is {found}, not floats ({', '.join(letters)}); see data/")
         flags = key not in ("terminals", "timeouts", "ends") or np.isin(x, (0, 1)).all()
         require(flags, f"{name}: {key} has a value that is neither 0 nor 1")
 
@@ -579,11 +579,11 @@ class Run:
             print(f"{label}: {self.unit} {self.references[label]:.1f}", flush=True)
 
     def finish(self) -> float | None:
-        """Write summary.json and curve.png; print and return the mean score of the last ten
-        evaluations (of the last three on OGBench)."""
-        scores = [float(row["score"]) for row in self.rows["eval"]]
-        count = 3 if "-singletask" in self.args.env else 10  # as OGBench's and D4RL's papers
-        final = float(np.mean(scores[-count:])) if scores else None
+        """Write summary.json and curve.png; print and return the score: the mean of the last ten
+        evaluations, of the last three on OGBench, and the last one in AntMaze, as in papers."""
+        env, scores = self.args.env, [row["score"] for row in self.rows["eval"]]
+        count = 3 if "-singletask" in env else 1 if "antmaze" in env else 10
+        final = np.mean(scores[-count:]) if scores else None
         summary = dict(
             score=final,
             last=scores[-1] if scores else None,
@@ -600,7 +600,7 @@ class Run:
         told = [f"{label} {value:.1f}" for label, value in self.references.items()]
         first = f"{self.algorithm} {self.unit} {final:.1f}" if scores else self.algorithm
         seconds = f"{sum(self.seconds.values()):.0f} s"
-        print(first, *told, seconds, self.folder, sep=" | ", flush=True)
+        print(first, *told, seconds, self.folder, sep=" | ")
         return final
 
     def draw(self, scores):

@@ -84,7 +84,7 @@ class Args(RunArgs):
     sigma: Positive = 20.0
     """kernel width of mmd: a small one tells any two actions apart, a large one compares means"""
     warm_start: CountOrZero = 20_000
-    """steps at the start in which the policy imitates the clone, without Q"""
+    """steps at the start, at most half of --steps, in which the policy imitates the clone"""
     entropy_weight: NonNegative = 0.0
     """weight of SAC's entropy in the target and the policy's loss: 0 is none"""
     gamma: ShareBelow1 = 0.99
@@ -338,7 +338,7 @@ def train(run, data, args):
     train_behavior(run, nets, opt, data, args)
     step = graphed(update, nets, opt, data, args, compile=args.compile)
     for t in run.loop(args.steps):
-        imitate = t <= args.warm_start
+        imitate = t <= min(args.warm_start, args.steps // 2)
         metrics = step(imitate)
         run.after(t, metrics, lambda obs: policy(nets, obs, args))
 

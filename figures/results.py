@@ -277,8 +277,6 @@ def tables(cells, folder) -> dict:
     found = {"Scores": scores(cells), "From the clone to the policy": clones(cells)}
     found |= ablations(cells)
     found["What Fisher-BRC's backups pay"] = gaps(cells, folder)
-    if peers(cells):
-        found["Beside other people's code"] = beside(cells, peers(cells))
     return {heading: text for heading, text in found.items() if text}
 
 

@@ -53,7 +53,7 @@ def register(env_id: str) -> None:
     package = "ogbench" if "-singletask" in env_id else "gymnasium_robotics"
     if package == "gymnasium_robotics" and not env_id.startswith(ROBOTICS):
         return
-    # The import prints a notice about Adroit's dense rewards, which no task here has.
+    # The import prints a notice about Adroit's rewards; a note of ours tells (d4rl_tasks.csv).
     with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
         warnings.simplefilter("ignore")
         try:

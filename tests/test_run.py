@@ -345,14 +345,15 @@ def test_an_evaluation_that_cannot_end_well_is_one_message(monkeypatch, case):
         evaluate(act, [Paying()], 1, CPU)
 
 
-@pytest.mark.parametrize(("log", "last"), [("log.npz", 10), ("log-singletask-v0.npz", 3)])
+@pytest.mark.parametrize(("log", "last"), [("log.npz", 10), ("antmaze-v2.npz", 1), ("log-singletask-v0.npz", 3)])
 def test_the_score_is_the_mean_of_the_last_evaluations(here, monkeypatch, capsys, log, last):
     monkeypatch.setattr(Paying, "seeds", [])
     counts = iter(range(100))
     monkeypatch.setattr(page, "evaluate", lambda *_: np.array([next(counts) ** 3.0, 1.0]))
     write_log(log)
-    values = dict(eval_env="Paying-v0", eval_every=1, eval_episodes=2, steps=12)
-    final, run = start("bc", env=log, **values)
+    final, run = start(
+        "bc", env=log, eval_env="Paying-v0", eval_every=1, eval_episodes=2, steps=12
+    )
     means = [(k**3 + 1) / 2 for k in range(12)]
     assert final == pytest.approx(np.mean(means[-last:]))
     summary = json.loads((run.folder / "summary.json").read_text())
