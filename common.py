@@ -90,7 +90,7 @@ def normalize_obs(data, eps: float) -> None:
 
 
 def largest_value(data, gamma: float, bonus: float = 0.0) -> float:
-    """The largest |Q| that any policy can have under the data's rewards (plus `bonus` per step):
+    """The largest |Q| without penalties under the data's rewards (plus `bonus` per step):
     max |reward| / (1 - gamma)."""
     horizon = 1 / max(1 - gamma, 1e-9)
     return (data.reward.abs().max().item() + abs(bonus)) * horizon
@@ -434,7 +434,7 @@ def number(kind, low: float, high: float, text: str):
     return Annotated[kind, PrimitiveConstructorSpec(1, text, read, fits, lambda x: [str(x)])]
 
 
-# TINY is the smallest normal number, because smaller ones count as 0 (see run.py).
+# TINY is the smallest normal number of float64: smaller ones count as 0 (see run.py).
 TINY, BELOW_1, HUGE = 2.3e-308, 1 - 2**-53, 1.7e308
 Number = number(float, -HUGE, HUGE, "a finite number")
 NonNegative = number(float, 0, HUGE, "a finite number of 0 or more")

@@ -47,7 +47,7 @@ FILES = r"\.(npz|hdf5|h5)$"  # the names of files, to which no preset applies
 SHAPES = {"observations": "NS", "actions": "NA", "rewards": "N", "terminals": "N"}
 SHAPES |= {"timeouts": "N", "ends": "N", "next_observations": "NS", "final_observations": "ES"}
 LONGEST = 20_000  # steps in which an episode must end, where its task has no time limit
-# Flags that may differ between a run and its continuation, because they change no number.
+# Flags that may differ between a run and its continuation. Of them, only device changes numbers.
 CONTROL = "device log_every save_every out resume overwrite track clone".split()
 PACKAGES = "torch numpy gymnasium mujoco gymnasium-robotics ogbench".split()
 STATE = "settings phase step steps last rows references seconds".split()  # of a checkpoint

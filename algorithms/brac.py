@@ -15,8 +15,8 @@ too (BRAC-v), so that Q also counts what later divergence costs.
 
 Q' are the target critics. --no-value-penalty takes alpha D out of y; that is BRAC-p. The
 weight of the clone's entropy, `bc_weight`, is learned: it grows while this entropy is below -A, for
-A action dimensions, and it is never below 0. In the first `warm_start` steps the policy's loss is
-alpha D alone, and the critics learn as in all other steps. With kl, the best policy is
+A action dimensions, and it is never below 0. In the first `warm_start` steps, at most half of all,
+the policy's loss has no Q, and the critics learn as always. With kl, the best policy is
 b exp(Q / alpha), normalized, so alpha is in units of reward. mmd is never above 2, so it needs a
 larger alpha.
 
@@ -368,7 +368,7 @@ This file, against the authors' code:
   Here a `bc_weight` or an alpha that has left its bounds is put back at once. The authors' keeps
   its value, is clipped where a loss uses it, and gets no gradient that would move it further out.
 - Only a tuned alpha is kept at 500 or less; the authors clip a fixed one, too.
-- The policy imitates the clone for `warm_start` steps; the authors' does so for one step more.
+- The policy imitates for `warm_start` steps, at most half of all; the authors' for one step more.
 - Targets start as copies of the critics; the authors start them at random.
 - Terminal rows are kept, and no row joins the end of an episode to the start of the next. D4RL's
   script drops terminal rows and has rows that join episodes at a time limit.

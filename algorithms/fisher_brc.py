@@ -330,7 +330,7 @@ This file, against the authors' code:
   same numbers whether the clone was trained in this run or read from an earlier one.
 - log mu of the policy's actions is computed from their values before the tanh. The authors invert
   the tanh.
-- Every evaluation starts from the same ten states. The authors' evaluations always start from new
+- Every evaluation starts from the same states. The authors' evaluations always start from new
   ones.
 - AntMaze is neither in the paper nor in the code. It has no bonus here, because a bonus would
   reward the policy for every step in which it has not reached the goal.
