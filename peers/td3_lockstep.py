@@ -3,8 +3,9 @@ in every update.
 
 A curve is the distance of the two programs' parameters, relative to their size. In float64 it stays
 at rounding, so the updates are one function, and with --compile, too. In float32 it grows to a few
-percent, as it does between two copies of CORL's own program, in one of which one weight was first moved by one unit in
-the last place. So two runs with one seed, on two processors say, need not have one score.
+percent, as it does between two copies of CORL's own program, in one of which one weight was first
+moved by one unit in the last place. So two runs with one seed, on two processors say, need not have
+one score.
 
     git clone https://github.com/tinkoff-ai/CORL ../CORL
     git -C ../CORL checkout 6afec90
