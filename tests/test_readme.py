@@ -205,7 +205,6 @@ def test_fresh_seeds_beside_other_peoples_programs(one, other, end):
 @pytest.mark.parametrize(
     "other, ours, until",
     [
-        ("corl_td3_bc", "td3_bc", 200_000),
         ("corl_td3_bc", "td3_bc", 1_000_000),
         ("iql_authors", "iql", 150_000),
     ],
