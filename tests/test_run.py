@@ -345,7 +345,9 @@ def test_an_evaluation_that_cannot_end_well_is_one_message(monkeypatch, case):
         evaluate(act, [Paying()], 1, CPU)
 
 
-@pytest.mark.parametrize(("log", "last"), [("log.npz", 10), ("antmaze-v2.npz", 1), ("log-singletask-v0.npz", 3)])
+@pytest.mark.parametrize(
+    ("log", "last"), [("log.npz", 10), ("antmaze-v2.npz", 1), ("log-singletask-v0.npz", 3)]
+)
 def test_the_score_is_the_mean_of_the_last_evaluations(here, monkeypatch, capsys, log, last):
     monkeypatch.setattr(Paying, "seeds", [])
     counts = iter(range(100))
